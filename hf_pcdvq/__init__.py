@@ -1,0 +1,22 @@
+"""2-bit language models in Hugging Face Transformers.
+
+Importing this package registers the quantization methods "pcdvq" and "ccq", so that `from_pretrained` quantizes with
+`PcdvqConfig` or `CcqConfig` and loads packed models.
+"""
+
+from .config import CcqConfig, PcdvqConfig
+from .quantizer import CcqHfQuantizer, PcdvqHfQuantizer
+from .registration import register
+from .version import FORMAT_VERSION, __version__
+
+register()
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CcqConfig",
+    "CcqHfQuantizer",
+    "PcdvqConfig",
+    "PcdvqHfQuantizer",
+    "__version__",
+    "register",
+]

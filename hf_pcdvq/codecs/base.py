@@ -1,0 +1,123 @@
+"""What a codec is: a frozen description of a packed format that can encode, decode and multiply.
+
+A codec knows nothing of Transformers and holds no tensors. The tensors of one weight travel as a dictionary from
+suffix to tensor: `""` is the packed weight itself, `"scale"` its scales, and so on; a module stores them as
+parameters `weight`, `weight_scale`, ... Tables that every weight shares (codebook, rotation signs) travel in a
+dictionary of their own, made by `tables`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import hadamard
+
+Packed = dict[str, Tensor]
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+# Weights encoded or decoded at a time: float32 and index temporaries, about 40 bytes a weight, stay near 160 MiB on a
+# CPU however large the layer is. An accelerator wants larger slices to be busy.
+_SLICE = {"cpu": 1 << 22}
+_SLICE_ACCELERATOR = 1 << 25
+
+
+def _slice_rows(columns: int, device: torch.device) -> int:
+    return max(1, _SLICE.get(device.type, _SLICE_ACCELERATOR) // columns)
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """A packed format for weights `[N, K]`: `N` output channels, `K` input features.
+
+    Attributes:
+        max_block: the largest Hadamard block; 0 switches the rotation off.
+        seed: seed of the rotation's signs.
+    """
+
+    max_block: int
+    seed: int
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """Nominal bits per weight: codes only, without scales per channel."""
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """The number of input features must be a multiple of this."""
+
+    @abstractmethod
+    def specs(self, out_features: int, in_features: int) -> Specs:
+        """Shape and dtype of every packed tensor, by suffix."""
+
+    @abstractmethod
+    def encode_rotated(self, weight: Tensor) -> Packed:
+        """Round a rotated float32 weight `[N, K]` to the nearest codes."""
+
+    @abstractmethod
+    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+        """The rotated weight `[N, K]` that the codes stand for."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
+        """`x @ W.T` for rotated activations `[..., K]` and the weight that `decode_rotated` gives."""
+
+    def code_tables(self) -> Packed:
+        """Constants that decoding reads, on the CPU; none unless the format has a codebook."""
+        return {}
+
+    def tables(self, in_features: int) -> Packed:
+        """Every constant that a layer of `in_features` inputs needs, on the CPU."""
+        tables = self.code_tables()
+        if self.max_block:
+            tables["signs"] = hadamard.signs(hadamard.block_size(in_features, self.max_block), self.seed)
+        return tables
+
+    def encode(self, weight: Tensor) -> Packed:
+        """Round a weight `[N, K]` of any floating dtype to the nearest codes, on the weight's device.
+
+        Raises:
+            ValueError: not two-dimensional, `K` not a multiple of `multiple`, or values that are not finite.
+        """
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise ValueError(f"expected a floating weight [N, K], got {weight.dtype} {list(weight.shape)}")
+        if weight.shape[1] % self.multiple:
+            raise ValueError(f"{weight.shape[1]} input features are not a multiple of {self.multiple}")
+        weight = weight.detach().contiguous()
+        signs = self.tables(weight.shape[1])["signs"].to(weight.device) if self.max_block else None
+        parts = []
+        for rows in weight.split(_slice_rows(weight.shape[1], weight.device)):
+            rows = rows.float()
+            if not torch.isfinite(rows).all():
+                raise ValueError("the weight holds infinite or NaN values; the checkpoint is damaged")
+            parts.append(self.encode_rotated(rows if signs is None else hadamard.rotate(rows, signs)))
+        return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+    def decode(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+        """The weight `[N, K]` that the codes stand for, in the original basis; rounds once to `dtype`."""
+        if not self.max_block:
+            return self.decode_rotated(packed, tables, dtype)
+        parts = []
+        rows = _slice_rows(8 * packed[""].shape[1], packed[""].device)  # a stored word holds at most 8 weights
+        for start in range(0, packed[""].shape[0], rows):
+            part = {suffix: tensor[start : start + rows] for suffix, tensor in packed.items()}
+            rotated = self.decode_rotated(part, tables, torch.float32)
+            parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))
+        return torch.cat(parts)
+
+    def rotate_input(self, x: Tensor, tables: Packed) -> Tensor:
+        """Activations `[..., K]` in the basis of the packed weight."""
+        return hadamard.rotate(x, tables["signs"]) if self.max_block else x
+
+
+def counted_bits(specs: Specs, out_features: int, in_features: int) -> float:
+    """Bits per weight that the packed tensors of one layer take on disk, scales included."""
+    total = 0
+    for shape, dtype in specs.values():
+        total += torch.Size(shape).numel() * dtype.itemsize * 8
+    return total / (out_features * in_features)

@@ -1,0 +1,54 @@
+"""The codebooks of PCDVQ, shipped as data.
+
+They are trained once (`scripts/train_codebooks.py`) and never again on a user's machine: floats trained anew would decode
+other weights. One safetensors file per codebook holds
+
+    patterns           int8 [128 or 512, 8]   non-negative, each of norm about 127
+    levels_norm        float32 [4]            Lloyd-Max levels of the magnitude |v|, divided by 127
+    levels_projection  float32 [4]            Lloyd-Max levels of the projection <v, d>, divided by 127
+
+The SHA-256 is taken over the raw little-endian bytes of the three tensors in this order. A packed model records the
+codebook's id and hash, and is refused where they do not match the data that is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from importlib import resources
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+TENSORS = ("patterns", "levels_norm", "levels_projection")
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a codebook's contents, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name in TENSORS:
+        sha.update(tensors[name].contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@lru_cache(maxsize=None)
+def load_codebook(codebook: str) -> dict[str, Tensor]:
+    """The tensors of a shipped codebook, on the CPU. The result is shared: do not change it.
+
+    Raises:
+        ValueError: no codebook of that id is shipped.
+    """
+    folder = resources.files(__package__) / "data"
+    file = folder / f"{codebook}.safetensors"
+    if not file.is_file():
+        known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
+        raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq ships {', '.join(known)}")
+    with torch.device("cpu"):
+        return load(file.read_bytes())
+
+
+@lru_cache(maxsize=None)
+def codebook_hash(codebook: str) -> str:
+    """SHA-256 of a shipped codebook."""
+    return digest(load_codebook(codebook))

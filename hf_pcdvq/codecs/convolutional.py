@@ -1,0 +1,321 @@
+"""CCQ: convolutional code quantization (arXiv 2507.07145), in its three published layouts.
+
+A code word holds several small integers as overlapping windows of `L` bits: neighbours share bits, so that a word is
+shorter than its windows together. Decoding is shift, mask, subtract, multiply; there is no table. Inputs form groups
+of 64 (`G = K/64` of them), each with an integer group scale times the float super scale of its output channel.
+
+Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are rows, codes run along the last dimension.
+(The published ERNIE-4.5 files are K-major, `[words, N]`: they are the transpose of ours.)
+
+    layout   weight (suffix "")   "scale"       "local_scale"           "code_scale", "code_zero"
+    2.75     uint8 [N, 22 G]      float32 [N]   -                       -
+    2.5      int16 [N, 10 G]      float32 [N]   -                       -
+    2.0625   uint8 [N, 16 G]      float32 [N]   uint8 [N, ceil(G/2)]    float32 [N] each
+
+Weight i = 0..63 of a group is a window of one of the group's words. Words of 2.5 are unsigned 16-bit patterns that int16
+merely holds.
+
+    layout   word            window                            value         integer group scale
+    2.75     b = word i//3   (b >> (4,2,0)[i%3]) & 15          window - 8    word 21 & 15
+    2.5      u = word i//7   (u >> (13,11,9,6,4,2,0)[i%7]) & 7 window - 4    word 9 & 8191
+    2.0625   b = word i//4   (c >> (9,6,3,0)[i%4]) & 63        window - 32   byte g//2 of local_scale: high four bits
+             c = floor(b * code_scale[n] + code_zero[n] + 0.5)               for even group g, low four for odd
+
+In 2.75 and 2.5 weight 63 lies alone in the top bits of the last word, and the group scale in its low bits. In 2.0625
+the stored byte stands for a code word of 15 bits by a linear map ("code cluster"); it is computed in float32.
+
+Decoding, in float32: the weight is `(integer group scale * scale[n]) * value`.
+
+Encoding minimizes the squared error: the best code word for a given scale is found exactly, by a Viterbi search over the
+shared bits or, for 2.0625, over all 256 bytes; the group scale is the best of a few integers around an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import hf_pcdvq_kernels as ops
+import torch
+from hf_pcdvq_kernels.formats import CCQ_LAYOUTS, GROUP, CcqLayout
+from hf_pcdvq_kernels.reference.ccq import cluster_words, windows
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .base import Codec, Packed, Specs
+
+# The code cluster that we write, the best that `scripts/search_code_cluster.py` found for normal weights. Multiples of
+# 1/16 make `byte * scale + zero + 0.5` exact in float32, so that fused and separate arithmetic decode alike.
+CODE_SCALE = 120.9375
+CODE_ZERO = 670.0625
+
+# Group scale that is best on average for normal weights of unit variance.
+_UNIT_SCALE = {"2.75": 0.26, "2.5": 0.51, "2.0625": 0.07}
+# The group scales to try, as multiples of that one times the group's root mean square: all integers from 1 to 15 gain
+# 0.1 % over these.
+_MULTIPLES = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15, 1.25, 1.4)
+# The largest estimate of a row becomes the largest integer scale divided by this. Smaller values clip the groups that
+# weigh most, larger ones make the integers coarse; 1.1 to 1.4 differ by 0.2 %.
+_HEADROOM = 1.25
+
+# Elements of the largest temporary. On a CPU it stays below 2^15, where PyTorch begins to split an operation over
+# threads: the temporary fits a core's cache, and waiting for the other threads would take longer than computing.
+_ELEMENTS = {"cpu": 28 << 10}
+_ELEMENTS_ACCELERATOR = 1 << 25
+
+
+@dataclass(frozen=True)
+class ConvolutionalCodec(Codec):
+    """CCQ at 2.75, 2.5 or 2.0625 bits.
+
+    Attributes:
+        layout: `"2.75"`, `"2.5"` or `"2.0625"`.
+    """
+
+    layout: str
+
+    def __post_init__(self) -> None:
+        if self.layout not in CCQ_LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(map(repr, CCQ_LAYOUTS))}, got {self.layout!r}")
+
+    @property
+    def bits(self) -> float:
+        return CCQ_LAYOUTS[self.layout].bits
+
+    @property
+    def multiple(self) -> int:
+        return GROUP
+
+    def specs(self, out_features: int, in_features: int) -> Specs:
+        layout, groups = CCQ_LAYOUTS[self.layout], in_features // GROUP
+        specs: Specs = {
+            "": ((out_features, groups * layout.words), layout.storage),
+            "scale": ((out_features,), torch.float32),
+        }
+        if layout.clustered:
+            specs["local_scale"] = ((out_features, (groups + 1) // 2), torch.uint8)
+            specs["code_scale"] = ((out_features,), torch.float32)
+            specs["code_zero"] = ((out_features,), torch.float32)
+        return specs
+
+    def encode_rotated(self, weight: Tensor) -> Packed:
+        layout = CCQ_LAYOUTS[self.layout]
+        groups = weight.reshape(weight.shape[0], -1, GROUP)
+        scale, integer_scale = choose_scales(groups, layout)
+        words = best_words(groups, integer_scale * scale[:, None], layout)
+        return pack(words, integer_scale, scale, layout)
+
+    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+        return ops.ccq_dequantize(*self._arguments(packed), self.layout, dtype)
+
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
+        return ops.ccq_matmul(x, *self._arguments(packed), self.layout)
+
+    @staticmethod
+    def _arguments(packed: Packed) -> tuple[Tensor | None, ...]:
+        return tuple(packed.get(suffix) for suffix in ("", "scale", "local_scale", "code_scale", "code_zero"))
+
+
+class Chain(NamedTuple):
+    """Windows that overlap, the unit in which the search works: it does not depend on any other chain's bits.
+
+    A 2.5 word consists of two chains, of three and of four windows; the other words are one chain each.
+
+    Attributes:
+        word: which of the group's words holds them.
+        inputs: which of the group's 64 weights they are.
+        shifts: positions of the windows in the word, from high to low.
+    """
+
+    word: int
+    inputs: slice
+    shifts: tuple[int, ...]
+
+
+def chains(layout: CcqLayout) -> list[Chain]:
+    """The chains of a group, in the order of its weights."""
+    runs: list[tuple[int, ...]] = []
+    for shift in layout.shifts:
+        if runs and runs[-1][-1] - shift < layout.window_bits:
+            runs[-1] += (shift,)
+        else:
+            runs.append((shift,))
+    found: list[Chain] = []
+    start = 0
+    for word in range(layout.words):
+        for run in runs:
+            shifts = run[: GROUP - start]  # weight 63 is the only one in its word; none are left for a next chain
+            if shifts:
+                found.append(Chain(word, slice(start, start + len(shifts)), shifts))
+                start += len(shifts)
+    return found
+
+
+def choose_scales(groups: Tensor, layout: CcqLayout) -> tuple[Tensor, Tensor]:
+    """Super scale of every channel, and for every group the integer scale of least squared error.
+
+    Args:
+        groups: float32 `[N, G, 64]`.
+
+    Returns:
+        Super scales float32 `[N]` and integer group scales int32 `[N, G]`. A group scale is 0 where nothing is better
+        than zeros, as in a group of zeros; a row of zeros has super scale 0.
+    """
+    # In float64, where the squares of the smallest and the largest float32 neither vanish nor overflow.
+    rms = torch.linalg.vector_norm(groups, dim=-1, dtype=torch.float64) / GROUP**0.5
+    estimate = rms * _UNIT_SCALE[layout.name]
+    scale = (estimate.amax(1) * (_HEADROOM / layout.max_scale)).float()
+    divisor = torch.where(scale > 0, scale, 1)[:, None].expand(rms.shape).flatten()
+    estimate = (estimate.flatten() / divisor).float()
+
+    integer_scale = torch.zeros_like(estimate)
+    table = search_table(layout, groups.device)
+    for part, columns in _columns(groups, layout):
+        integer_scale[part] = _best_integers(columns / divisor[part], estimate[part], layout, table)
+    return scale, integer_scale.to(torch.int32).view(rms.shape)
+
+
+def _best_integers(columns: Tensor, estimate: Tensor, layout: CcqLayout, table: Tensor) -> Tensor:
+    """Best integer scale of groups `[64, n]`, given in units of the super scale, near the `estimate` `[n]`."""
+    best = torch.zeros_like(estimate)
+    least = columns.square().sum(0)
+    for multiple in _MULTIPLES:
+        candidate = (estimate * multiple).round().clamp(1, layout.max_scale)
+        error = torch.zeros_like(least)
+        for chain in chains(layout):
+            error += chain_error(columns[chain.inputs] / candidate, chain.shifts, layout, table)
+        error *= candidate.square()
+        better = error < least
+        best = torch.where(better, candidate, best)
+        least = torch.where(better, error, least)
+    return best
+
+
+def best_words(groups: Tensor, group_scale: Tensor, layout: CcqLayout) -> Tensor:
+    """The code words of least squared error at given scales.
+
+    Args:
+        groups: float32 `[N, G, 64]`.
+        group_scale: float32 `[N, G]`, integer scale times super scale. Where it is 0 the words decode to 0 anyhow.
+
+    Returns:
+        int32 `[N, G, words]`: bytes of the code cluster for 2.0625; for the others the low bits of every last word are 0.
+    """
+    divisor = torch.where(group_scale > 0, group_scale, 1).flatten()
+    words = torch.zeros(layout.words, divisor.numel(), dtype=torch.int32, device=groups.device)
+    table = search_table(layout, groups.device)
+    for part, columns in _columns(groups, layout):
+        columns = columns / divisor[part]
+        for chain in chains(layout):
+            words[chain.word, part] |= best_code(columns[chain.inputs], chain.shifts, layout, table)
+    return words.T.reshape(*group_scale.shape, layout.words)
+
+
+def _columns(groups: Tensor, layout: CcqLayout) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of groups as columns: contiguous `[64, n]`, so that every operation runs along many groups."""
+    flat = groups.reshape(-1, GROUP)
+    size = _ELEMENTS.get(groups.device.type, _ELEMENTS_ACCELERATOR) // (256 if layout.clustered else 1 << layout.window_bits)
+    for start in range(0, len(flat), size):
+        part = slice(start, min(start + size, len(flat)))
+        yield part, flat[part].T.contiguous()
+
+
+def search_table(layout: CcqLayout, device: torch.device) -> Tensor:
+    """What `chain_error` and `best_code` compare with.
+
+    Returns:
+        The value of every window, float32 `[2^L, 1]`; for 2.0625 of every byte `v` and `-|v|^2 / 2`, float32 `[256, 5]`.
+    """
+    if layout.clustered:
+        values = cluster_values(CODE_SCALE, CODE_ZERO).to(device)
+        return torch.cat([values, values.square().sum(1, keepdim=True) / -2], 1)
+    return torch.arange(-layout.offset, layout.offset, device=device, dtype=torch.float32)[:, None]
+
+
+def cluster_values(code_scale: float, code_zero: float) -> Tensor:
+    """The four values of each byte in a code cluster: float32 `[256, 4]`, on the CPU."""
+    slope, offset = torch.tensor([code_scale, code_zero], device="cpu")
+    words = cluster_words(torch.arange(256, device="cpu")[:, None], slope, offset)
+    return windows(words, CCQ_LAYOUTS["2.0625"]).float()
+
+
+def chain_error(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> Tensor:
+    """Squared error that the best code leaves.
+
+    Args:
+        values: float32 `[windows, n]`, weights divided by their group scale, of `n` groups.
+        shifts: the chain's.
+        table: from `search_table`.
+
+    Returns:
+        float32 `[n]`.
+    """
+    if layout.clustered:
+        return values.square().sum(0) - 2 * _cluster_scores(values, table).amax(0)
+    return _least_errors(values, shifts, layout, table)[-1].amin(0)
+
+
+def best_code(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> Tensor:
+    """The code that leaves the least squared error; arguments as in `chain_error`.
+
+    Returns:
+        int32 `[n]`: the bits of the chain's windows at their places in the word, or the byte for 2.0625.
+    """
+    if layout.clustered:
+        return _cluster_scores(values, table).argmax(0).to(torch.int32)
+    errors = _least_errors(values, shifts, layout, table)
+    window = errors[-1].argmin(0)
+    code = window << shifts[-1]
+    for i in reversed(range(len(shifts) - 1)):
+        shared = layout.window_bits - (shifts[i] - shifts[i + 1])
+        low = window >> (layout.window_bits - shared)
+        errors_of_high = errors[i].view(-1, 1 << shared, len(low))
+        high = errors_of_high.gather(1, low.expand(len(errors_of_high), 1, -1)).argmin(0)[0]
+        window = high << shared | low
+        code |= window << shifts[i]
+    return code.to(torch.int32)
+
+
+def _cluster_scores(values: Tensor, table: Tensor) -> Tensor:
+    """`<x, v> - |v|^2 / 2`, largest for the nearest `v`, of all bytes and vectors `x` `[4, n]`: float32 `[256, n]`."""
+    return table @ pad(values, (0, 0, 0, 1), value=1.0)
+
+
+def _least_errors(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> list[Tensor]:
+    """Forward pass of the Viterbi search.
+
+    Returns:
+        For every window of the chain float32 `[2^L, n]`: the least squared error over the weights up to this one, by
+        the bits of this window.
+    """
+    errors: list[Tensor] = []
+    for i, shift in enumerate(shifts):
+        error = (values[i] - table).square_()
+        if errors:
+            shared = layout.window_bits - (shifts[i - 1] - shift)
+            # The lowest bits of the window before are the highest bits of this one; its others are free.
+            before = errors[-1].view(-1, 1 << shared, error.shape[1]).amin(0)
+            error.view(1 << shared, -1, error.shape[1]).add_(before[:, None])
+        errors.append(error)
+    return errors
+
+
+def pack(words: Tensor, integer_scale: Tensor, scale: Tensor, layout: CcqLayout) -> Packed:
+    """Code words and scales as the tensors of the format.
+
+    Args:
+        words: int32 `[N, G, words]`, as `best_words` gives them.
+        integer_scale: int32 `[N, G]`.
+        scale: float32 `[N]`, super scales.
+    """
+    packed = {"scale": scale}
+    if layout.clustered:
+        even, odd = pad(integer_scale, (0, integer_scale.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
+        packed["local_scale"] = (even << 4 | odd).to(torch.uint8)
+        packed["code_scale"] = torch.full_like(scale, CODE_SCALE)
+        packed["code_zero"] = torch.full_like(scale, CODE_ZERO)
+    else:
+        words = torch.cat([words[..., :-1], words[..., -1:] | integer_scale[..., None]], 2)
+    packed[""] = words.flatten(1).to(layout.storage)
+    return packed

@@ -1,0 +1,50 @@
+"""The rotation that both methods share: a randomized Hadamard transform over blocks of the input dimension.
+
+Weights are rotated as `W Q^T`, activations as `Q x`, so that `W x` is unchanged and the entries of the rotated weight
+are close to normally distributed. `Q` is block-diagonal, and every block is the same orthogonal matrix
+
+    Q_block = H diag(s) / sqrt(block),      H in Sylvester's order,
+
+with `block` the largest power of two that divides the number of inputs, at most the codec's `max_block`. Equal blocks
+lose nothing (mixing happens inside a block only) and keep the transform free of state: layers with the same input share
+the rotated input, and a tensor-parallel slice of the inputs that is cut at block borders rotates like the whole.
+
+The signs are part of the format. `s_j` is +1 where the lowest bit of `hash(j + 0x9E3779B9 * (seed + 1))` is 0, else -1,
+in 32-bit unsigned arithmetic, with the finalizer `hash`: `x ^= x >> 16; x *= 0x7FEB352D; x ^= x >> 15; x *= 0x846CA68B;
+x ^= x >> 16`. No random generator is involved, so they are the same on every machine and version.
+"""
+
+from __future__ import annotations
+
+import hf_pcdvq_kernels as ops
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def block_size(features: int, max_block: int) -> int:
+    """Largest power of two that divides `features`, at most `max_block` (a power of two)."""
+    return min(features & -features, max_block)
+
+
+def _hash(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def signs(block: int, seed: int) -> Tensor:
+    """The signs of one block: float32 `[block]` of +-1, on the CPU."""
+    start = 0x9E3779B9 * (seed + 1)
+    return torch.tensor([1.0 - 2.0 * (_hash((start + j) & _MASK) & 1) for j in range(block)], device="cpu")
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`x Q^T` along the last dimension of `[..., K]`."""
+    return ops.hadamard(x, signs)
+
+
+def unrotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`x Q` along the last dimension: undoes `rotate`."""
+    return ops.hadamard(x, signs, inverse=True)

@@ -1,0 +1,181 @@
+"""PCDVQ: polar coordinate decoupled vector quantization (arXiv 2506.05432, sections 3.2 and 3.3).
+
+A rotated row (see `hadamard.py`) is divided by its root mean square and cut into 8-vectors; the direction of a vector
+and its magnitude are quantized separately. A direction is one of 128 or 512 non-negative patterns with an even number
+of its signs flipped, which gives the paper's 2^14 or 2^16 directions out of a table of 1 or 4 KiB.
+
+Packed tensors of a weight `[N, K]`:
+
+    setting   weight (suffix "")   "magnitude"          "scale"       K a multiple of
+    2.0       int16 [N, K/8]       -                    float32 [N]   8
+    2.25      int16 [N, K/8]       uint8 [N, K/32]      float32 [N]   32
+
+The 16-bit word of a vector, lowest bit first (bit patterns count, int16 is only the container):
+
+    2.0       bits 0-6 signs   bits 7-13 pattern (128)   bits 14-15 magnitude
+    2.25      bits 0-6 signs   bits 7-15 pattern (512)   magnitude of vector v: bits 2(v%4), 2(v%4)+1 of byte v//4
+
+Decoding, in float32: coordinate j of a vector in row n is
+
+    (scale[n] * levels[magnitude]) * (-1)^(bit j of signs) * patterns[pattern, j]
+
+with bit 7 of the signs the parity of bits 0-6. `patterns` (int8, norm about 127) and `levels` (already divided by 127)
+come from the codebook that the config names (see `codebook.py`).
+
+The magnitude is either the paper's `"norm"` |v|, or the `"projection"` <v, d> on the chosen direction, which is the
+least-squares choice and takes 2 % off the squared error; they differ in encoding and in `levels`, not in layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hf_pcdvq_kernels as ops
+import torch
+from hf_pcdvq_kernels.formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
+from torch import Tensor
+
+from .base import Codec, Packed, Specs
+from .codebook import load_codebook
+
+CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
+
+# Vectors whose scores against all patterns are held at a time: 2 MiB for 512 patterns, which stays in a core's cache
+# and is 2.4 times as fast on a CPU as chunks of 16384.
+_CHUNK = {"cpu": 1 << 10}
+_CHUNK_ACCELERATOR = 1 << 17
+
+
+@dataclass(frozen=True)
+class PolarCodec(Codec):
+    """PCDVQ at 2.0 or 2.25 bits.
+
+    Attributes:
+        codebook: id of the shipped codebook, which fixes the number of patterns and so the bits.
+        magnitude: `"norm"` or `"projection"`.
+    """
+
+    codebook: str
+    magnitude: str
+
+    @property
+    def _split(self) -> bool:
+        """True where magnitudes lie in a tensor of their own."""
+        return self.bits > 2
+
+    @property
+    def bits(self) -> float:
+        return (SIGN_BITS + len(self.patterns).bit_length() - 1 + MAGNITUDE_BITS) / VECTOR
+
+    @property
+    def multiple(self) -> int:
+        return 4 * VECTOR if self._split else VECTOR
+
+    @property
+    def patterns(self) -> Tensor:
+        return load_codebook(self.codebook)["patterns"]
+
+    @property
+    def levels(self) -> Tensor:
+        return load_codebook(self.codebook)[f"levels_{self.magnitude}"]
+
+    def code_tables(self) -> Packed:
+        return {"patterns": self.patterns.clone(), "levels": self.levels.clone()}
+
+    def specs(self, out_features: int, in_features: int) -> Specs:
+        specs: Specs = {"": ((out_features, in_features // VECTOR), torch.int16)}
+        if self._split:
+            specs["magnitude"] = ((out_features, in_features // (4 * VECTOR)), torch.uint8)
+        specs["scale"] = ((out_features,), torch.float32)
+        return specs
+
+    def encode_rotated(self, weight: Tensor) -> Packed:
+        scale = row_scale(weight)
+        vectors = (weight / torch.where(scale > 0, scale, 1.0)[:, None]).reshape(-1, VECTOR)
+        patterns = self.patterns.to(weight.device).float()
+        index, signs, projection = nearest_direction(vectors, patterns / patterns.norm(dim=1, keepdim=True))
+        magnitude = projection if self.magnitude == "projection" else vectors.norm(dim=1)
+        level = nearest_level(magnitude, 127 * self.levels.to(weight.device))
+        return self._pack(index, signs, level, scale)
+
+    def _pack(self, index: Tensor, signs: Tensor, level: Tensor, scale: Tensor) -> Packed:
+        """int32 patterns, signs and levels `[N * K/8]` -> packed tensors."""
+        rows = scale.shape[0]
+        words = signs | index << SIGN_BITS
+        packed = {}
+        if self._split:
+            shifts = torch.arange(0, 4 * MAGNITUDE_BITS, MAGNITUDE_BITS, device=level.device, dtype=torch.int32)
+            packed["magnitude"] = (level.reshape(rows, -1, 4) << shifts).sum(-1).to(torch.uint8)
+        else:
+            words = words | level << (16 - MAGNITUDE_BITS)
+        packed[""] = words.to(torch.int16).reshape(rows, -1)
+        packed["scale"] = scale
+        return packed
+
+    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+        return ops.pcdvq_dequantize(
+            packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"], dtype
+        )
+
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
+        return ops.pcdvq_matmul(
+            x, packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]
+        )
+
+
+def row_scale(weight: Tensor) -> Tensor:
+    """Root mean square of every row of a float32 `[N, K]`, as float32 `[N]`: the paper's scaling to unit variance."""
+    return weight.double().square().mean(1).sqrt().float()
+
+
+def nearest_direction(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The signed direction of largest cosine for every vector: exhaustive, over all patterns and even sign flips.
+
+    For a pattern `p` the best signs are those of the vector, unless an odd number of them is negative: then the sign
+    is flipped where that costs least, at the smallest `|v_j| p_j`. So patterns are compared by
+    `<|v|, p> - 2 [odd] min_j |v_j| p_j`.
+
+    Args:
+        vectors: float32 `[n, 8]`.
+        directions: float32 `[P, 8]`, non-negative, of unit norm.
+
+    Returns:
+        Pattern index int32 `[n]`, sign bits 0-6 int32 `[n]`, and the projection on the direction float32 `[n]`.
+    """
+    absolute, negative = vectors.abs(), vectors < 0
+    odd = negative.sum(1) % 2 == 1
+    columns = directions.T.contiguous()
+    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    chunk = _CHUNK.get(vectors.device.type, _CHUNK_ACCELERATOR)
+    for parity in (False, True):
+        members = (odd == parity).nonzero()[:, 0]
+        for part in members.split(chunk):
+            rows = absolute[part]
+            scores = rows @ columns
+            if parity:
+                scores.sub_(_smallest_product(rows, columns), alpha=2)
+            index[part] = scores.argmax(1)
+
+    products = absolute * directions[index]
+    smallest, position = products.min(1)
+    projection = products.sum(1) - 2 * odd * smallest
+    flipped = negative ^ (odd[:, None] & (torch.arange(VECTOR, device=vectors.device) == position[:, None]))
+    weights = 1 << torch.arange(SIGN_BITS, device=vectors.device, dtype=torch.int32)
+    signs = (flipped[:, :SIGN_BITS] * weights).sum(1, dtype=torch.int32)
+    return index.to(torch.int32), signs, projection
+
+
+def _smallest_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """`min_j rows[i, j] * columns[j, p]` for every `i, p`: the outer products are formed one `j` at a time."""
+    smallest = rows[:, :1] * columns[0]
+    product = torch.empty_like(smallest)
+    for j in range(1, VECTOR):
+        torch.mul(rows[:, j : j + 1], columns[j], out=product)
+        torch.minimum(smallest, product, out=smallest)
+    return smallest
+
+
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest of the ascending `levels`, int32, in the shape of `values`."""
+    borders = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(values, borders, out_int32=True)

@@ -1,0 +1,219 @@
+"""`PcdvqConfig` and `CcqConfig`: what a user asks for, and what a packed model's config.json records.
+
+Every field is validated on construction. Both are JSON-clean and carry `format_version`; a config that a newer version
+wrote is refused, with that version named, rather than read with its unknown fields dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+from hf_pcdvq_kernels import CCQ_LAYOUTS
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .codecs.base import Codec
+from .codecs.codebook import codebook_hash
+from .codecs.convolutional import ConvolutionalCodec
+from .codecs.polar import CODEBOOKS, PolarCodec
+from .version import FORMAT_VERSION
+
+
+def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> Any:
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        raise ValueError(f"{owner}: {field} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _names(owner: str, field: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"{owner}: {field} must be a list of module names or patterns, got {value!r}")
+    return list(value)
+
+
+def _integer(owner: str, field: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{owner}: {field} must be an integer from {low} to {high}, got {value!r}")
+    return value
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The fields that both methods share. Use `PcdvqConfig` or `CcqConfig`.
+
+    Args:
+        hadamard_block: largest block of the input rotation, a power of two from 8 to 1024; the block of a layer is
+            the largest power of two that divides its number of inputs, at most this.
+        hadamard_seed: seed of the rotation's signs.
+        modules_to_not_convert: names, suffixes or regular expressions of modules to leave as they are, in addition to
+            the defaults (output head, tied weights, modules that the model keeps in float32). After quantization it
+            holds the resolved list.
+        modules_to_convert: if given, only modules that match one of these are packed. A pattern that matches nothing,
+            or a module that cannot be packed, is an error.
+        dequantize: when loading a packed model, decode it into ordinary `nn.Linear` layers.
+        left_unpacked: set by the quantizer, not by the user: parameters that stayed as they were, with the reason.
+        format_version: version of the packed format.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or is unknown.
+    """
+
+    method: str
+
+    def __init__(
+        self,
+        *,
+        hadamard_block: int,
+        hadamard_seed: int,
+        modules_to_not_convert: list[str] | None,
+        modules_to_convert: list[str] | None,
+        dequantize: bool,
+        left_unpacked: dict[str, str] | None,
+        format_version: int,
+        unknown: dict[str, Any],
+    ):
+        owner = type(self).__name__
+        self._check_version(owner, format_version, unknown)
+        if hadamard_block not in [1 << power for power in range(3, 11)]:
+            raise ValueError(f"{owner}: hadamard_block must be a power of two from 8 to 1024, got {hadamard_block!r}")
+        self.quant_method = self.method
+        self.format_version = format_version
+        self.hadamard_block = hadamard_block
+        self.hadamard_seed = _integer(owner, "hadamard_seed", hadamard_seed, 0, 2**31 - 1)
+        self.modules_to_not_convert = _names(owner, "modules_to_not_convert", modules_to_not_convert)
+        self.modules_to_convert = _names(owner, "modules_to_convert", modules_to_convert)
+        self.dequantize = _one_of(owner, "dequantize", dequantize, (False, True))
+        self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
+
+    def _check_version(self, owner: str, format_version: Any, unknown: dict[str, Any]) -> None:
+        _integer(owner, "format_version", format_version, 1, 1 << 30)
+        # Transformers adds these keys to some saved configs; the method's name must still be ours.
+        method = unknown.pop("quant_method", self.method)
+        if method != self.method:
+            raise ValueError(f"{owner}: quant_method must be {self.method!r}, got {method!r}")
+        if format_version > FORMAT_VERSION:
+            detail = f"; fields unknown here: {', '.join(sorted(unknown))}" if unknown else ""
+            raise ValueError(
+                f"{owner}: format_version {format_version} is newer than {FORMAT_VERSION}, the newest that this "
+                f"hf_pcdvq reads{detail}. Upgrade it: pip install -U hf_pcdvq"
+            )
+        if unknown:
+            raise ValueError(f"{owner}: unknown field {', '.join(map(repr, sorted(unknown)))}")
+
+    @property
+    @abstractmethod
+    def codec(self) -> Codec:
+        """The codec that this config describes."""
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Fields that a config given to `from_pretrained` may set for a model that is packed already."""
+        return {"dequantize": self.dequantize}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields. `dequantize` is a wish about loading, not a property of what is saved."""
+        fields = copy.deepcopy(self.__dict__)
+        del fields["dequantize"]
+        return fields
+
+
+class PcdvqConfig(PackedConfig):
+    """Polar coordinate decoupled vector quantization (arXiv 2506.05432).
+
+    Args:
+        bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights) or 2.25 (2^16 directions).
+        magnitude: `"projection"` on the chosen direction (default; 2 % less squared error) or the paper's `"norm"`.
+        codebook: id of the shipped codebook; None takes the one for `bits`.
+        codebook_sha256: set by the quantizer: hash of the codebook's contents, checked on load.
+
+    The other fields are described in `PackedConfig`. The rotation is part of the method and always on.
+    """
+
+    method = "pcdvq"
+
+    def __init__(
+        self,
+        bits: float = 2.25,
+        magnitude: str = "projection",
+        codebook: str | None = None,
+        codebook_sha256: str | None = None,
+        hadamard_block: int = 128,
+        hadamard_seed: int = 0,
+        modules_to_not_convert: list[str] | None = None,
+        modules_to_convert: list[str] | None = None,
+        dequantize: bool = False,
+        left_unpacked: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ):
+        super().__init__(
+            hadamard_block=hadamard_block,
+            hadamard_seed=hadamard_seed,
+            modules_to_not_convert=modules_to_not_convert,
+            modules_to_convert=modules_to_convert,
+            dequantize=dequantize,
+            left_unpacked=left_unpacked,
+            format_version=format_version,
+            unknown=unknown,
+        )
+        self.bits = float(_one_of("PcdvqConfig", "bits", bits, tuple(CODEBOOKS)))
+        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("projection", "norm"))
+        self.codebook = CODEBOOKS[self.bits] if codebook is None else codebook
+        self.codebook_sha256 = codebook_hash(self.codebook)
+        if self.codec.bits != self.bits:
+            raise ValueError(
+                f"PcdvqConfig: codebook {self.codebook!r} is for {self.codec.bits} bits, but bits is {self.bits}"
+            )
+        if codebook_sha256 not in (None, self.codebook_sha256):
+            raise ValueError(
+                f"PcdvqConfig: the model was packed with a codebook {self.codebook!r} of SHA-256 {codebook_sha256}, "
+                f"but the installed one has {self.codebook_sha256}; it would decode other weights"
+            )
+
+    @property
+    def codec(self) -> PolarCodec:
+        return PolarCodec(self.hadamard_block, self.hadamard_seed, self.codebook, self.magnitude)
+
+
+class CcqConfig(PackedConfig):
+    """Convolutional code quantization (arXiv 2507.07145) in one of its published layouts.
+
+    Args:
+        layout: `"2.75"`, `"2.5"` or `"2.0625"`, named by bits per weight.
+        hadamard: rotate the inputs (default; far better at these bits). False is the published form.
+
+    The other fields are described in `PackedConfig`.
+    """
+
+    method = "ccq"
+
+    def __init__(
+        self,
+        layout: str = "2.5",
+        hadamard: bool = True,
+        hadamard_block: int = 128,
+        hadamard_seed: int = 0,
+        modules_to_not_convert: list[str] | None = None,
+        modules_to_convert: list[str] | None = None,
+        dequantize: bool = False,
+        left_unpacked: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ):
+        super().__init__(
+            hadamard_block=hadamard_block,
+            hadamard_seed=hadamard_seed,
+            modules_to_not_convert=modules_to_not_convert,
+            modules_to_convert=modules_to_convert,
+            dequantize=dequantize,
+            left_unpacked=left_unpacked,
+            format_version=format_version,
+            unknown=unknown,
+        )
+        self.layout = _one_of("CcqConfig", "layout", layout, tuple(CCQ_LAYOUTS))
+        self.hadamard = _one_of("CcqConfig", "hadamard", hadamard, (False, True))
+
+    @property
+    def codec(self) -> ConvolutionalCodec:
+        return ConvolutionalCodec(self.hadamard_block if self.hadamard else 0, self.hadamard_seed, self.layout)

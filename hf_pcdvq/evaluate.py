@@ -1,0 +1,240 @@
+"""Quality of a packed model, measured against the model it was made from, on the same text.
+
+Three numbers say how close the two are: the Kullback-Leibler divergence KL(original || packed) of the next-token
+distributions, in nats per prediction; how often both find the same token likeliest; and the perplexity of both. The
+divergence is the one to trust: perplexity can stay put, or even fall, while the model's answers change.
+
+Perplexities at different context lengths are not comparable, so the length is part of every result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+# What the float32 temporaries of one chunk of predictions may take, and how many copies of a chunk's logits are alive
+# at once in `_compare_rows`: both models' log-probabilities, a product, and the input of a log-softmax under way.
+_CHUNK_BYTES = 256 << 20
+_CHUNK_COPIES = 4
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a packed model compares with its original.
+
+    Attributes:
+        perplexity_original, perplexity_packed: exp of the mean negative log-likelihood of the text's tokens.
+        kl_mean, kl_median, kl_p90, kl_p99: KL(original || packed) over the predictions, in nats: mean, median, 90th
+            and 99th percentile.
+        top1_agreement: share of the predictions, 0 to 1, at which both models find the same token likeliest.
+        context_length: tokens per window.
+        windows: number of windows.
+        predictions: number of predicted tokens, `windows * (context_length - 1)`.
+    """
+
+    perplexity_original: float
+    perplexity_packed: float
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    top1_agreement: float
+    context_length: int
+    windows: int
+    predictions: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields, JSON-clean."""
+        return asdict(self)
+
+
+def token_windows(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Tensor:
+    """Cut a text into windows of tokens: tokenized once as a whole, without special tokens, the rest dropped.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        text: the whole text. Read the file with `newline=""`, or line ends are changed before they are tokenized.
+        length: tokens per window, at least 2.
+        limit: keep at most this many windows, from the start; None keeps all.
+
+    Returns:
+        int64 `[windows, length]` on the CPU.
+
+    Raises:
+        ValueError: `length` or `limit` is too small, or the text is shorter than one window.
+    """
+    if length < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"windows need 2 tokens and there must be one of them: got length {length}, limit {limit}")
+    # verbose=False: the tokenizer would warn that the text is longer than the model's context, which is cut right here.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // length
+    if count == 0:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than the {length} of one window; give a longer text")
+    count = count if limit is None else min(count, limit)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+
+
+def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: bool = True) -> Evaluation:
+    """Compare a packed causal language model with its original, window by window.
+
+    The two may sit on different devices and have different dtypes; logits are compared in float32 on the original's
+    device. Nothing is kept of a window but one loss, divergence and agreement per prediction.
+
+    Args:
+        original, packed: causal language models of Transformers with the same vocabulary.
+        windows: int64 `[n, L]`, see `token_windows`. Token `i` of a window is predicted from those before it, so a
+            window has `L - 1` predictions.
+        progress: show a progress bar with the mean divergence so far.
+
+    Raises:
+        ValueError: the vocabularies differ in size, the windows do not fit the models, or a model computes NaN.
+    """
+    for model in (original, packed):
+        _check_windows(model, windows)
+    parts = []
+    running = 0.0
+    with _inference(original), _inference(packed):
+        bar = tqdm(windows, desc="Evaluating", unit="window", disable=not progress)
+        for index, window in enumerate(bar):
+            part = _compare(_logits(original, window), _logits(packed, window), window[1:])
+            _refuse_nan(part[0], "original", index)
+            _refuse_nan(part[1], "packed", index)
+            parts.append(part)
+            running += part[2].double().mean().item()
+            bar.set_postfix(kl=f"{running / (index + 1):.4f}")
+    loss_original, loss_packed, divergence, same = (torch.cat(column).double() for column in zip(*parts))
+    ordered = divergence.sort().values
+    return Evaluation(
+        perplexity_original=math.exp(loss_original.mean()),
+        perplexity_packed=math.exp(loss_packed.mean()),
+        kl_mean=ordered.mean().item(),
+        kl_median=_percentile(ordered, 50),
+        kl_p90=_percentile(ordered, 90),
+        kl_p99=_percentile(ordered, 99),
+        top1_agreement=same.mean().item(),
+        context_length=windows.shape[1],
+        windows=windows.shape[0],
+        predictions=len(ordered),
+    )
+
+
+def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> float:
+    """Perplexity of one causal language model over windows int64 `[n, L]`, `L - 1` predictions each.
+
+    Raises:
+        ValueError: the windows do not fit the model, or it computes NaN.
+    """
+    _check_windows(model, windows)
+    total = 0.0
+    with _inference(model):
+        bar = tqdm(windows, desc="Perplexity", unit="window", disable=not progress)
+        for index, window in enumerate(bar):
+            losses = _losses(_logits(model, window), window[1:])
+            _refuse_nan(losses, type(model).__name__, index)
+            total += losses.double().mean().item()
+            bar.set_postfix(ppl=f"{math.exp(total / (index + 1)):.2f}")
+    return math.exp(total / len(windows))
+
+
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
+    """Refuse what a model would answer with an index error deep inside, or with a device-side assertion."""
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}")
+    tokens = model.get_input_embeddings().weight.shape[0]
+    low, high = windows.min().item(), windows.max().item()
+    if low < 0 or high >= tokens:
+        raise ValueError(
+            f"the windows hold token ids {low} to {high}, but {type(model).__name__} knows {tokens} tokens; "
+            "tokenizer and model do not belong together"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and windows.shape[1] > positions:
+        raise ValueError(
+            f"windows of {windows.shape[1]} tokens are longer than the {positions} positions of {type(model).__name__}"
+        )
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; the model's training mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    """Logits `[L - 1, vocabulary]` of the predictions in one window `[L]`, in the model's dtype on its device."""
+    device = model.get_input_embeddings().weight.device
+    # Offloaded weights are on the meta device until accelerate's hook fetches them; it moves the input as well.
+    ids = window[None].to("cpu" if device.type == "meta" else device)
+    return model(input_ids=ids, use_cache=False).logits[0, :-1]
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(1, _CHUNK_BYTES // (_CHUNK_COPIES * 4 * vocabulary))
+
+
+def _compare(original: Tensor, packed: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Per prediction, on the CPU: loss of the original, loss of the packed model, KL in nats, same likeliest token.
+
+    Args:
+        original, packed: logits `[P, vocabulary]` of any floating dtype, on any devices.
+        targets: token ids int64 `[P]`.
+    """
+    if original.shape != packed.shape:
+        raise ValueError(
+            f"the original has a vocabulary of {original.shape[-1]} tokens, the packed model one of "
+            f"{packed.shape[-1]}; they cannot be compared"
+        )
+    rows = _chunk_rows(original.shape[-1])
+    chunks = zip(original.split(rows), packed.split(rows), targets.split(rows))
+    parts = [[column.cpu() for column in _compare_rows(*chunk)] for chunk in chunks]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def _compare_rows(original: Tensor, packed: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    packed = packed.to(original.device)
+    targets = targets.to(original.device)[:, None]
+    same = original.argmax(-1) == packed.argmax(-1)
+    log_p = original.float().log_softmax(-1)
+    log_q = packed.float().log_softmax(-1)
+    losses = -log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0]
+    # In place, because these are the large tensors. Tokens of probability 0 add nothing, whatever the logarithms are.
+    p = log_p.exp()
+    terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)
+    return *losses, terms.sum(-1), same
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of every target in nats, float32 `[P]` on the CPU."""
+    rows = _chunk_rows(logits.shape[-1])
+    parts = []
+    for chunk, target in zip(logits.split(rows), targets.split(rows)):
+        parts.append(nn.functional.cross_entropy(chunk.float(), target.to(chunk.device), reduction="none").cpu())
+    return torch.cat(parts)
+
+
+def _refuse_nan(losses: Tensor, which: str, window: int) -> None:
+    if losses.isnan().any():
+        raise ValueError(
+            f"the logits of the {which} model are NaN in window {window}. In float16 its activations may overflow: "
+            "evaluate in bfloat16 or float32"
+        )
+
+
+def _percentile(ordered: Tensor, percent: float) -> float:
+    """Percentile of ascending values `[P]`, with linear interpolation. `torch.quantile` stops at 16 million values."""
+    position = (len(ordered) - 1) * percent / 100
+    below, above = math.floor(position), math.ceil(position)
+    return torch.lerp(ordered[below], ordered[above], position - below).item()

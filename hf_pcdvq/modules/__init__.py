@@ -1,0 +1,5 @@
+"""Layers that hold packed tensors."""
+
+from .linear import QuantLinear, parameter_name
+
+__all__ = ["QuantLinear", "parameter_name"]

@@ -1,0 +1,283 @@
+"""The `HfQuantizer` classes: the hooks through which Transformers quantizes, loads and saves. No arithmetic.
+
+On-the-fly: `_process_model_before_weight_loading` swaps layers on the meta device, then every dense weight that arrives
+goes through `Quantize`, one at a time. Pre-packed: the same swap, the packed tensors load by name like any others. With
+`dequantize=True` there is no swap and `Dequantize` turns packed tensors into dense ones while they load.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.logging import is_progress_bar_enabled
+
+from .checkpoint import check_stored
+from .config import PackedConfig
+from .modules import QuantLinear, parameter_name
+from .select import select_layers
+from .version import FORMAT_VERSION
+
+logger = logging.getLogger(__name__)
+
+
+class PassThrough(ConversionOps):
+    """Leaves tensors as they are. The packed tensors are saved under their own names, so nothing is to be reverted."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class Quantize(ConversionOps):
+    """One dense weight -> the packed tensors of its layer."""
+
+    def __init__(self, hf_quantizer: PackedHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        (name, weight), *_ = input_dict.items()
+        weight = weight[0] if isinstance(weight, list) else weight
+        try:
+            packed = self.hf_quantizer.quantization_config.codec.encode(weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self.hf_quantizer.report_progress(name)
+        stem = name.removesuffix("weight")
+        return {stem + parameter_name(suffix): tensor for suffix, tensor in packed.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()
+
+
+class Dequantize(ConversionOps):
+    """The packed tensors of a layer -> its dense weight; any other parameter called `weight` passes through.
+
+    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
+    """
+
+    def __init__(self, hf_quantizer: PackedHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        dtype = get_module_from_name(model, full_layer_name)[0].weight.dtype
+        codec = self.hf_quantizer.quantization_config.codec
+        suffixes = {suffix: parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)}
+        missing = [name for name in suffixes.values() if name not in tensors]
+        if len(missing) == len(suffixes) - 1:  # a dense weight has no companions
+            return {full_layer_name: tensors["weight"].to(dtype)}
+        if missing:
+            raise ValueError(f"{full_layer_name}: packed tensors {', '.join(missing)} are missing in the checkpoint")
+        packed = {suffix: tensors[name] for suffix, name in suffixes.items()}
+        in_features = get_module_from_name(model, full_layer_name)[0].in_features
+        tables = {name: table.to(packed[""].device) for name, table in codec.tables(in_features).items()}
+        return {full_layer_name: codec.decode(packed, tables, dtype)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()
+
+
+class PackedHfQuantizer(HfQuantizer):
+    """What both methods share: everything but the codec, which the config makes."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        codec = quantization_config.codec
+        names = [parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)]
+        self.serialized_names = {"weight": names}
+        self._progress: tqdm | None = None
+
+    # ---------------------------------------------------------------------------------------- before loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.quantization_config.dequantize:
+            raise ValueError(
+                "dequantize=True decodes a model that is packed already; this checkpoint is not. "
+                "Leave it out to quantize, or load without a quantization_config"
+            )
+
+    def read_header(self, file: str) -> None:
+        """Transformers calls this for `gguf_file=`."""
+        raise ValueError(
+            f"cannot quantize while loading the GGUF file {file}: its own format would be lost on the way. "
+            "Convert it first, with hf_pcdvq.gguf.dense_from_gguf or `hf-pcdvq quantize --gguf-file`"
+        )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        # Encoding and decoding belong on the accelerator if there is one; None would leave both on the CPU.
+        if device_map is None and torch.accelerator.is_available():
+            accelerator = torch.accelerator.current_accelerator()
+            return {"": f"{accelerator.type}:{torch.accelerator.current_device_index()}"}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if config.dequantize:
+            return
+        skip = self._modules_to_skip(model)
+        tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+        selected, left = select_layers(
+            model, config.codec, skip, config.modules_to_convert, tied, model.base_model_prefix
+        )
+        if not selected:
+            raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
+        for name in selected:
+            model.set_submodule(name, self._empty_layer(model.get_submodule(name)))
+        if self.pre_quantized:
+            self._check_checkpoint(model, checkpoint_files)
+        else:
+            config.modules_to_not_convert = sorted(skip)
+            config.left_unpacked = left
+            self._progress = tqdm(total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled())
+
+    def _modules_to_skip(self, model: nn.Module) -> list[str]:
+        """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.
+
+        A packed model takes what is stored: the defaults depend on the class that it is opened with. Only the output
+        head is added, which a model that was packed as a bare `AutoModel` does not know of.
+        """
+        asked = self.quantization_config.modules_to_not_convert or []
+        if self.pre_quantized:
+            head = model.get_output_embeddings()
+            return asked + [name for name, module in model.named_modules() if head is not None and module is head]
+        return self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
+
+    def _empty_layer(self, linear: nn.Linear) -> QuantLinear:
+        bias = linear.bias is not None
+        dtype = linear.bias.dtype if bias else None
+        layer = QuantLinear(
+            linear.in_features, linear.out_features, bias, self.quantization_config.codec, dtype, "meta"
+        )
+        # Transformers would try to draw missing integers from a normal distribution; they are checked instead.
+        layer._is_hf_initialized = True
+        return layer
+
+    def _check_checkpoint(self, model: nn.Module, files: list[str] | None) -> None:
+        if files and all(str(file).endswith(".safetensors") for file in files):
+            expected = {
+                name: (tuple(parameter.shape), parameter.dtype)
+                for name, parameter in model.named_parameters()
+                if isinstance(get_module_from_name(model, name)[0], QuantLinear) and not name.endswith(".bias")
+            }
+            check_stored(expected, files, model.base_model_prefix)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        distributed = getattr(model.config, "distributed_config", None)
+        if distributed is not None and (getattr(distributed, "tp_size", None) or 1) > 1:
+            raise NotImplementedError(
+                "hf_pcdvq does not support tensor parallelism yet: scales per channel would be cut along the inputs. "
+                "Load with device_map='auto' to spread the model over several GPUs"
+            )
+        super().update_parallel_plan(model, plan)
+
+    # --------------------------------------------------------------------------------------- while it loads
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(module, QuantLinear) and name == "weight"
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"dequantize": Dequantize}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if self.pre_quantized:
+            return super().get_weight_conversions()
+        # Disk offloading reads a weight from the source checkpoint unless a converter is said to have changed it.
+        return [WeightConverter("weight", "weight", [PassThrough()])]
+
+    def report_progress(self, name: str) -> None:
+        """Advance the progress bar by the layer whose weight is called `name`."""
+        if self._progress is not None:
+            self._progress.set_postfix_str(name.removesuffix(".weight"), refresh=False)
+            self._progress.update()
+
+    # ----------------------------------------------------------------------------------------- after loading
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        missing = [
+            f"{name}.{parameter}"
+            for name, layer in layers.items()
+            for parameter, tensor in layer.named_parameters(recurse=False)
+            if not _loaded(layer, parameter, tensor)
+        ]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} tensors of packed layers were not in the checkpoint: {', '.join(missing[:8])}"
+                f"{', ...' if len(missing) > 8 else ''}. The model would compute with random weights"
+            )
+        for layer in layers.values():
+            layer.reset_tables()
+        if not self.pre_quantized:
+            self._print_summary(len(layers))
+
+    def _print_summary(self, layers: int) -> None:
+        left = self.quantization_config.left_unpacked
+        lines = [f"  {name}: {why}" for name, why in left.items()]
+        logger.warning("\n".join([f"Packed {layers} layers; left as they were:", *lines]))
+
+    # ------------------------------------------------------------------------------------ saving and the rest
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, {"hf_pcdvq_format_version": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        for name, layer in layers.items():
+            if layer.weight.device.type == "meta":
+                raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.dequantize(dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class PcdvqHfQuantizer(PackedHfQuantizer):
+    """Quantizer of `PcdvqConfig`."""
+
+
+class CcqHfQuantizer(PackedHfQuantizer):
+    """Quantizer of `CcqConfig`."""
+
+
+def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a parameter came from the checkpoint (or from quantizing it); offloaded ones live with their hook."""
+    if tensor.device.type != "meta":
+        return getattr(tensor, "_is_hf_initialized", False)
+    weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+    return weights is not None and name in weights

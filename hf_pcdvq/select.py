@@ -1,0 +1,95 @@
+"""Which layers are packed, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .codecs.base import Codec
+
+
+def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
+    """A module's name as `AutoModelForCausalLM` and as `AutoModel` know it."""
+    if not base_prefix:
+        return (name,)
+    return name, f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")
+
+
+def matches(name: str, patterns: list[str], base_prefix: str) -> bool:
+    """Whether a pattern matches the module: as a prefix at a module border, a regular expression or a suffix."""
+    return any(not should_convert_module(spelling, patterns) for spelling in _spellings(name, base_prefix))
+
+
+def select_layers(
+    model: nn.Module,
+    codec: Codec,
+    skip: list[str],
+    only: list[str] | None,
+    tied: set[str],
+    base_prefix: str,
+) -> tuple[list[str], dict[str, str]]:
+    """Decide which layers of a model are packed.
+
+    Args:
+        model: the model, possibly on the meta device.
+        codec: the packed format, which limits the number of inputs.
+        skip: patterns of modules to leave alone.
+        only: patterns of the modules to pack, or None for all; then `skip` does not matter.
+        tied: names of parameters that share their storage with another.
+        base_prefix: name of the base model's attribute, which `AutoModel` strips from names.
+
+    Returns:
+        The names of the layers to pack, in the model's order, and a dictionary of the parameters of two and more
+        dimensions that are left as they are, layer numbers folded to `*`, with the reason.
+
+    Raises:
+        ValueError: `only` names a module that cannot be packed, or a pattern of it matches none that can.
+    """
+    packed: list[str] = []
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        matrices = [key for key, tensor in module.named_parameters(name, recurse=False) if tensor.ndim > 1]
+        if not matrices:
+            continue
+        reason = "tied to another weight" if tied.intersection(matrices) else _obstacle(module, codec)
+        if reason and only and set(only).intersection(_spellings(name, base_prefix)):
+            raise ValueError(f"modules_to_convert asks for {name!r}, which cannot be packed: {reason}")
+        if only is not None and not matches(name, only, base_prefix):
+            reason = reason or "not in modules_to_convert"
+        elif only is None and matches(name, skip, base_prefix):
+            reason = reason or "in modules_to_not_convert"
+        if reason:
+            reasons.update(dict.fromkeys(matrices, reason))
+        else:
+            packed.append(name)
+    for pattern in only or ():
+        if not any(matches(name, [pattern], base_prefix) for name in packed):
+            raise ValueError(f"modules_to_convert: {pattern!r} matches no layer that can be packed")
+    return packed, _fold(reasons)
+
+
+def _obstacle(module: nn.Module, codec: Codec) -> str | None:
+    """Why a module cannot be packed, or None if it can."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module) is not nn.Linear:
+        shapes = [list(tensor.shape) for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
+        return f"{type(module).__name__} {shapes} is not nn.Linear"
+    if not module.weight.is_floating_point() or module.weight.dtype.itemsize == 1:
+        return f"weights are {module.weight.dtype}"
+    if module.in_features % codec.multiple:
+        return f"{module.in_features} input features are not a multiple of {codec.multiple}"
+    return None
+
+
+def _fold(reasons: dict[str, str]) -> dict[str, str]:
+    """`{"model.layers.0.x.weight": why, "model.layers.1.x.weight": why}` -> `{"model.layers.*.x.weight": "why (x2)"}`."""
+    counts = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why) for name, why in reasons.items())
+    folded: dict[str, str] = {}
+    for (name, why), count in counts.items():
+        entry = why if count == 1 else f"{why} (x{count})"
+        folded[name] = f"{folded[name]}; {entry}" if name in folded else entry
+    return folded

@@ -1,0 +1,39 @@
+"""Decoding of PCDVQ codes. The format is described in `hf_pcdvq/codecs/polar.py`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
+
+
+def _bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """Split each integer into `count` fields of `width` bits, lowest first: `[..., n]` -> `[..., n, count]`."""
+    shifts = torch.arange(0, width * count, width, device=words.device, dtype=torch.int32)
+    return (words[..., None] >> shifts) & ((1 << width) - 1)
+
+
+def dequantize(
+    weight: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    scale: torch.Tensor,
+    patterns: torch.Tensor,
+    levels: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `hf_pcdvq_kernels.pcdvq_dequantize`. Computes in float32, rounds once to `dtype`."""
+    rows, vectors = weight.shape
+    words = weight.to(torch.int32)
+    index = (words >> SIGN_BITS) & (patterns.shape[0] - 1)
+    if magnitude is None:
+        level = (words >> (16 - MAGNITUDE_BITS)) & 3
+    else:
+        level = _bits(magnitude.to(torch.int32), MAGNITUDE_BITS, 4).reshape(rows, -1)
+
+    negative = _bits(words, 1, SIGN_BITS)
+    parity = negative.sum(-1, keepdim=True, dtype=torch.int32) & 1
+    sign = 1 - 2 * torch.cat([negative, parity], -1)
+
+    factor = scale.float()[:, None] * levels.float()[level]
+    vector = (patterns[index].to(torch.int32) * sign).float()
+    return (factor[..., None] * vector).reshape(rows, vectors * VECTOR).to(dtype)

@@ -1,0 +1,51 @@
+"""Weights decoded slice by slice, so that temporaries stay bounded however large a layer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Weights decoded at a time. Decoding needs about 20 bytes of temporaries a weight, so a slice stays near 20 MiB
+# however large the layer is, and is still large enough to keep a CPU's matrix product busy.
+SLICE = 1 << 20
+
+
+def _slices(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLICE // columns)
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def sliced_dequantize(
+    rows: int, columns: int, decode: Callable[[int, int], torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows."""
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    for start, stop in _slices(rows, columns):
+        out[start:stop] = decode(start, stop)
+    return out
+
+
+def sliced_matmul(
+    x: torch.Tensor,
+    rows: int,
+    columns: int,
+    decode: Callable[[int, int], torch.Tensor],
+    transposed: bool,
+) -> torch.Tensor:
+    """`x @ W.T` (or `x @ W` where `transposed`) for a `W` `[rows, columns]` of which `decode(start, stop)` gives rows.
+
+    The transposed product sums over slices in float32, whatever the dtype of `x`.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if transposed:
+        out = flat.new_zeros(flat.shape[0], columns, dtype=torch.promote_types(x.dtype, torch.float32))
+    else:
+        out = flat.new_empty(flat.shape[0], rows)
+    for start, stop in _slices(rows, columns):
+        block = decode(start, stop)
+        if transposed:
+            out += flat[:, start:stop] @ block
+        else:
+            out[:, start:stop] = flat @ block.T
+    return out.reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)

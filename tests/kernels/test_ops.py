@@ -1,0 +1,202 @@
+"""The ops: schema, fake implementation, derivative, agreement with an explicit product, and every refusal."""
+
+import hf_pcdvq_kernels as ops
+import pytest
+import torch
+from hf_pcdvq_kernels.reference import sliced
+
+NAMESPACE = torch.ops.hf_pcdvq_kernels
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# The product is compared with one of the same decoded weight in float64, so only the rounding of the inputs' dtype and
+# of the accumulation is left: a few units in the last place of the result's dtype.
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
+SETTINGS = ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625"]
+# rows x inputs; inputs a multiple of 64, with odd numbers of groups among them
+SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088)]
+
+
+def random_packed(setting, rows, columns, seed=0):
+    """Packed tensors of random bits: every bit pattern is a valid code."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bits(dtype, *shape):
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)
+
+    def positive(*shape):
+        return torch.rand(shape, generator=generator) + 0.1
+
+    method, layout = setting.split()
+    if method == "pcdvq":
+        split = layout == "2.25"
+        patterns = torch.randint(0, 100, (512 if split else 128, 8), generator=generator).to(torch.int8)
+        magnitude = bits(torch.uint8, rows, columns // 32) if split else None
+        return [bits(torch.int16, rows, columns // 8), magnitude, positive(rows), patterns, positive(4) / 127]
+    if layout == "2.0625":
+        local = bits(torch.uint8, rows, (columns // 64 + 1) // 2)
+        code = positive(rows) * 100, positive(rows) * 50
+        return [bits(torch.uint8, rows, columns // 4), positive(rows), local, *code, layout]
+    words = (torch.uint8, 22) if layout == "2.75" else (torch.int16, 10)
+    return [bits(words[0], rows, columns // 64 * words[1]), positive(rows) / 100, None, None, None, layout]
+
+
+def op_pair(setting):
+    method = setting.split()[0]
+    return getattr(NAMESPACE, f"{method}_dequantize"), getattr(NAMESPACE, f"{method}_matmul")
+
+
+def relative_error(value, reference):
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_opcheck_dequantize(setting):
+    dequantize, _ = op_pair(setting)
+    torch.library.opcheck(dequantize, (*random_packed(setting, 5, 192), torch.bfloat16))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_opcheck_matmul(setting, transposed):
+    _, matmul = op_pair(setting)
+    x = torch.randn(3, 5 if transposed else 192, requires_grad=True)
+    torch.library.opcheck(matmul, (x, *random_packed(setting, 5, 192)), {"transposed": transposed})
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_opcheck_hadamard(inverse):
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    torch.library.opcheck(NAMESPACE.hadamard, (torch.randn(3, 12, requires_grad=True), signs), {"inverse": inverse})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
+    dequantize, matmul = op_pair(setting)
+    packed = random_packed(setting, *shape)
+    weight = dequantize(*packed, dtype).double()
+    for batch in [(1,), (3, 7)]:
+        x = torch.randn(*batch, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        out = matmul(x, *packed)
+        assert out.shape == (*batch, shape[0]) and out.dtype == dtype
+        assert relative_error(out, x.double() @ weight.T) < TOLERANCE[dtype]
+        grad = torch.randn(*batch, shape[0], generator=torch.Generator().manual_seed(2)).to(dtype)
+        assert relative_error(matmul(grad, *packed, transposed=True), grad.double() @ weight) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_slices_join_into_the_same_weight(setting, monkeypatch):
+    dequantize, matmul = op_pair(setting)
+    packed = random_packed(setting, 123, 576)
+    x, grad = torch.randn(4, 576), torch.randn(4, 123)
+    whole = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
+    monkeypatch.setattr(sliced, "SLICE", 576 * 10)  # 13 slices, the last one short
+    # outputs start as NaN, so a slice that is left out shows
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
+    cut = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
+    assert torch.equal(cut[0], whole[0])
+    for part, reference in zip(cut[1:], whole[1:]):
+        assert relative_error(part, reference.double()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_gradient_in_the_input(setting):
+    dequantize, matmul = op_pair(setting)
+    packed = random_packed(setting, 7, 64)
+    x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: matmul(value, *packed), x)
+    assert torch.autograd.gradgradcheck(lambda value: matmul(value, *packed), x)
+
+
+@pytest.mark.parametrize("block", [1, 2, 64, 128])
+def test_hadamard_matches_the_definition(block):
+    """H[i, j] = (-1)^popcount(i & j), an independent form of Sylvester's construction."""
+    signs = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(block)])
+    entries = [[(-1.0) ** bin(i & j).count("1") for j in range(block)] for i in range(block)]
+    rotation = torch.tensor(entries, dtype=torch.float64) * signs * block**-0.5
+    x = torch.randn(5, 3 * block, dtype=torch.float64)
+    expected = torch.cat([part @ rotation.T for part in x.split(block, -1)], -1)
+    # float64 in, float64 arithmetic: only rounding of the products is left
+    torch.testing.assert_close(ops.hadamard(x, signs), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ops.hadamard(ops.hadamard(x, signs), signs, inverse=True), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hadamard_rounds_once(dtype):
+    """Low-precision input is rotated in float32: the result is the rounding of the exact one."""
+    signs = torch.ones(128)
+    x = torch.randn(16, 256).to(dtype)
+    exact = ops.hadamard(x.double(), signs)
+    assert ops.hadamard(x, signs).dtype == dtype
+    # float32 itself also accumulates the rounding of 128 products
+    assert relative_error(ops.hadamard(x, signs), exact) < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+
+
+def test_hadamard_of_a_strided_view():
+    x = torch.randn(8, 6).T
+    # the matrix product may sum in another order
+    torch.testing.assert_close(ops.hadamard(x, torch.ones(8)), ops.hadamard(x.contiguous(), torch.ones(8)))
+
+
+def changed(packed, index, value):
+    return [value if position == index else item for position, item in enumerate(packed)]
+
+
+PCDVQ = random_packed("pcdvq 2.25", 4, 64)
+CLUSTER = random_packed("ccq 2.0625", 4, 64)
+BAD_PACKED = [
+    ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must be"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :7], ValueError, "multiple of 4"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0].T.contiguous().T, ValueError, "weight must be contiguous"),
+    ("pcdvq", PCDVQ, 1, PCDVQ[1][:3], ValueError, "magnitude must have shape"),
+    ("pcdvq", PCDVQ, 1, None, ValueError, "patterns must have shape"),
+    ("pcdvq", PCDVQ, 2, PCDVQ[2].half(), TypeError, "scale must be torch.float32"),
+    ("pcdvq", PCDVQ, 2, PCDVQ[2][:3], ValueError, "scale must have shape"),
+    ("pcdvq", PCDVQ, 3, PCDVQ[3][:100], ValueError, "patterns must have shape"),
+    ("pcdvq", PCDVQ, 4, PCDVQ[4].to("meta"), ValueError, "levels is on meta"),
+    ("ccq", CLUSTER, 0, CLUSTER[0].short(), TypeError, "weight must be torch.uint8"),
+    ("ccq", CLUSTER, 0, CLUSTER[0][:, :15], ValueError, "multiple of 16"),
+    ("ccq", CLUSTER, 2, None, ValueError, "local_scale is required"),
+    ("ccq", CLUSTER, 2, CLUSTER[2][:, :0], ValueError, "local_scale must have shape"),
+    ("ccq", CLUSTER, 3, CLUSTER[3].double(), TypeError, "code_scale must be torch.float32"),
+    ("ccq", CLUSTER, 5, "3.0", ValueError, "layout must be one of"),
+    ("ccq", random_packed("ccq 2.5", 4, 64), 2, CLUSTER[2], ValueError, "local_scale must be None"),
+]
+
+
+@pytest.mark.parametrize("method, packed, index, value, error, message", BAD_PACKED)
+def test_wrong_packed_tensors_are_refused(method, packed, index, value, error, message):
+    bad = changed(packed, index, value)
+    with pytest.raises(error, match=message):
+        getattr(ops, f"{method}_dequantize")(*bad, torch.float32)
+    with pytest.raises(error, match=message):
+        getattr(ops, f"{method}_matmul")(torch.randn(2, 64), *bad)
+
+
+@pytest.mark.parametrize("method, packed", [("pcdvq", PCDVQ), ("ccq", CLUSTER)])
+def test_wrong_inputs_are_refused(method, packed):
+    matmul, dequantize = getattr(ops, f"{method}_matmul"), getattr(ops, f"{method}_dequantize")
+    with pytest.raises(ValueError, match="last dimension of x must be 64"):
+        matmul(torch.randn(2, 65), *packed)
+    with pytest.raises(ValueError, match=r"last dimension of x must be 4 .*transposed"):
+        matmul(torch.randn(2, 64), *packed, transposed=True)
+    with pytest.raises(TypeError, match="x must be one of"):
+        matmul(torch.ones(2, 64, dtype=torch.int64), *packed)
+    with pytest.raises(ValueError, match="x is on meta"):
+        matmul(torch.randn(2, 64, device="meta"), *packed)
+    with pytest.raises(TypeError, match="dtype must be one of"):
+        dequantize(*packed, torch.int32)
+
+
+def test_wrong_rotations_are_refused():
+    with pytest.raises(ValueError, match="power-of-two length, got 6"):
+        ops.hadamard(torch.randn(2, 12), torch.ones(6))
+    with pytest.raises(ValueError, match="multiple of the block of 8"):
+        ops.hadamard(torch.randn(2, 12), torch.ones(8))
+    with pytest.raises(TypeError, match="signs must be torch.float32"):
+        ops.hadamard(torch.randn(2, 8), torch.ones(8, dtype=torch.int8))
+    with pytest.raises(TypeError, match="x must be one of"):
+        ops.hadamard(torch.ones(2, 8, dtype=torch.int32), torch.ones(8))

@@ -1,0 +1,71 @@
+"""The configs: what they accept, what they refuse and how, and that they survive JSON."""
+
+import json
+
+import pytest
+from hf_pcdvq import CcqConfig, PcdvqConfig
+
+
+@pytest.mark.parametrize("bits", [2.0, 2.25, 2])
+def test_pcdvq_survives_json(bits):
+    config = PcdvqConfig(bits=bits, magnitude="norm", modules_to_not_convert=["mlp"], hadamard_seed=7)
+    again = PcdvqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.codec == config.codec
+    assert again.codec.bits == bits and again.codec.seed == 7 and again.codec.magnitude == "norm"
+
+
+@pytest.mark.parametrize("layout", ["2.75", "2.5", "2.0625"])
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_ccq_survives_json(layout, hadamard):
+    config = CcqConfig(layout=layout, hadamard=hadamard)
+    again = CcqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.codec.layout == layout and bool(again.codec.max_block) == hadamard
+
+
+REFUSED = [
+    (PcdvqConfig, {"bits": 3}, r"bits must be one of 2.0, 2.25, got 3"),
+    (PcdvqConfig, {"bits": "2.0"}, r"bits must be one of 2.0, 2.25, got '2.0'"),
+    (PcdvqConfig, {"magnitude": "median"}, r"magnitude must be one of 'projection', 'norm', got 'median'"),
+    (PcdvqConfig, {"codebook": "e8p"}, r"unknown codebook 'e8p'.* pcdvq-a14-v1"),
+    (PcdvqConfig, {"bits": 2.0, "codebook": "pcdvq-a16-v1"}, r"'pcdvq-a16-v1' is for 2.25 bits, but bits is 2.0"),
+    (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode other weights"),
+    (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', got '2'"),
+    (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
+    (CcqConfig, {"hadamard": 1}, r"hadamard must be one of False, True, got 1"),
+    (CcqConfig, {"hadamard_block": 100}, r"hadamard_block must be a power of two from 8 to 1024, got 100"),
+    (PcdvqConfig, {"hadamard_seed": -1}, r"hadamard_seed must be an integer from 0 .*, got -1"),
+    (PcdvqConfig, {"hadamard_seed": True}, r"hadamard_seed must be an integer .*, got True"),
+    (PcdvqConfig, {"modules_to_not_convert": "lm_head"}, r"modules_to_not_convert must be a list .*, got 'lm_head'"),
+    (CcqConfig, {"modules_to_convert": [3]}, r"modules_to_convert must be a list .*, got \[3\]"),
+    (CcqConfig, {"dequantize": "yes"}, r"dequantize must be one of False, True, got 'yes'"),
+    (CcqConfig, {"format_version": "1"}, r"format_version must be an integer .*, got '1'"),
+    (CcqConfig, {"quant_method": "pcdvq"}, r"quant_method must be 'ccq', got 'pcdvq'"),
+    (PcdvqConfig, {"bit": 2.0}, r"PcdvqConfig: unknown field 'bit'"),
+]
+
+
+@pytest.mark.parametrize("config, fields, message", REFUSED)
+def test_bad_fields_are_refused_by_name(config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_a_newer_format_is_refused_with_its_version():
+    fields = {**CcqConfig().to_dict(), "format_version": 7, "trellis": "wide"}
+    with pytest.raises(ValueError, match=r"format_version 7 is newer than 1.*fields unknown here: trellis.*pip install"):
+        CcqConfig.from_dict(fields)
+    with pytest.raises(ValueError, match="format_version 7 is newer"):
+        CcqConfig(format_version=7)
+
+
+def test_the_wish_to_dequantize_is_not_saved():
+    assert "dequantize" not in PcdvqConfig(dequantize=True).to_dict()
+
+
+def test_configs_do_not_share_lists():
+    names = ["mlp"]
+    config = PcdvqConfig(modules_to_not_convert=names)
+    names.append("lm_head")
+    assert config.modules_to_not_convert == ["mlp"]
