@@ -146,7 +146,9 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
 def _check_windows(model: nn.Module, windows: Tensor) -> None:
     """Refuse what a model would answer with an index error deep inside, or with a device-side assertion."""
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}")
+        raise ValueError(
+            f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}"
+        )
     tokens = model.get_input_embeddings().weight.shape[0]
     low, high = windows.min().item(), windows.max().item()
     if low < 0 or high >= tokens:

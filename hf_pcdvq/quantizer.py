@@ -8,6 +8,7 @@ goes through `Quantize`, one at a time. Pre-packed: the same swap, the packed te
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -38,57 +39,69 @@ class PassThrough(ConversionOps):
         return self
 
 
-class Quantize(ConversionOps):
-    """One dense weight -> the packed tensors of its layer."""
+class LoadOperation(ConversionOps):
+    """An op that runs while a parameter loads and can fail by name.
 
-    def __init__(self, hf_quantizer: PackedHfQuantizer):
-        self.hf_quantizer = hf_quantizer
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        (name, weight), *_ = input_dict.items()
-        weight = weight[0] if isinstance(weight, list) else weight
-        try:
-            packed = self.hf_quantizer.quantization_config.codec.encode(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        self.hf_quantizer.report_progress(name)
-        stem = name.removesuffix("weight")
-        return {stem + parameter_name(suffix): tensor for suffix, tensor in packed.items()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return PassThrough()
-
-
-class Dequantize(ConversionOps):
-    """The packed tensors of a layer -> its dense weight; any other parameter called `weight` passes through.
-
-    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
+    Transformers catches what an op raises, goes on with the next parameter and ends in an error that names neither
+    tensor nor reason. So the first failure is kept, the remaining work is skipped, and the hook after loading raises it.
     """
 
     def __init__(self, hf_quantizer: PackedHfQuantizer):
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadOperation:
+        # Transformers copies the op for every parameter; the failure must reach the one quantizer.
+        return type(self)(self.hf_quantizer)
+
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
     ) -> dict[str, Tensor]:
+        if self.hf_quantizer.failure is not None:
+            return {}
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        dtype = get_module_from_name(model, full_layer_name)[0].weight.dtype
-        codec = self.hf_quantizer.quantization_config.codec
-        suffixes = {suffix: parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)}
-        missing = [name for name in suffixes.values() if name not in tensors]
-        if len(missing) == len(suffixes) - 1:  # a dense weight has no companions
-            return {full_layer_name: tensors["weight"].to(dtype)}
-        if missing:
-            raise ValueError(f"{full_layer_name}: packed tensors {', '.join(missing)} are missing in the checkpoint")
-        packed = {suffix: tensors[name] for suffix, name in suffixes.items()}
-        in_features = get_module_from_name(model, full_layer_name)[0].in_features
-        tables = {name: table.to(packed[""].device) for name, table in codec.tables(in_features).items()}
-        return {full_layer_name: codec.decode(packed, tables, dtype)}
+        try:
+            return self.apply(tensors, full_layer_name, get_module_from_name(model, full_layer_name)[0])
+        except ValueError as error:
+            self.hf_quantizer.failure = f"{full_layer_name}: {error}"
+            return {}
+
+    @abstractmethod
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Turn what the checkpoint holds of the parameter `name` of `module` into parameters of the model."""
 
     @property
     def reverse_op(self) -> ConversionOps:
         return PassThrough()
+
+
+class Quantize(LoadOperation):
+    """One dense weight -> the packed tensors of its layer."""
+
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        (weight,) = tensors.values()
+        packed = module.codec.encode(weight)
+        self.hf_quantizer.report_progress(name)
+        stem = name.removesuffix("weight")
+        return {stem + parameter_name(suffix): tensor for suffix, tensor in packed.items()}
+
+
+class Dequantize(LoadOperation):
+    """The packed tensors of a layer -> its dense weight; any other parameter called `weight` passes through.
+
+    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
+    """
+
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        codec = self.hf_quantizer.quantization_config.codec
+        names = {suffix: parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)}
+        missing = [key for key in names.values() if key not in tensors]
+        if len(missing) == len(names) - 1 and tensors["weight"].is_floating_point():
+            return {name: tensors["weight"].to(module.weight.dtype)}
+        if missing:
+            raise ValueError(f"{', '.join(missing)} not in the checkpoint")
+        packed = {suffix: tensors[key] for suffix, key in names.items()}
+        tables = {key: table.to(packed[""].device) for key, table in codec.tables(module.in_features).items()}
+        return {name: codec.decode(packed, tables, module.weight.dtype)}
 
 
 class PackedHfQuantizer(HfQuantizer):
@@ -102,6 +115,7 @@ class PackedHfQuantizer(HfQuantizer):
         codec = quantization_config.codec
         names = [parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)]
         self.serialized_names = {"weight": names}
+        self.failure: str | None = None
         self._progress: tqdm | None = None
 
     # ---------------------------------------------------------------------------------------- before loading
@@ -219,6 +233,8 @@ class PackedHfQuantizer(HfQuantizer):
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+        if self.failure is not None:
+            raise ValueError(self.failure)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         missing = [
             f"{name}.{parameter}"
@@ -246,7 +262,8 @@ class PackedHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         return None, {"hf_pcdvq_format_version": str(FORMAT_VERSION)}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config may hold its name
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         for name, layer in layers.items():
             if layer.weight.device.type == "meta":

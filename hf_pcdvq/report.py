@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from .checkpoint import StoredTensor, checkpoint_files, read_headers
 from .codecs.base import Codec
 from .config import PackedConfig
+from .evaluate import Evaluation
 from .modules import parameter_name
 from .registration import METHODS
 
@@ -61,7 +61,12 @@ class LayerCount:
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.nbytes,
             "tensors": [
-                {"name": tensor.name, "dtype": _dtype(tensor), "shape": list(tensor.shape), "bytes": tensor.nbytes}
+                {
+                    "name": tensor.name,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": list(tensor.shape),
+                    "bytes": tensor.nbytes,
+                }
                 for tensor in self.tensors
             ],
         }
@@ -249,10 +254,6 @@ def _natural(name: str) -> list[tuple[bool, int | str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
-def _dtype(tensor: StoredTensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.") if isinstance(tensor.dtype, torch.dtype) else tensor.dtype
-
-
 # ---------------------------------------------------------------------------------------------------- for a terminal
 
 
@@ -283,7 +284,7 @@ def size_table(count: FolderCount) -> Table:
     table.add_row("method", describe_config(count.config) if count.config else "not packed")
     table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
     table.add_row("embeddings", readable_size(count.embedding_bytes))
-    table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "none of its own")
+    table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
     table.add_row("everything else", readable_size(count.other_bytes))
     table.add_row("headers", readable_size(count.header_bytes))
     table.add_row("safetensors files", readable_size(count.file_bytes), style="bold")
@@ -318,4 +319,16 @@ def left_table(count: FolderCount) -> Table:
     table.add_column("reason", overflow="fold")
     for name, reason in count.left_unpacked.items():
         table.add_row(name, reason)
+    return table
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """The figures of a comparison, with what they were taken over."""
+    windows = f"{result.windows} windows of {result.context_length} tokens, {result.predictions:,} predictions"
+    table = Table(title=windows, title_justify="left", show_header=False)
+    table.add_row("perplexity of the original", f"{result.perplexity_original:.3f}")
+    table.add_row("perplexity of the packed model", f"{result.perplexity_packed:.3f}")
+    table.add_row("KL(original || packed), mean", f"{result.kl_mean:.5f} nats")
+    table.add_row("median, 90 %, 99 %", f"{result.kl_median:.5f}, {result.kl_p90:.5f}, {result.kl_p99:.5f}")
+    table.add_row("same likeliest token", f"{100 * result.top1_agreement:.2f} %")
     return table

@@ -12,8 +12,8 @@ Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are row
     2.5      int16 [N, 10 G]      float32 [N]   -                       -
     2.0625   uint8 [N, 16 G]      float32 [N]   uint8 [N, ceil(G/2)]    float32 [N] each
 
-Weight i = 0..63 of a group is a window of one of the group's words. Words of 2.5 are unsigned 16-bit patterns that int16
-merely holds.
+Weight i = 0..63 of a group is a window of one of the group's words. The words of 2.5 are unsigned 16-bit patterns; int16
+is only their container.
 
     layout   word            window                            value         integer group scale
     2.75     b = word i//3   (b >> (4,2,0)[i%3]) & 15          window - 8    word 21 & 15
@@ -26,8 +26,8 @@ the stored byte stands for a code word of 15 bits by a linear map ("code cluster
 
 Decoding, in float32: the weight is `(integer group scale * scale[n]) * value`.
 
-Encoding minimizes the squared error: the best code word for a given scale is found exactly, by a Viterbi search over the
-shared bits or, for 2.0625, over all 256 bytes; the group scale is the best of a few integers around an estimate.
+Encoding minimizes the squared error. The best code word for a given scale is found exactly, by a Viterbi search over
+the shared bits or, for 2.0625, among all 256 bytes; the group scale is the best of a few integers around an estimate.
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ from torch.nn.functional import pad
 
 from .base import Codec, Packed, Specs
 
-# The code cluster that we write, the best that `scripts/search_code_cluster.py` found for normal weights. Multiples of
-# 1/16 make `byte * scale + zero + 0.5` exact in float32, so that fused and separate arithmetic decode alike.
+# The code cluster that we write, the best that `scripts/search_code_cluster.py` found for normal weights. For multiples
+# of 1/16, `byte * code_scale + code_zero + 0.5` is exact in float32: fused and separate arithmetic decode alike.
 CODE_SCALE = 120.9375
-CODE_ZERO = 670.0625
+CODE_ZERO = 1246.375
 
-# Group scale that is best on average for normal weights of unit variance.
-_UNIT_SCALE = {"2.75": 0.26, "2.5": 0.51, "2.0625": 0.07}
-# The group scales to try, as multiples of that one times the group's root mean square: all integers from 1 to 15 gain
-# 0.1 % over these.
+# The group scale that is best on average for normal weights of unit variance.
+_UNIT_SCALE = {"2.75": 0.27, "2.5": 0.52, "2.0625": 0.068}
+# The group scales to try, as multiples of that one times the group's root mean square; trying more gains 0.1 %.
 _MULTIPLES = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15, 1.25, 1.4)
 # The largest estimate of a row becomes the largest integer scale divided by this. Smaller values clip the groups that
-# weigh most, larger ones make the integers coarse; 1.1 to 1.4 differ by 0.2 %.
+# weigh most, larger ones make the integers coarse; between 1.1 and 1.4 the error changes by 0.2 %.
 _HEADROOM = 1.25
 
 # Elements of the largest temporary. On a CPU it stays below 2^15, where PyTorch begins to split an operation over
 # threads: the temporary fits a core's cache, and waiting for the other threads would take longer than computing.
-_ELEMENTS = {"cpu": 28 << 10}
-_ELEMENTS_ACCELERATOR = 1 << 25
+_ELEMENTS = {"cpu": (1 << 15) - 1}
+_ELEMENTS_ACCELERATOR = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,13 @@ class ConvolutionalCodec(Codec):
 
 
 class Chain(NamedTuple):
-    """Windows that overlap, the unit in which the search works: it does not depend on any other chain's bits.
+    """Windows that overlap: the smallest unit that can be encoded by itself, as it shares no bits with any other.
 
-    A 2.5 word consists of two chains, of three and of four windows; the other words are one chain each.
+    A word of 2.5 consists of two chains, of three and of four windows; the words of 2.75 and 2.0625 are one each.
 
     Attributes:
         word: which of the group's words holds them.
-        inputs: which of the group's 64 weights they are.
+        inputs: which of the group's 64 weights they hold.
         shifts: positions of the windows in the word, from high to low.
     """
 
@@ -145,7 +144,7 @@ def chains(layout: CcqLayout) -> list[Chain]:
     start = 0
     for word in range(layout.words):
         for run in runs:
-            shifts = run[: GROUP - start]  # weight 63 is the only one in its word; none are left for a next chain
+            shifts = run[: GROUP - start]  # the last word ends early: it holds weight 63 and no more
             if shifts:
                 found.append(Chain(word, slice(start, start + len(shifts)), shifts))
                 start += len(shifts)
@@ -200,7 +199,7 @@ def best_words(groups: Tensor, group_scale: Tensor, layout: CcqLayout) -> Tensor
         group_scale: float32 `[N, G]`, integer scale times super scale. Where it is 0 the words decode to 0 anyhow.
 
     Returns:
-        int32 `[N, G, words]`: bytes of the code cluster for 2.0625; for the others the low bits of every last word are 0.
+        int32 `[N, G, words]`: bytes of the code cluster for 2.0625; in the others the last word's scale bits are 0.
     """
     divisor = torch.where(group_scale > 0, group_scale, 1).flatten()
     words = torch.zeros(layout.words, divisor.numel(), dtype=torch.int32, device=groups.device)
@@ -215,7 +214,8 @@ def best_words(groups: Tensor, group_scale: Tensor, layout: CcqLayout) -> Tensor
 def _columns(groups: Tensor, layout: CcqLayout) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of groups as columns: contiguous `[64, n]`, so that every operation runs along many groups."""
     flat = groups.reshape(-1, GROUP)
-    size = _ELEMENTS.get(groups.device.type, _ELEMENTS_ACCELERATOR) // (256 if layout.clustered else 1 << layout.window_bits)
+    alternatives = 256 if layout.clustered else 1 << layout.window_bits
+    size = _ELEMENTS.get(groups.device.type, _ELEMENTS_ACCELERATOR) // alternatives
     for start in range(0, len(flat), size):
         part = slice(start, min(start + size, len(flat)))
         yield part, flat[part].T.contiguous()
@@ -225,19 +225,19 @@ def search_table(layout: CcqLayout, device: torch.device) -> Tensor:
     """What `chain_error` and `best_code` compare with.
 
     Returns:
-        The value of every window, float32 `[2^L, 1]`; for 2.0625 of every byte `v` and `-|v|^2 / 2`, float32 `[256, 5]`.
+        The value of every window, float32 `[2^L, 1]`; for 2.0625 see `cluster_table`.
     """
     if layout.clustered:
-        values = cluster_values(CODE_SCALE, CODE_ZERO).to(device)
-        return torch.cat([values, values.square().sum(1, keepdim=True) / -2], 1)
+        return cluster_table(CODE_SCALE, CODE_ZERO).to(device)
     return torch.arange(-layout.offset, layout.offset, device=device, dtype=torch.float32)[:, None]
 
 
-def cluster_values(code_scale: float, code_zero: float) -> Tensor:
-    """The four values of each byte in a code cluster: float32 `[256, 4]`, on the CPU."""
-    slope, offset = torch.tensor([code_scale, code_zero], device="cpu")
+def cluster_table(code_scale: float, code_zero: float) -> Tensor:
+    """What the bytes of a code cluster stand for: float32 `[5, 256]`, values `v` and `-|v|^2 / 2`, on the CPU."""
+    slope, offset = torch.tensor([code_scale, code_zero], device="cpu", dtype=torch.float32)
     words = cluster_words(torch.arange(256, device="cpu")[:, None], slope, offset)
-    return windows(words, CCQ_LAYOUTS["2.0625"]).float()
+    values = windows(words, CCQ_LAYOUTS["2.0625"]).float()
+    return torch.cat([values, values.square().sum(1, keepdim=True) / -2], 1).T.contiguous()
 
 
 def chain_error(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def chain_error(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, tabl
         float32 `[n]`.
     """
     if layout.clustered:
-        return values.square().sum(0) - 2 * _cluster_scores(values, table).amax(0)
+        return values.square().sum(0) - 2 * _cluster_scores(values, table).amax(1)
     return _least_errors(values, shifts, layout, table)[-1].amin(0)
 
 
@@ -260,10 +260,10 @@ def best_code(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table:
     """The code that leaves the least squared error; arguments as in `chain_error`.
 
     Returns:
-        int32 `[n]`: the bits of the chain's windows at their places in the word, or the byte for 2.0625.
+        int32 `[n]`: the chain's windows at their places in the word, or the byte for 2.0625.
     """
     if layout.clustered:
-        return _cluster_scores(values, table).argmax(0).to(torch.int32)
+        return _cluster_scores(values, table).argmax(1).to(torch.int32)
     errors = _least_errors(values, shifts, layout, table)
     window = errors[-1].argmin(0)
     code = window << shifts[-1]
@@ -278,8 +278,8 @@ def best_code(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table:
 
 
 def _cluster_scores(values: Tensor, table: Tensor) -> Tensor:
-    """`<x, v> - |v|^2 / 2`, largest for the nearest `v`, of all bytes and vectors `x` `[4, n]`: float32 `[256, n]`."""
-    return table @ pad(values, (0, 0, 0, 1), value=1.0)
+    """`<x, v> - |v|^2 / 2`, largest for the nearest `v`, of vectors `x` and all bytes: float32 `[n, 256]`."""
+    return pad(values, (0, 0, 0, 1), value=1.0).T @ table
 
 
 def _least_errors(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> list[Tensor]:

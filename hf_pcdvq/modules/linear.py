@@ -99,14 +99,15 @@ class QuantLinear(nn.Linear):
         return linear.train(self.training)
 
     def _apply(self, fn, recurse: bool = True):
-        # `.to(dtype)` would round scales and levels to it. Moves are kept, changes of dtype are undone.
-        fixed = [parameter_name(suffix) for suffix in self.suffixes], self.table_names
-        before = {name: getattr(self, name) for names in fixed for name in names}
+        # `.to(dtype)` would round scales and levels to it. Moves are kept, changes of dtype are undone. Detached, because
+        # nn.Module changes parameters in place.
+        fixed = (*(parameter_name(suffix) for suffix in self.suffixes), *self.table_names)
+        before = {name: getattr(self, name).detach() for name in fixed}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
-                restored = tensor.detach().to(moved.device)
+                restored = tensor.to(moved.device)
                 if name in self._parameters:
                     self._parameters[name] = nn.Parameter(restored, requires_grad=False)
                 else:

