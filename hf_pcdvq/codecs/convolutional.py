@@ -12,8 +12,8 @@ Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are row
     2.5      int16 [N, 10 G]      float32 [N]   -                       -
     2.0625   uint8 [N, 16 G]      float32 [N]   uint8 [N, ceil(G/2)]    float32 [N] each
 
-Weight i = 0..63 of a group is a window of one of the group's words. The words of 2.5 are unsigned 16-bit patterns; int16
-is only their container.
+Weight i = 0..63 of a group is a window of one of the group's words. The words of 2.5 are unsigned 16-bit patterns,
+which int16 merely contains.
 
     layout   word            window                            value         integer group scale
     2.75     b = word i//3   (b >> (4,2,0)[i%3]) & 15          window - 8    word 21 & 15
@@ -45,10 +45,10 @@ from torch.nn.functional import pad
 
 from .base import Codec, Packed, Specs
 
-# The code cluster that we write, the best that `scripts/search_code_cluster.py` found for normal weights. For multiples
-# of 1/16, `byte * code_scale + code_zero + 0.5` is exact in float32: fused and separate arithmetic decode alike.
+# The code cluster that we write, the winner of `scripts/search_code_cluster.py` for normal weights. As multiples of
+# 1/16 they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic decode alike.
 CODE_SCALE = 120.9375
-CODE_ZERO = 1246.375
+CODE_ZERO = 802.4375
 
 # The group scale that is best on average for normal weights of unit variance.
 _UNIT_SCALE = {"2.75": 0.27, "2.5": 0.52, "2.0625": 0.068}
