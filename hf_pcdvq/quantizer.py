@@ -80,7 +80,7 @@ class Quantize(LoadOperation):
     def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
         (weight,) = tensors.values()
         packed = module.codec.encode(weight)
-        self.hf_quantizer.report_progress(name)
+        self.hf_quantizer.report_progress(name, module.codec.relative_error(weight, packed))
         stem = name.removesuffix("weight")
         return {stem + parameter_name(suffix): tensor for suffix, tensor in packed.items()}
 
@@ -126,13 +126,6 @@ class PackedHfQuantizer(HfQuantizer):
                 "dequantize=True decodes a model that is packed already; this checkpoint is not. "
                 "Leave it out to quantize, or load without a quantization_config"
             )
-
-    def read_header(self, file: str) -> None:
-        """Transformers calls this for `gguf_file=`."""
-        raise ValueError(
-            f"cannot quantize while loading the GGUF file {file}: its own format would be lost on the way. "
-            "Convert it first, with hf_pcdvq.gguf.dense_from_gguf or `hf-pcdvq quantize --gguf-file`"
-        )
 
     def update_device_map(self, device_map: Any) -> Any:
         # Encoding and decoding belong on the accelerator if there is one; None would leave both on the CPU.
@@ -221,10 +214,10 @@ class PackedHfQuantizer(HfQuantizer):
         # Disk offloading reads a weight from the source checkpoint unless a converter is said to have changed it.
         return [WeightConverter("weight", "weight", [PassThrough()])]
 
-    def report_progress(self, name: str) -> None:
-        """Advance the progress bar by the layer whose weight is called `name`."""
+    def report_progress(self, name: str, error: float) -> None:
+        """Advance the progress bar by the layer whose weight is called `name`, with its relative squared error."""
         if self._progress is not None:
-            self._progress.set_postfix_str(name.removesuffix(".weight"), refresh=False)
+            self._progress.set_postfix_str(f"{name.removesuffix('.weight')} error {error:.4f}", refresh=False)
             self._progress.update()
 
     # ----------------------------------------------------------------------------------------- after loading

@@ -9,6 +9,7 @@ dictionary of their own, made by `tables`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,15 +89,30 @@ class Codec(ABC):
             raise ValueError(f"expected a floating weight [N, K], got {weight.dtype} {list(weight.shape)}")
         if weight.shape[1] % self.multiple:
             raise ValueError(f"{weight.shape[1]} input features are not a multiple of {self.multiple}")
-        weight = weight.detach().contiguous()
-        signs = self.tables(weight.shape[1])["signs"].to(weight.device) if self.max_block else None
         parts = []
-        for rows in weight.split(_slice_rows(weight.shape[1], weight.device)):
-            rows = rows.float()
+        for rows in self._rotated_slices(weight):
             if not torch.isfinite(rows).all():
                 raise ValueError("the weight holds infinite or NaN values; the checkpoint is damaged")
-            parts.append(self.encode_rotated(rows if signs is None else hadamard.rotate(rows, signs)))
+            parts.append(self.encode_rotated(rows))
         return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
+
+    def relative_error(self, weight: Tensor, packed: Packed) -> float:
+        """Squared error of `packed` as a fraction of the squares of `weight` `[N, K]`, both summed over all entries."""
+        tables = {name: table.to(weight.device) for name, table in self.tables(weight.shape[1]).items()}
+        start, error, total = 0, 0.0, 0.0
+        for rows in self._rotated_slices(weight):  # a rotation keeps lengths, so nothing needs rotating back
+            part = {suffix: tensor[start : start + len(rows)] for suffix, tensor in packed.items()}
+            start += len(rows)
+            error += (self.decode_rotated(part, tables, torch.float32) - rows).square().sum(dtype=torch.float64).item()
+            total += rows.square().sum(dtype=torch.float64).item()
+        return error / total if total else 0.0
+
+    def _rotated_slices(self, weight: Tensor) -> Iterator[Tensor]:
+        """Rows of the rotated weight, some at a time, as float32."""
+        signs = self.tables(weight.shape[1])["signs"].to(weight.device) if self.max_block else None
+        for rows in weight.detach().split(_slice_rows(weight.shape[1], weight.device)):
+            rows = rows.float().contiguous()
+            yield rows if signs is None else hadamard.rotate(rows, signs)
 
     def decode(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` that the codes stand for, in the original basis; rounds once to `dtype`."""

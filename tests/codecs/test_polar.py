@@ -189,3 +189,14 @@ def test_shipped_codebooks_are_what_the_format_says(name, count):
     assert codebook_hash(name) == digest(tensors)
     changed = {**tensors, "patterns": patterns.roll(1, 0)}
     assert digest(changed) != codebook_hash(name)
+
+
+def test_relative_error_is_that_of_the_decoded_weight(monkeypatch):
+    format_ = codec(2.25, block=64)
+    weight = torch.randn(50, 192, generator=torch.Generator().manual_seed(6)) * torch.rand(50, 1)
+    packed = format_.encode(weight)
+    decoded = format_.decode(packed, format_.tables(192), torch.float64)
+    expected = ((decoded - weight).square().sum() / weight.square().sum()).item()
+    monkeypatch.setattr(base, "_SLICE", {"cpu": 192 * 7})
+    assert format_.relative_error(weight, packed) == pytest.approx(expected, rel=1e-5)
+    assert format_.relative_error(torch.zeros(2, 192), format_.encode(torch.zeros(2, 192))) == 0

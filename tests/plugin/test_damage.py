@@ -76,7 +76,7 @@ def test_a_dense_weight_in_the_place_of_a_packed_one_is_named(folder):
 def test_a_truncated_file_is_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(Exception, match="truncated|incomplete|MetadataIncompleteBuffer"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated: tensor .model.layers.1"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
