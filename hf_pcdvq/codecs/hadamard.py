@@ -37,7 +37,8 @@ def _hash(x: int) -> int:
 def signs(block: int, seed: int) -> Tensor:
     """The signs of one block: float32 `[block]` of +-1, on the CPU."""
     start = 0x9E3779B9 * (seed + 1)
-    return torch.tensor([1.0 - 2.0 * (_hash((start + j) & _MASK) & 1) for j in range(block)], device="cpu")
+    values = [1.0 - 2.0 * (_hash((start + j) & _MASK) & 1) for j in range(block)]
+    return torch.tensor(values, device="cpu", dtype=torch.float32)
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:

@@ -200,3 +200,17 @@ def test_relative_error_is_that_of_the_decoded_weight(monkeypatch):
     monkeypatch.setattr(base, "_SLICE", {"cpu": 192 * 7})
     assert format_.relative_error(weight, packed) == pytest.approx(expected, rel=1e-5)
     assert format_.relative_error(torch.zeros(2, 192), format_.encode(torch.zeros(2, 192))) == 0
+
+
+def test_the_default_dtype_does_not_matter():
+    """Transformers changes it while it builds a model."""
+    format_ = codec(2.25, block=64)
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
+    expected = format_.encode(weight)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        packed, tables = format_.encode(weight), format_.tables(64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(packed[name], expected[name]) for name in packed)
+    assert tables["signs"].dtype == tables["levels"].dtype == torch.float32
