@@ -220,7 +220,7 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
     per_unit = unit[""][0][1]
     if len(words.shape) != 2 or words.shape[1] % per_unit:
         raise ValueError(
-            f"{words.name} is {list(words.shape)}; expected packed words [N, multiple of {per_unit}] of {codec}"
+            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words [N, a multiple of {per_unit}]"
         )
     out_features, in_features = words.shape[0], words.shape[1] // per_unit * codec.multiple
     for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import subprocess
 import sys
 import time
@@ -13,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.evaluate import Evaluation, evaluate, token_windows
@@ -98,8 +99,10 @@ def quantize(original: Path, packed: Path, config: PcdvqConfig | CcqConfig) -> N
 
 def generate(packed: Path) -> str:
     """The prompt as the packed model continues it, loaded from its files in a new process."""
-    command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "24"]
-    done = subprocess.run([sys.executable, "-m", "hf_pcdvq.cli", *command], capture_output=True, text=True)
+    # In the form of the console script, which is not found where the environment has been moved.
+    program = "from hf_pcdvq.cli import main; main(prog_name='hf-pcdvq')"
+    command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "16"]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"hf-pcdvq {' '.join(command)}\n{done.stderr}")
     return PROMPT + done.stdout.rstrip("\n")
@@ -109,12 +112,15 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, device_map="auto" if torch.accelerator.is_available() else None)
 
 
-def compare(original: Path, packed: Path, args: argparse.Namespace) -> Evaluation:
+def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:
     with args.text.open(encoding="utf-8", newline="") as stream:
-        windows = token_windows(AutoTokenizer.from_pretrained(original), stream.read(), args.context, args.windows)
+        return token_windows(AutoTokenizer.from_pretrained(original), stream.read(), args.context, args.windows)
+
+
+def compare(original: Path, packed: Path, windows: torch.Tensor) -> Evaluation:
     # The small one first: "auto" may fill the device with the other.
     packed_model = load(packed)
-    return evaluate(load(original), packed_model, windows, progress=sys.stderr.isatty())
+    return evaluate(load(original), packed_model, windows)
 
 
 def result_table(before: FolderCount, after: FolderCount, result: Evaluation, seconds: dict[str, float]) -> Table:
@@ -143,9 +149,10 @@ def result_table(before: FolderCount, after: FolderCount, result: Evaluation, se
 
 def main() -> None:
     args = arguments()
-    logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers.logging.disable_progress_bar()
+    logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)  # its summary of what was left as it was
     console = Console()
     seconds: dict[str, float] = {}
 
@@ -157,8 +164,14 @@ def main() -> None:
         yield
         seconds[name] = time.perf_counter() - start
 
-    with step("get the original"):
-        original = original_folder(args.model, args.out.resolve())
+    # Whatever the user may have got wrong comes up here, before the long part.
+    try:
+        with step("get the original"):
+            original = original_folder(args.model, args.out.resolve())
+            before = count_folder(original)
+            windows = text_windows(original, args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"quickstart: {error}")
     setting = args.config.bits if args.method == "pcdvq" else args.config.layout
     packed = args.out.resolve() / f"{original.name}-{args.method}-{setting}"
     with step("quantize and save"):
@@ -166,9 +179,9 @@ def main() -> None:
     with step("load and generate in a new process"):
         sentence = generate(packed)
     with step("evaluate"):
-        result = compare(original, packed, args)
+        result = compare(original, packed, windows)
 
-    console.print(result_table(count_folder(original), count_folder(packed), result, seconds))
+    console.print(result_table(before, count_folder(packed), result, seconds))
     console.print(f"The packed model writes: {sentence!r}", markup=False)
     console.print(ROUNDING_NOTE)
     console.print(f"Saved in {packed}", markup=False)

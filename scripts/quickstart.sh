@@ -3,4 +3,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare_env quickstart -e "$root" gguf
+# Progress bars belong on a terminal only. quickstart.py sees to those that do not ask this variable.
+[ -t 2 ] || export TQDM_DISABLE=1
 exec "$env_python" "$root/scripts/quickstart.py" "$@"

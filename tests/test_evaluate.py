@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_pcdvq import evaluate as module
-from hf_pcdvq.evaluate import evaluate, perplexity, token_windows
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hf_pcdvq import evaluate as module
+from hf_pcdvq.evaluate import evaluate, perplexity, token_windows
 
 ENGLISH = (
     "The river rises in the mountains and flows through three countries before it reaches the sea. For centuries "
@@ -54,7 +55,9 @@ def naive_perplexity(model, tokens):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize("chunk_bytes", [256 << 20, 5 * 4 * 4 * 258])  # the second: chunks of 5 predictions, 4 left over
+@pytest.mark.parametrize(
+    "chunk_bytes", [256 << 20, 5 * 4 * 4 * 258]
+)  # the second: chunks of 5 predictions, 4 left over
 def test_figures_match_a_naive_float64_computation(original, changed, monkeypatch, chunk_bytes):
     monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
     tokens = windows()
