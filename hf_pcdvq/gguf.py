@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def dense_from_gguf(
@@ -35,30 +33,8 @@ def dense_from_gguf(
     """
     source = str(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, revision=revision)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_file, dtype=dtype, revision=revision, **_decoded()
-    )
-    _without_quantizer(loaded).save_pretrained(out)
+    # Without dequantize=True the weights may stay in their GGUF blocks, and save_pretrained refuses such a model.
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype, "revision": revision}
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, **options)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-
-
-def _decoded() -> dict[str, Any]:
-    """Newer versions of Transformers keep the weights in their GGUF blocks where they have a kernel, unless told not to."""
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _without_quantizer(loaded: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that knows nothing of GGUF.
-
-    Transformers keeps the `gguf` quantizer on a model it has decoded, and `save_pretrained` then refuses to save it.
-    """
-    config = type(loaded.config).from_dict(loaded.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    model.load_state_dict(loaded.state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    return model

@@ -55,9 +55,8 @@ def naive_perplexity(model, tokens):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize(
-    "chunk_bytes", [256 << 20, 5 * 4 * 4 * 258]
-)  # the second: chunks of 5 predictions, 4 left over
+# The second limit makes chunks of 5 predictions, the last one shorter.
+@pytest.mark.parametrize("chunk_bytes", [256 << 20, 5 * 4 * 4 * 258])
 def test_figures_match_a_naive_float64_computation(original, changed, monkeypatch, chunk_bytes):
     monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
     tokens = windows()
