@@ -121,5 +121,3 @@ def check_stored(
                     f"config asks for {dtype} {list(shape)}. The file and config.json do not belong together"
                 )
             break
-
-

@@ -368,15 +368,12 @@ def generate(
     inputs = _prompt_tokens(tokenizer, prompt, chat)
     loaded = _load(model, **options)
     inputs = {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
-    sampling: dict[str, Any] = {"do_sample": seed is not None}
-    if seed is None:
-        # Settings for sampling that come with the model would only draw warnings.
-        sampling |= {"temperature": None, "top_p": None, "top_k": None}
-    else:
+    if seed is not None:
         set_seed(seed)
     started = time.monotonic()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    sample = seed is not None
+    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, do_sample=sample)
     seconds, count = time.monotonic() - started, ids.shape[1] - inputs["input_ids"].shape[1]
     _note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} per second")
 

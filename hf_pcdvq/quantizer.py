@@ -154,7 +154,9 @@ class PackedHfQuantizer(HfQuantizer):
         else:
             config.modules_to_not_convert = sorted(skip)
             config.left_unpacked = left
-            self._progress = tqdm(total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled())
+            self._progress = tqdm(
+                total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled()
+            )
 
     def _modules_to_skip(self, model: nn.Module) -> list[str]:
         """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.

@@ -33,6 +33,4 @@ def register() -> None:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[config.method] = config
     # Configs of these types may set loading attributes (dequantize=True) for a model that is packed already.
     loading = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = loading + tuple(
-        config for config, _ in METHODS if config not in loading
-    )
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = loading + tuple(config for config, _ in METHODS if config not in loading)

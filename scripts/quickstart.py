@@ -43,7 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, help="of pcdvq: 2.0 or 2.25 (default: 2.25)")
     parser.add_argument("--layout", help="of ccq: 2.75, 2.5 or 2.0625 (default: 2.5)")
     parser.add_argument(
-        "--text", type=Path, default=ROOT / "scripts/data/sample_text.txt", help="text to evaluate on (default: %(default)s)"
+        "--text",
+        type=Path,
+        default=ROOT / "scripts/data/sample_text.txt",
+        help="text to evaluate on (default: %(default)s)",
     )
     parser.add_argument("--context", type=int, default=512, help="tokens per evaluated window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=48, help="windows to evaluate at most (default: %(default)s)")
@@ -109,7 +112,9 @@ def generate(packed: Path) -> str:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="auto" if torch.accelerator.is_available() else None)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map="auto" if torch.accelerator.is_available() else None
+    )
 
 
 def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:
@@ -135,9 +140,7 @@ def result_table(before: FolderCount, after: FolderCount, result: Evaluation, se
     )
     table.add_section()
     scope = f"context {result.context_length}, {result.windows} windows"
-    table.add_row(
-        f"perplexity ({scope})", f"{result.perplexity_original:,.2f}", f"{result.perplexity_packed:,.2f}"
-    )
+    table.add_row(f"perplexity ({scope})", f"{result.perplexity_original:,.2f}", f"{result.perplexity_packed:,.2f}")
     table.add_row("KL(original || packed), mean", "", f"{result.kl_mean:.3f} nats")
     table.add_row("KL(original || packed), 90th percentile", "", f"{result.kl_p90:.3f} nats")
     table.add_row("same likeliest token as the original", "", f"{100 * result.top1_agreement:.1f} %")

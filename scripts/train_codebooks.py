@@ -30,7 +30,9 @@ def folded_kmeans(count: int, samples: int, steps: int, generator: torch.Generat
     progress = trange(steps, desc=f"{count} patterns")
     for step in progress:
         # Few samples suffice while the patterns still move; the last third averages over the full number.
-        vectors = torch.randn(max(samples // 8, min(samples, samples * 3 * step // (2 * steps))), VECTOR, generator=generator)
+        vectors = torch.randn(
+            max(samples // 8, min(samples, samples * 3 * step // (2 * steps))), VECTOR, generator=generator
+        )
         vectors /= vectors.norm(dim=1, keepdim=True)
         index, _, cosine = nearest_direction(vectors, patterns)
         folded = vectors.abs()
@@ -59,9 +61,13 @@ def lloyd_max(values: torch.Tensor, count: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the data files")
-    parser.add_argument("--samples", type=int, default=1 << 19, help="vectors of the last steps (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=1 << 19, help="vectors of the last steps (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=100, help="k-means steps (default: %(default)s)")
-    parser.add_argument("--restarts", type=int, default=2, help="the best of so many trainings (default: %(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, default=2, help="the best of so many trainings (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -225,6 +225,24 @@ def test_interrupted_replacement_leaves_the_old_model(tiny_model_dir, packed_onc
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
+def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
+    tiny_model_dir, packed_once, tmp_path, monkeypatch
+):
+    out = shutil.copytree(packed_once, tmp_path / "packed")
+    before = contents(out)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if ".partial-" in path.name:
+            raise OSError("busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    fail(1, "Error: busy", "quantize", tiny_model_dir, "--out", out, "--force")
+    assert contents(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
 # ------------------------------------------------------------------------------------------------------ quantize: errors
 
 

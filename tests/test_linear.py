@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.modules import QuantLinear
-from torch import nn
 
 CODECS = {
     "pcdvq-2.0": PcdvqConfig(bits=2.0).codec,

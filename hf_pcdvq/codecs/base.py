@@ -103,7 +103,9 @@ class Codec(ABC):
         for rows in self._rotated_slices(weight):  # a rotation keeps lengths, so nothing needs rotating back
             part = {suffix: tensor[start : start + len(rows)] for suffix, tensor in packed.items()}
             start += len(rows)
-            error += (self.decode_rotated(part, tables, torch.float32) - rows).square().sum(dtype=torch.float64).item()
+            error += (
+                (self.decode_rotated(part, tables, torch.float32) - rows).square().sum(dtype=torch.float64).item()
+            )
             total += rows.square().sum(dtype=torch.float64).item()
         return error / total if total else 0.0
 

@@ -14,7 +14,7 @@ codebook's id and hash, and is refused where they do not match the data that is 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
 import torch
@@ -32,7 +32,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_codebook(codebook: str) -> dict[str, Tensor]:
     """The tensors of a shipped codebook, on the CPU. The result is shared: do not change it.
 
@@ -48,7 +48,7 @@ def load_codebook(codebook: str) -> dict[str, Tensor]:
         return load(file.read_bytes())
 
 
-@lru_cache(maxsize=None)
+@cache
 def codebook_hash(codebook: str) -> str:
     """SHA-256 of a shipped codebook."""
     return digest(load_codebook(codebook))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hf_pcdvq.codecs import hadamard
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hf_pcdvq.codecs import hadamard
 
 
 def naive_sign(j, seed):

@@ -4,12 +4,13 @@ import struct
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import base
 from hf_pcdvq.codecs.codebook import codebook_hash, digest, load_codebook
 from hf_pcdvq.codecs.polar import nearest_direction, nearest_level, row_scale
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def codec(bits, magnitude="projection", block=8):
@@ -74,7 +75,12 @@ def test_the_chosen_direction_is_the_best_of_all(count):
 
 
 # Mean squared error per weight on unit-variance normal weights, DESIGN section 2.
-DISTORTION = {(2.0, "norm"): 0.1000, (2.25, "norm"): 0.0688, (2.0, "projection"): 0.0977, (2.25, "projection"): 0.0677}
+DISTORTION = {
+    (2.0, "norm"): 0.1000,
+    (2.25, "norm"): 0.0688,
+    (2.0, "projection"): 0.0977,
+    (2.25, "projection"): 0.0677,
+}
 
 
 @pytest.mark.parametrize("bits, magnitude", DISTORTION)

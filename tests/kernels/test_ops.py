@@ -131,7 +131,9 @@ def test_hadamard_rounds_once(dtype):
     exact = ops.hadamard(x.double(), signs)
     assert ops.hadamard(x, signs).dtype == dtype
     # float32 itself also accumulates the rounding of 128 products
-    assert relative_error(ops.hadamard(x, signs), exact) < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    assert relative_error(ops.hadamard(x, signs), exact) < torch.finfo(dtype).eps * (
+        4 if dtype == torch.float32 else 1
+    )
 
 
 def test_hadamard_of_a_strided_view():

@@ -5,13 +5,14 @@ import json
 import shutil
 import warnings
 
-import hf_pcdvq
 import pytest
 import torch
-from hf_pcdvq import CcqConfig, PcdvqConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
+
+import hf_pcdvq
+from hf_pcdvq import CcqConfig, PcdvqConfig
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -82,7 +83,10 @@ def test_a_truncated_file_is_refused(folder):
 
 def test_a_missing_companion_is_named_when_dequantizing(folder):
     change(folder, lambda tensors: tensors.pop(f"{NAME}.weight_magnitude"))
-    with pytest.raises(ValueError, match=f"{NAME}.weight: weight_magnitude not in the checkpoint"), warnings.catch_warnings():
+    with (
+        pytest.raises(ValueError, match=f"{NAME}.weight: weight_magnitude not in the checkpoint"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=PcdvqConfig(dequantize=True))
 

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from hf_pcdvq import CcqConfig, PcdvqConfig
-from hf_pcdvq.modules import QuantLinear
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+
+from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq.modules import QuantLinear
 
 SETTINGS = {
     "pcdvq-2.0": PcdvqConfig(bits=2.0),
@@ -86,8 +87,8 @@ def test_dequantize_in_memory_and_on_load(tiny_model_dir, setting, tmp_path):
     for dense in (model.dequantize(), loaded):
         assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
         assert not hasattr(dense.config, "quantization_config")
-        # float32 with the rotation applied to the weight instead of the activations
-        torch.testing.assert_close(logits(dense), expected, rtol=1e-4, atol=1e-5)
+        # float32, with the rotation applied to the weight instead of the activations: rounding of some hundred sums
+        assert (logits(dense) - expected).norm() / expected.norm() < 1e-5
     loaded.save_pretrained(tmp_path / "dense")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.equal(logits(again), logits(loaded))
@@ -146,7 +147,9 @@ def test_packed_as_auto_model_and_opened_with_a_tied_head(tmp_path):
         tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    AutoModel.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig()).save_pretrained(tmp_path / "base")
+    AutoModel.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig()).save_pretrained(
+        tmp_path / "base"
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     direct = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig())
     assert torch.equal(logits(model), logits(direct))

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.modules import QuantLinear
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def packed_names(model):

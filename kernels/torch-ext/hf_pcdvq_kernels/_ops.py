@@ -259,9 +259,7 @@ def ccq_dequantize(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong layout, shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.ccq_dequantize(
-        weight, scale, local_scale, code_scale, code_zero, layout, dtype
-    )
+    return torch.ops.hf_pcdvq_kernels.ccq_dequantize(weight, scale, local_scale, code_scale, code_zero, layout, dtype)
 
 
 def ccq_matmul(
