@@ -151,7 +151,7 @@ def test_temporaries_of_a_large_vocabulary_stay_within_the_limit():
     before = kilobytes("VmRSS")
     module._compare(*logits, torch.zeros(rows, dtype=torch.int64))
     peak = (kilobytes("VmHWM") - before) / 1024
-    assert 100 < peak < 256 + 32  # MiB; some slack for the allocator and the threads
+    assert peak < 256 + 32  # MiB; some slack for the allocator and the threads
 
 
 @pytest.mark.real_model
