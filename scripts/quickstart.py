@@ -125,7 +125,7 @@ def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:
 def compare(original: Path, packed: Path, windows: torch.Tensor) -> Evaluation:
     # The small one first: "auto" may fill the device with the other.
     packed_model = load(packed)
-    return evaluate(load(original), packed_model, windows)
+    return evaluate(load(original), packed_model, windows, progress=sys.stderr.isatty())
 
 
 def result_table(before: FolderCount, after: FolderCount, result: Evaluation, seconds: dict[str, float]) -> Table:
