@@ -4,7 +4,9 @@ Importing this package registers the quantization methods "pcdvq" and "ccq", so 
 `PcdvqConfig` or `CcqConfig` and loads packed models.
 """
 
+from .calibration.settings import Calibration
 from .config import CcqConfig, PcdvqConfig
+from .quantize import quantize_model
 from .quantizer import CcqHfQuantizer, PcdvqHfQuantizer
 from .registration import register
 from .version import FORMAT_VERSION, __version__
@@ -13,10 +15,12 @@ register()
 
 __all__ = [
     "FORMAT_VERSION",
+    "Calibration",
     "CcqConfig",
     "CcqHfQuantizer",
     "PcdvqConfig",
     "PcdvqHfQuantizer",
     "__version__",
+    "quantize_model",
     "register",
 ]

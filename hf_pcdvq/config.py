@@ -13,11 +13,14 @@ from typing import Any
 from hf_pcdvq_kernels import CCQ_LAYOUTS
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .calibration.settings import Calibration
 from .codecs.base import Codec
 from .codecs.codebook import codebook_hash
 from .codecs.convolutional import ConvolutionalCodec
 from .codecs.polar import CODEBOOKS, PolarCodec
 from .version import FORMAT_VERSION
+
+_NOT_SAVED = ("dequantize", "tokenizer")
 
 
 def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> Any:
@@ -52,6 +55,10 @@ class PackedConfig(QuantizationConfigMixin):
             holds the resolved list.
         modules_to_convert: if given, only modules that match one of these are packed. A pattern that matches nothing,
             or a module that cannot be packed, is an error.
+        calibration: what to calibrate on, and how: a `Calibration`, a dictionary of its fields, or just its `data`.
+            None rounds to the nearest codes. In a packed model it records how the model was made.
+        tokenizer: for calibration while a model loads: a tokenizer, or a name or folder to load it from; None takes
+            the one that lies beside the model. Not saved.
         dequantize: when loading a packed model, decode it into ordinary `nn.Linear` layers.
         left_unpacked: set by the quantizer, not by the user: parameters that stayed as they were, with the reason.
         format_version: version of the packed format.
@@ -69,6 +76,8 @@ class PackedConfig(QuantizationConfigMixin):
         hadamard_seed: int,
         modules_to_not_convert: list[str] | None,
         modules_to_convert: list[str] | None,
+        calibration: Calibration | dict[str, Any] | str | None,
+        tokenizer: Any,
         dequantize: bool,
         left_unpacked: dict[str, str] | None,
         format_version: int,
@@ -84,6 +93,8 @@ class PackedConfig(QuantizationConfigMixin):
         self.hadamard_seed = _integer(owner, "hadamard_seed", hadamard_seed, 0, 2**31 - 1)
         self.modules_to_not_convert = _names(owner, "modules_to_not_convert", modules_to_not_convert)
         self.modules_to_convert = _names(owner, "modules_to_convert", modules_to_convert)
+        self.calibration = Calibration.of(calibration)
+        self.tokenizer = tokenizer
         self.dequantize = _one_of(owner, "dequantize", dequantize, (False, True))
         self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
 
@@ -112,9 +123,9 @@ class PackedConfig(QuantizationConfigMixin):
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-clean fields. `dequantize` is a wish about loading, not a property of what is saved."""
-        fields = copy.deepcopy(self.__dict__)
-        del fields["dequantize"]
+        """JSON-clean fields. `dequantize` and `tokenizer` are about this process, not about what is saved."""
+        fields = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name not in _NOT_SAVED}
+        fields["calibration"] = self.calibration.to_dict() if self.calibration else None
         return fields
 
 
@@ -142,6 +153,8 @@ class PcdvqConfig(PackedConfig):
         hadamard_seed: int = 0,
         modules_to_not_convert: list[str] | None = None,
         modules_to_convert: list[str] | None = None,
+        calibration: Calibration | dict[str, Any] | str | None = None,
+        tokenizer: Any = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -152,6 +165,8 @@ class PcdvqConfig(PackedConfig):
             hadamard_seed=hadamard_seed,
             modules_to_not_convert=modules_to_not_convert,
             modules_to_convert=modules_to_convert,
+            calibration=calibration,
+            tokenizer=tokenizer,
             dequantize=dequantize,
             left_unpacked=left_unpacked,
             format_version=format_version,
@@ -196,6 +211,8 @@ class CcqConfig(PackedConfig):
         hadamard_seed: int = 0,
         modules_to_not_convert: list[str] | None = None,
         modules_to_convert: list[str] | None = None,
+        calibration: Calibration | dict[str, Any] | str | None = None,
+        tokenizer: Any = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -206,6 +223,8 @@ class CcqConfig(PackedConfig):
             hadamard_seed=hadamard_seed,
             modules_to_not_convert=modules_to_not_convert,
             modules_to_convert=modules_to_convert,
+            calibration=calibration,
+            tokenizer=tokenizer,
             dequantize=dequantize,
             left_unpacked=left_unpacked,
             format_version=format_version,

@@ -10,7 +10,7 @@ Perplexities at different context lengths are not comparable, so the length is p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,17 +98,33 @@ def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: 
     """
     for model in (original, packed):
         _check_windows(model, windows)
+    with _inference(original), _inference(packed):
+        pairs = ((_logits(original, window), _logits(packed, window)) for window in windows)
+        return compare_logits(pairs, windows, progress)
+
+
+def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, progress: bool = True) -> Evaluation:
+    """Compare the predictions of a packed model with its original's.
+
+    Args:
+        pairs: for every window the logits `[L - 1, vocabulary]` of the original and of the packed model, of any
+            floating dtypes, on any devices; one pair is taken at a time.
+        windows: int64 `[n, L]`.
+        progress: show a progress bar with the mean divergence so far.
+
+    Raises:
+        ValueError: the vocabularies differ in size, or logits are NaN.
+    """
     parts = []
     running = 0.0
-    with _inference(original), _inference(packed):
-        bar = tqdm(windows, desc="Evaluating", unit="window", disable=not progress)
-        for index, window in enumerate(bar):
-            part = _compare(_logits(original, window), _logits(packed, window), window[1:])
-            _refuse_nan(part[0], "original", index)
-            _refuse_nan(part[1], "packed", index)
-            parts.append(part)
-            running += part[2].double().mean().item()
-            bar.set_postfix(kl=f"{running / (index + 1):.4f}")
+    bar = tqdm(zip(windows, pairs), total=len(windows), desc="Evaluating", unit="window", disable=not progress)
+    for index, (window, (original, packed)) in enumerate(bar):
+        part = _compare(original, packed, window[1:])
+        _refuse_nan(part[0], "original", index)
+        _refuse_nan(part[1], "packed", index)
+        parts.append(part)
+        running += part[2].double().mean().item()
+        bar.set_postfix(kl=f"{running / (index + 1):.4f}")
     loss_original, loss_packed, divergence, same = (torch.cat(column).double() for column in zip(*parts))
     ordered = divergence.sort().values
     return Evaluation(

@@ -8,20 +8,27 @@ goes through `Quantize`, one at a time. Pre-packed: the same swap, the packed te
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
+from .calibration.data import calibration_windows
+from .calibration.run import CalibratedRun
+from .calibration.store import BlockStore, fingerprint
 from .checkpoint import check_stored
 from .config import PackedConfig
 from .modules import QuantLinear, parameter_name
+from .quantization_report import QuantizationReport
 from .select import select_layers
 from .version import FORMAT_VERSION
 
@@ -116,7 +123,9 @@ class PackedHfQuantizer(HfQuantizer):
         names = [parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)]
         self.serialized_names = {"weight": names}
         self.failure: str | None = None
+        self.report: QuantizationReport | None = None
         self._progress: tqdm | None = None
+        self._to_calibrate: list[str] = []
 
     # ---------------------------------------------------------------------------------------- before loading
 
@@ -137,9 +146,28 @@ class PackedHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        config = self.quantization_config
-        if config.dequantize:
+        if self.quantization_config.dequantize:
             return
+        selected = self.select(model)
+        if not self.pre_quantized and self.quantization_config.calibration is not None:
+            self._to_calibrate = selected  # once they have their weights
+            return
+        for name in selected:
+            model.set_submodule(name, self._empty_layer(model.get_submodule(name)))
+        if self.pre_quantized:
+            self._check_checkpoint(model, checkpoint_files)
+        else:
+            self._progress = tqdm(
+                total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled()
+            )
+
+    def select(self, model: nn.Module) -> list[str]:
+        """Names of the layers to pack. Unless the model is packed already, the config takes down what is left.
+
+        Raises:
+            ValueError: there is none, or the config asks for one that cannot be packed.
+        """
+        config = self.quantization_config
         skip = self._modules_to_skip(model)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         selected, left = select_layers(
@@ -147,16 +175,10 @@ class PackedHfQuantizer(HfQuantizer):
         )
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
-        for name in selected:
-            model.set_submodule(name, self._empty_layer(model.get_submodule(name)))
-        if self.pre_quantized:
-            self._check_checkpoint(model, checkpoint_files)
-        else:
+        if not self.pre_quantized:
             config.modules_to_not_convert = sorted(skip)
             config.left_unpacked = left
-            self._progress = tqdm(
-                total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled()
-            )
+        return selected
 
     def _modules_to_skip(self, model: nn.Module) -> list[str]:
         """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.
@@ -230,6 +252,9 @@ class PackedHfQuantizer(HfQuantizer):
             self._progress = None
         if self.failure is not None:
             raise ValueError(self.failure)
+        if self._to_calibrate:
+            data, tokenizer = self.quantization_config.calibration.data, self._tokenizer(model)
+            self.calibrate(model, self._to_calibrate, data, tokenizer, progress=is_progress_bar_enabled())
         layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         missing = [
             f"{name}.{parameter}"
@@ -246,6 +271,51 @@ class PackedHfQuantizer(HfQuantizer):
             layer.reset_tables()
         if not self.pre_quantized:
             self._print_summary(len(layers))
+
+    def _tokenizer(self, model: nn.Module) -> Any:
+        """The tokenizer that the config gives or names, or else the model's own; None if no text is to be read."""
+        given = self.quantization_config.tokenizer
+        if self.quantization_config.calibration.data is None or not isinstance(given, (str, type(None))):
+            return given
+        return AutoTokenizer.from_pretrained(given or model.name_or_path)
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        selected: list[str],
+        data: Any,
+        tokenizer: Any,
+        device: torch.device | None = None,
+        work_dir: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Replace layers of a dense model by packed ones, calibrated on data; `report` then holds the figures.
+
+        Args are those of `quantize_model`; `selected` comes from `select`.
+        """
+        config, started = self.quantization_config, time.perf_counter()
+        placed = {parameter.device for parameter in model.parameters()}
+        if len(placed) > 1 or placed == {torch.device("meta")}:
+            raise ValueError(
+                f"calibration needs the whole model on one device, it is on {', '.join(sorted(map(str, placed)))}; "
+                "load it with device_map='cpu': blocks move to the accelerator one at a time"
+            )
+        windows, holdout = calibration_windows(data, model, tokenizer, config.calibration, progress)
+        store = None
+        if work_dir is not None:
+            store = BlockStore(
+                work_dir, fingerprint(model, selected, config.to_dict(), torch.cat([windows, holdout]))
+            )
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else placed.pop()
+        run = CalibratedRun(
+            model, selected, config.codec, config.calibration, windows, holdout, device, store, progress
+        )
+        run.run()
+        for name in selected:
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter._is_hf_initialized = True  # the check after loading asks for it
+        self.report = QuantizationReport.of(config, run, windows, time.perf_counter() - started)
 
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked

@@ -30,6 +30,34 @@ def _slice_rows(columns: int, device: torch.device) -> int:
     return max(1, _SLICE.get(device.type, _SLICE_ACCELERATOR) // columns)
 
 
+class UnitEncoder(ABC):
+    """Encodes a rotated weight `[N, K]` unit by unit, at scales that are fixed before: what error feedback needs.
+
+    A unit is a slice of columns that can be encoded without knowing the others, the smallest that the format has.
+
+    Attributes:
+        units: the slices of columns, in order; together they cover `K`.
+    """
+
+    units: list[slice]
+
+    @abstractmethod
+    def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes nearest to a float32 target `[N, width of the unit]`.
+
+        Returns:
+            Codes int32 `[N]`, and the weights that they stand for, float32 `[N, width]`.
+        """
+
+    @abstractmethod
+    def rescale(self, factor: Tensor) -> None:
+        """Multiply the scale of every row by `factor` float32 `[N]`; all codes then stand for that multiple."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor) -> Packed:
+        """Packed tensors of codes int32 `[N, number of units]`."""
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """A packed format for weights `[N, K]`: `N` output channels, `K` input features.
@@ -59,6 +87,10 @@ class Codec(ABC):
     @abstractmethod
     def encode_rotated(self, weight: Tensor) -> Packed:
         """Round a rotated float32 weight `[N, K]` to the nearest codes."""
+
+    @abstractmethod
+    def unit_encoder(self, weight: Tensor) -> UnitEncoder:
+        """An encoder with the scales that suit a rotated float32 weight `[N, K]`."""
 
     @abstractmethod
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,7 @@ from hf_pcdvq_kernels.reference.ccq import cluster_words, windows
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import Codec, Packed, Specs
+from .base import Codec, Packed, Specs, UnitEncoder
 
 # The code cluster that we write, the winner of `scripts/search_code_cluster.py` for normal weights. As multiples of
 # 1/16 they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic decode alike.
@@ -105,6 +105,9 @@ class ConvolutionalCodec(Codec):
         words = best_words(groups, integer_scale * scale[:, None], layout)
         return pack(words, integer_scale, scale, layout)
 
+    def unit_encoder(self, weight: Tensor) -> ConvolutionalEncoder:
+        return ConvolutionalEncoder(CCQ_LAYOUTS[self.layout], weight)
+
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         return ops.ccq_dequantize(*self._arguments(packed), self.layout, dtype)
 
@@ -114,6 +117,46 @@ class ConvolutionalCodec(Codec):
     @staticmethod
     def _arguments(packed: Packed) -> tuple[Tensor | None, ...]:
         return tuple(packed.get(suffix) for suffix in ("", "scale", "local_scale", "code_scale", "code_zero"))
+
+
+class ConvolutionalEncoder(UnitEncoder):
+    """Encodes chains of windows at group scales that are fixed. A code is the chain's part of its word."""
+
+    def __init__(self, layout: CcqLayout, weight: Tensor):
+        self.layout = layout
+        groups = weight.reshape(weight.shape[0], -1, GROUP)
+        self.scale, self.integer_scale = choose_scales(groups, layout)
+        self.chains = chains(layout)
+        self.units = [
+            slice(start + chain.inputs.start, start + chain.inputs.stop)
+            for start in range(0, weight.shape[1], GROUP)
+            for chain in self.chains
+        ]
+        self._table = search_table(layout, weight.device)
+
+    def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        group, number = divmod(unit, len(self.chains))
+        chain = self.chains[number]
+        scale = self.integer_scale[:, group].float() * self.scale
+        columns = (target / torch.where(scale > 0, scale, 1.0)[:, None]).T.contiguous()
+        codes = best_code(columns, chain.shifts, self.layout, self._table)
+        if self.layout.clustered:
+            values = self._table[: len(chain.shifts), codes.long()].T
+        else:
+            shifts = torch.tensor(chain.shifts, device=codes.device, dtype=torch.int32)
+            values = (codes[:, None] >> shifts & (2 * self.layout.offset - 1)) - self.layout.offset
+        return codes, scale[:, None] * values
+
+    def rescale(self, factor: Tensor) -> None:
+        self.scale = self.scale * factor
+
+    def pack(self, codes: Tensor) -> Packed:
+        rows, groups = self.integer_scale.shape
+        words = torch.zeros(rows, groups, self.layout.words, dtype=torch.int32, device=codes.device)
+        codes = codes.reshape(rows, groups, -1)
+        for number, chain in enumerate(self.chains):
+            words[..., chain.word] |= codes[..., number]
+        return pack(words, self.integer_scale, self.scale, self.layout)
 
 
 class Chain(NamedTuple):

@@ -33,9 +33,10 @@ from dataclasses import dataclass
 import hf_pcdvq_kernels as ops
 import torch
 from hf_pcdvq_kernels.formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
+from hf_pcdvq_kernels.reference.pcdvq import sign_table
 from torch import Tensor
 
-from .base import Codec, Packed, Specs
+from .base import Codec, Packed, Specs, UnitEncoder
 from .codebook import load_codebook
 
 CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
@@ -90,15 +91,13 @@ class PolarCodec(Codec):
         return specs
 
     def encode_rotated(self, weight: Tensor) -> Packed:
-        scale = row_scale(weight)
-        vectors = (weight / torch.where(scale > 0, scale, 1.0)[:, None]).reshape(-1, VECTOR)
-        patterns = self.patterns.to(weight.device).float()
-        index, signs, projection = nearest_direction(vectors, patterns / patterns.norm(dim=1, keepdim=True))
-        magnitude = projection if self.magnitude == "projection" else vectors.norm(dim=1)
-        level = nearest_level(magnitude, 127 * self.levels.to(weight.device))
-        return self._pack(index, signs, level, scale)
+        encoder = self.unit_encoder(weight)
+        return self.pack(*encoder.nearest(unit_rows(weight, encoder.scale).reshape(-1, VECTOR)), encoder.scale)
 
-    def _pack(self, index: Tensor, signs: Tensor, level: Tensor, scale: Tensor) -> Packed:
+    def unit_encoder(self, weight: Tensor) -> PolarEncoder:
+        return PolarEncoder(self, weight)
+
+    def pack(self, index: Tensor, signs: Tensor, level: Tensor, scale: Tensor) -> Packed:
         """int32 patterns, signs and levels `[N * K/8]` -> packed tensors."""
         rows = scale.shape[0]
         words = signs | index << SIGN_BITS
@@ -121,6 +120,43 @@ class PolarCodec(Codec):
         return ops.pcdvq_matmul(
             x, packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]
         )
+
+
+class PolarEncoder(UnitEncoder):
+    """Encodes 8-vectors of rows whose scale is fixed. A code is `signs | pattern << 7 | level << 16`."""
+
+    def __init__(self, codec: PolarCodec, weight: Tensor):
+        self.scale = row_scale(weight)
+        self.units = [slice(start, start + VECTOR) for start in range(0, weight.shape[1], VECTOR)]
+        self._codec = codec
+        self._patterns = codec.patterns.to(weight.device).float()
+        self._levels = codec.levels.to(weight.device)
+        self._directions = self._patterns / self._patterns.norm(dim=1, keepdim=True)
+        self._signs = sign_table(weight.device)
+
+    def nearest(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pattern, sign bits 0-6 and magnitude level, int32 `[n]` each, of float32 vectors `[n, 8]` of unit scale."""
+        index, signs, projection = nearest_direction(vectors, self._directions)
+        magnitude = projection if self._codec.magnitude == "projection" else vectors.norm(dim=1)
+        return index, signs, nearest_level(magnitude, 127 * self._levels)
+
+    def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        index, signs, level = self.nearest(unit_rows(target, self.scale))
+        values = self._patterns.index_select(0, index) * self._signs.index_select(0, signs)
+        return signs | index << SIGN_BITS | level << 16, (self.scale * self._levels[level])[:, None] * values
+
+    def rescale(self, factor: Tensor) -> None:
+        self.scale = self.scale * factor
+
+    def pack(self, codes: Tensor) -> Packed:
+        flat = codes.flatten()
+        words = flat & 0xFFFF
+        return self._codec.pack(words >> SIGN_BITS, words & ((1 << SIGN_BITS) - 1), flat >> 16, self.scale)
+
+
+def unit_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows of float32 `[N, K]` divided by their scale `[N]`; rows of scale 0 as they are."""
+    return weight / torch.where(scale > 0, scale, 1.0)[:, None]
 
 
 def row_scale(weight: Tensor) -> Tensor:

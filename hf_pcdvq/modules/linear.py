@@ -58,11 +58,15 @@ class QuantLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, codec: Codec) -> QuantLinear:
         """Quantize a dense layer by rounding to the nearest codes, on its device. `linear` is left as it is."""
-        bias = linear.bias
-        device = linear.weight.device
+        return cls.from_packed(linear, codec, codec.encode(linear.weight))
+
+    @classmethod
+    def from_packed(cls, linear: nn.Linear, codec: Codec, packed: Packed) -> QuantLinear:
+        """What takes the place of a dense layer whose weight was packed elsewhere, on the layer's device."""
+        bias, device = linear.bias, linear.weight.device
         layer = cls(linear.in_features, linear.out_features, bias is not None, codec, linear.weight.dtype, device)
-        for suffix, tensor in codec.encode(linear.weight).items():
-            getattr(layer, parameter_name(suffix)).data = tensor
+        for suffix, tensor in packed.items():
+            getattr(layer, parameter_name(suffix)).data = tensor.to(device)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         return layer.train(linear.training)

@@ -13,6 +13,13 @@ def _bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
     return (words[..., None] >> shifts) & ((1 << width) - 1)
 
 
+def sign_table(device: torch.device) -> torch.Tensor:
+    """The eight signs that every value of sign bits 0-6 stands for: +-1, float32 `[128, 8]`."""
+    negative = _bits(torch.arange(1 << SIGN_BITS, device=device, dtype=torch.int32), 1, SIGN_BITS)
+    parity = negative.sum(-1, keepdim=True, dtype=torch.int32) & 1
+    return (1 - 2 * torch.cat([negative, parity], -1)).float()
+
+
 def dequantize(
     weight: torch.Tensor,
     magnitude: torch.Tensor | None,
@@ -30,13 +37,9 @@ def dequantize(
     else:
         level = _bits(magnitude.to(torch.int32), MAGNITUDE_BITS, 4).reshape(rows, -1)
 
-    # Both lookups are rows of small tables, many times as fast on a CPU as unpacking every sign bit of every vector.
-    negative = _bits(torch.arange(1 << SIGN_BITS, device=weight.device, dtype=torch.int32), 1, SIGN_BITS)
-    parity = negative.sum(-1, keepdim=True, dtype=torch.int32) & 1
-    sign = (1 - 2 * torch.cat([negative, parity], -1)).float()
-
     factor = scale.float()[:, None] * levels.float()[level]
+    # Both lookups are rows of small tables, many times as fast on a CPU as unpacking every sign bit of every vector.
     vector = patterns.float().index_select(0, index.flatten())
-    vector *= sign.index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
+    vector *= sign_table(weight.device).index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
     vector *= factor.reshape(-1, 1)
     return vector.reshape(rows, vectors * VECTOR).to(dtype)

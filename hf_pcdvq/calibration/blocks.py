@@ -1,0 +1,203 @@
+"""A model as a chain of decoder blocks: which they are, how they are called, and the hidden states between them.
+
+Nothing here knows an architecture. The blocks are the outermost `nn.ModuleList` with most of the layers to quantize in
+it, and what a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded from
+the model's own forward pass; it must not depend on the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def named(self) -> dict[str, Any]:
+        """All arguments, positional ones by their number."""
+        return {**{str(number): value for number, value in enumerate(self.args, 1)}, **self.kwargs}
+
+    def to(self, device: torch.device) -> Call:
+        return Call(_map(self.args, device), _map(self.kwargs, device))
+
+
+class _Stop(Exception):
+    """Ends a forward pass from inside."""
+
+
+def find_blocks(model: nn.Module, layers: list[str]) -> str:
+    """Name of the list of decoder blocks.
+
+    Raises:
+        ValueError: no `nn.ModuleList` of the model holds any of the layers.
+    """
+    best, most = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            count = sum(layer.startswith(f"{name}.") for layer in layers)
+            if count > most:  # the outer list comes first, and an inner one never holds more
+                best, most = name, count
+    if not most:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks; calibration goes block by block")
+    return best
+
+
+@torch.no_grad()
+def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
+    """The inputs of the first block for every window, and the calls of all blocks. No block but the first is run.
+
+    Args:
+        windows: token ids int64 `[n, L]`.
+
+    Returns:
+        Hidden states `[1, L, D]` of every window, on the CPU, and one call per block.
+
+    Raises:
+        NotImplementedError: a block is called with something that depends on the text.
+    """
+    hidden, calls = [], None
+    wrap: Callable[[Tensor], Any] | None = None
+    for number, window in enumerate(windows):
+        if wrap is None:
+            wrap = _output_form(model, blocks, window)
+        first, found = _record(model, blocks, window, wrap)
+        hidden.append(first.cpu())
+        if calls is None:
+            calls = found
+        elif number == 1:
+            _refuse_varying(calls, found)
+    return hidden, calls
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The next hidden states."""
+    return _first(block(hidden, *call.args, **call.kwargs))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
+    """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` behind the last block, for a window `[L]`."""
+    wrap = _output_form(model, blocks, window)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_replaced_forward(block, lambda *args, **kwargs: wrap(hidden)))
+        return _forward(model, window).logits[0, :-1]
+
+
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any]
+) -> tuple[Tensor, list[Call]]:
+    """The first block's input and every block's call, with blocks that hand on their input instead of computing."""
+    inputs: list[Tensor] = []
+    calls: list[Call] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, call = _split(args, kwargs)
+        inputs.append(hidden)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise _Stop
+        return wrap(hidden)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_replaced_forward(block, forward))
+        _run_until_stop(model, window)
+    if len(calls) != len(blocks):
+        raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
+    return inputs[0], calls
+
+
+def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:
+    """How a block returns hidden states: bare, or first in a tuple."""
+    outputs: list[Any] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        raise _Stop
+
+    handle = blocks[0].register_forward_hook(hook)
+    try:
+        _run_until_stop(model, window)
+    finally:
+        handle.remove()
+    if isinstance(outputs[0], tuple):
+        return lambda hidden: (hidden, *outputs[0][1:])
+    return lambda hidden: hidden
+
+
+def _run_until_stop(model: nn.Module, window: Tensor) -> None:
+    try:
+        _forward(model, window)
+    except _Stop:
+        pass
+
+
+def _forward(model: nn.Module, window: Tensor) -> Any:
+    device = model.get_input_embeddings().weight.device
+    return model(input_ids=window[None].to(device), use_cache=False)
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """Hidden states, which come first or by name, and the rest of a block's arguments."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), Call((), rest)
+
+
+@contextmanager
+def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
+    if "forward" in block.__dict__:  # accelerate's hooks put one there
+        raise ValueError("calibration needs a model without device hooks: load it on one device, without offloading")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _map(value: Any, device: torch.device) -> Any:
+    """Tensors of nested tuples, lists and dictionaries, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _map(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, device) for item in value)
+    return value
+
+
+def _refuse_varying(calls: list[Call], others: list[Call]) -> None:
+    for number, (call, other) in enumerate(zip(calls, others)):
+        second = other.named()
+        for name, value in call.named().items():
+            if not _same(value, second.get(name)):
+                raise NotImplementedError(
+                    f"argument {name!r} of decoder block {number} depends on the text; such a model cannot be "
+                    "calibrated block by block. Without calibration it can be quantized"
+                )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or a == b

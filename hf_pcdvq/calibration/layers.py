@@ -1,0 +1,111 @@
+"""Quantizing the layers that share an input: rotation, correction of the target, error feedback, packing."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs import hadamard
+from ..codecs.base import Codec, Packed
+from .feedback import proxy_loss, quantize_with_feedback
+from .hessian import Hessian, InputMoments, UnusableHessian, prepare_hessian
+from .records import LayerRecord
+from .settings import Calibration
+
+
+def quantize_layers(
+    layers: dict[str, nn.Linear], moments: InputMoments | None, codec: Codec, settings: Calibration
+) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    """Quantize dense layers with a common input, which are left as they are.
+
+    Layers without a usable Hessian are rounded to the nearest codes, and their records say so.
+
+    Args:
+        layers: by name, all on one device.
+        moments: of the common input, on that device; None if the layers did not run.
+
+    Returns:
+        The packed tensors of every layer, and a record of each.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    started = time.perf_counter()
+    weight = torch.cat([layer.weight.detach().float() for layer in layers.values()])
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{', '.join(layers)}: the weight holds infinite or NaN values; the checkpoint is damaged")
+    signs = codec.tables(weight.shape[1])["signs"].to(weight.device) if codec.max_block else None
+    rotated = _rotate(weight, signs)
+    hessian, note = None, None
+    try:
+        hessian = prepare_hessian(moments, settings.damping, signs)
+    except UnusableHessian as reason:
+        note = f"{reason}: rounded to the nearest codes"
+        packed = codec.encode(weight)
+        tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
+        quantized = codec.decode_rotated(packed, tables, torch.float32)
+    else:
+        target = _target(rotated, weight, moments, hessian, signs, settings)
+        encoder = codec.unit_encoder(target)
+        codes, quantized = quantize_with_feedback(target, hessian, encoder, settings)
+        packed = encoder.pack(codes)
+    seconds = time.perf_counter() - started
+
+    result, records, start = {}, [], 0
+    for name, layer in layers.items():
+        rows = slice(start, start + layer.out_features)
+        start += layer.out_features
+        result[name] = {suffix: tensor[rows].clone() for suffix, tensor in packed.items()}
+        share = seconds * layer.out_features / len(weight)
+        records.append(_record(name, rotated[rows], (rotated - quantized)[rows], hessian, note, share))
+    return result, records
+
+
+def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:
+    return weight if signs is None else hadamard.rotate(weight, signs)
+
+
+def _target(
+    rotated: Tensor,
+    weight: Tensor,
+    moments: InputMoments,
+    hessian: Hessian,
+    signs: Tensor | None,
+    settings: Calibration,
+) -> Tensor:
+    """The rotated weight to be approximated: it makes up for a share of what the inputs differ from the original's.
+
+    With inputs `x` here and `x0` in the original model, `W + W C H^-1`, `C = mean of (x0 - x) x^T`, is the linear
+    layer that gives the original's outputs best in the mean square (as in GPTAQ, arXiv 2504.02692).
+    """
+    if not settings.correction or moments.cross is None:
+        return rotated
+    missing = _rotate(weight @ (moments.cross / moments.tokens), signs)
+    return rotated + settings.correction * hessian.solve(missing)
+
+
+def _record(
+    name: str, weight: Tensor, error: Tensor, hessian: Hessian | None, note: str | None, seconds: float
+) -> LayerRecord:
+    """Figures of one layer, from its rotated weight and the error float32 `[N, K]`."""
+    energy = weight.square().mean(1, dtype=torch.float64)
+    unit = weight / torch.where(energy > 0, energy.sqrt(), 1)[:, None]
+    noise = error.square().sum(dtype=torch.float64).item()
+    signal = weight.square().sum(dtype=torch.float64).item()
+    return LayerRecord(
+        name=name,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        kurtosis=unit.pow(4).mean().item(),
+        largest=unit.abs().amax().item(),
+        snr=10 * math.log10(signal / noise) if signal and noise else None,
+        proxy_loss=proxy_loss(error, weight, hessian) if hessian else None,
+        tokens=hessian.tokens if hessian else 0,
+        dead_inputs=hessian.dead if hessian else 0,
+        damping=hessian.damping if hessian else 0.0,
+        note=hessian.note if hessian else note,
+        seconds=seconds,
+    )

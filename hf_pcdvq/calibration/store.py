@@ -1,0 +1,83 @@
+"""Finished decoder blocks on disk, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..codecs.base import Packed
+from .records import LayerRecord
+
+_SEPARATOR = "//"  # between a layer's name and a tensor's suffix, which may be empty
+
+
+class BlockStore:
+    """A folder with one safetensors file per finished block, and the fingerprint of the run they belong to.
+
+    Args:
+        folder: made if it does not exist.
+        fingerprint: of everything that the result depends on, see `fingerprint`.
+
+    Raises:
+        ValueError: the folder holds the blocks of a run with another fingerprint.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder = folder
+        self._fingerprint = fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.glob("block-*.safetensors")):
+            with safe_open(file, "pt") as content:
+                found = (content.metadata() or {}).get("fingerprint")
+            if found != fingerprint:
+                raise ValueError(
+                    f"{file} belongs to another run: the model, the settings or the calibration data differ. "
+                    f"Delete {folder} to begin anew, or choose another folder"
+                )
+
+    def load(self, number: int) -> tuple[dict[str, Packed], list[LayerRecord]] | None:
+        """Packed tensors and records of a block's layers, or None if it is not finished."""
+        file = self._file(number)
+        if not file.is_file():
+            return None
+        packed: dict[str, Packed] = {}
+        with safe_open(file, "pt") as content:
+            for key in content.keys():
+                name, suffix = key.split(_SEPARATOR)
+                packed.setdefault(name, {})[suffix] = content.get_tensor(key)
+            records = json.loads(content.metadata()["records"])
+        return packed, [LayerRecord(**record) for record in records]
+
+    def save(self, number: int, packed: dict[str, Packed], records: list[LayerRecord]) -> None:
+        """Keep a finished block."""
+        tensors = {
+            f"{name}{_SEPARATOR}{suffix}": tensor.cpu().contiguous()
+            for name, layer in packed.items()
+            for suffix, tensor in layer.items()
+        }
+        metadata = {"fingerprint": self._fingerprint, "records": json.dumps([asdict(record) for record in records])}
+        partial = self.folder / f".{self._file(number).name}.partial"
+        save_file(tensors, partial, metadata)
+        os.replace(partial, self._file(number))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"block-{number:04d}.safetensors"
+
+
+def fingerprint(model: nn.Module, names: list[str], settings: dict[str, Any], windows: Tensor) -> str:
+    """SHA-256 over settings, token ids, and name, shape and first row of every layer to quantize."""
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    sha.update(windows.numpy().tobytes())
+    for name in names:
+        weight = model.get_submodule(name).weight
+        sha.update(f"{name} {list(weight.shape)}".encode())
+        sha.update(weight[0].detach().double().cpu().numpy().tobytes())
+    return sha.hexdigest()
