@@ -236,3 +236,6 @@ class CcqConfig(PackedConfig):
     @property
     def codec(self) -> ConvolutionalCodec:
         return ConvolutionalCodec(self.hadamard_block if self.hadamard else 0, self.hadamard_seed, self.layout)
+
+
+CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}

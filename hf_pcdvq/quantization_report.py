@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from .evaluate import Evaluation
+from .report import count_folder
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -66,9 +67,15 @@ class QuantizationReport:
         return {**asdict(self), "versions": versions}
 
     def write(self, folder: Path) -> None:
-        """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` into a folder."""
-        (folder / f"{NAME}.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        (folder / f"{NAME}.md").write_text(self.markdown(), encoding="utf-8")
+        """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` beside the saved model.
+
+        Raises:
+            FileNotFoundError: `folder` holds no saved model, on whose files the bits are counted.
+        """
+        counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
+        text = json.dumps(counted.to_dict(), indent=2) + "\n"
+        (folder / f"{NAME}.json").write_text(text, encoding="utf-8")
+        (folder / f"{NAME}.md").write_text(counted.markdown(), encoding="utf-8")
         if find_spec("matplotlib") is None:
             logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
         else:

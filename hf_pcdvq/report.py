@@ -16,10 +16,9 @@ from rich.table import Table
 
 from .checkpoint import StoredTensor, checkpoint_files, read_headers
 from .codecs.base import Codec
-from .config import PackedConfig
+from .config import CONFIGS, PackedConfig
 from .evaluate import Evaluation
 from .modules import parameter_name
-from .registration import METHODS
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,10 @@ def count_folder(folder: Path) -> FolderCount:
 def _packed_config(fields: dict[str, Any] | None, folder: Path) -> PackedConfig | None:
     if fields is None:
         return None
-    methods = {config.method: config for config, _ in METHODS}
     method = fields.get("quant_method")
-    if method not in methods:
-        raise ValueError(f"{folder} is quantized with {method!r}; only {', '.join(methods)} can be counted")
-    return methods[method].from_dict(fields)
+    if method not in CONFIGS:
+        raise ValueError(f"{folder} is quantized with {method!r}; only {', '.join(CONFIGS)} can be counted")
+    return CONFIGS[method].from_dict(fields)
 
 
 def _packed_layers(stored: dict[str, StoredTensor], codec: Codec) -> tuple[LayerCount, ...]:

@@ -163,7 +163,7 @@ def test_packing_keeps_every_field(pattern, signs, level, rows):
     """Packing 2.25: fields read back from the words and bytes by the layout table."""
     vectors = 4
     fields = [torch.full((rows * vectors,), value, dtype=torch.int32) for value in (pattern, signs, level)]
-    packed = codec(2.25)._pack(*fields, torch.ones(rows))
+    packed = codec(2.25).pack(*fields, torch.ones(rows))
     assert packed[""].shape == (rows, vectors) and packed["magnitude"].shape == (rows, 1)
     word, byte = packed[""][-1, -1].item() & 0xFFFF, packed["magnitude"][-1, 0].item()
     assert (word >> 7, word & 127) == (pattern, signs)

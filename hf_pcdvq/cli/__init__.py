@@ -1,0 +1,32 @@
+"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it.
+
+Exit codes: 0 done, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .generate import generate
+from .measure import evaluate_command, inspect
+from .quantize import quantize
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hf_pcdvq")
+def main() -> None:
+    """Language models at 2 to 3 bits per weight, for Hugging Face Transformers.
+
+    MODEL is always a folder that holds a saved model, or the name of one on the Hugging Face Hub.
+
+    \b
+    Example, from a model to a small copy of it that has been measured:
+      hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit
+      hf-pcdvq inspect qwen-2bit
+      hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt
+      hf-pcdvq generate qwen-2bit --prompt "What is a codebook?"
+    """
+
+
+for command in (quantize, inspect, evaluate_command, generate):
+    main.add_command(command)

@@ -1,0 +1,78 @@
+"""What the commands share: how errors end, options of every command that loads a model, and loading it.
+
+PyTorch, Transformers and the rest of the package are imported inside the functions: help should not wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class Command(click.Command):
+    """A command that reports an error as one message with exit code 1, and has `--debug` to see where it came from."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="On an error, show the Python traceback."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            raise click.ClickException(_message(error)) from error
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}. This was not foreseen; run the command again with --debug to see more"
+
+
+def placement_options(command: Callable) -> Callable:
+    """Options of every command that loads a model."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        click.option(
+            "--device-map",
+            metavar="MAP",
+            help="Where the model goes: auto, cpu, cuda, cuda:1, ... [default: the accelerator, else the CPU]",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(_DTYPES),
+            default="auto",
+            show_default=True,
+            help="Floating dtype of what is not packed; auto keeps the saved one.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
+    """A causal language model, packed or not, on the accelerator if there is one and nothing else is asked for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
+
+    if device_map is None and torch.accelerator.is_available():
+        device_map = torch.accelerator.current_accelerator().type
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
+
+
+def note(text: str) -> None:
+    click.echo(text, err=True)

@@ -1,0 +1,245 @@
+"""`hf-pcdvq quantize`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from .common import Command, load_model, note, placement_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..calibration.settings import Calibration
+    from ..config import PackedConfig
+
+_SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
+
+
+def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    # save_pretrained would refuse it too, but only after the model has been quantized.
+    if not _SHARD_SIZE.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is not a size like 5GB or 500MB")
+    return value
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@click.option(
+    "--method",
+    type=click.Choice(["pcdvq", "ccq"]),
+    default="pcdvq",
+    show_default=True,
+    help="pcdvq: polar vector quantization. ccq: convolutional codes.",
+)
+@click.option("--bits", type=click.Choice(["2.0", "2.25"]), help="pcdvq only: bits per weight. [default: 2.25]")
+@click.option("--magnitude", type=click.Choice(["projection", "norm"]), help="pcdvq only. [default: projection]")
+@click.option(
+    "--layout",
+    type=click.Choice(["2.75", "2.5", "2.0625"]),
+    help="ccq only: the published layout, named by its bits per weight. [default: 2.5]",
+)
+@click.option(
+    "--hadamard/--no-hadamard",
+    default=None,
+    help="ccq only: rotate the inputs; off is the published form, and far worse. [default: on]",
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the modules of this name, suffix or regular expression as they are. May be given several times.",
+)
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    help="Text to calibrate on: a .txt or .jsonl file, or the name of a data set on the Hub. "
+    "[default: text that the model writes itself]",
+)
+@click.option("--no-calibration", is_flag=True, help="Round to the nearest codes: quick, and far worse.")
+@click.option("--samples", type=click.IntRange(min=1), help="Windows of tokens to calibrate on. [default: 128]")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens per window. [default: 1024]")
+@click.option("--seed", type=click.IntRange(min=0), help="Chooses the windows. [default: 0]")
+@click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where finished parts are kept until the end, so that an interrupted run goes on where it stopped. "
+    "[default: beside --out]",
+)
+@click.option("--gguf-file", metavar="NAME", help="MODEL holds this GGUF file: decode it and quantize that.")
+@click.option(
+    "--max-shard-size", default="50GB", callback=_shard_size, show_default=True, help="Largest file to write."
+)
+@click.option("--force", is_flag=True, help="Replace the model that --out holds.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@placement_options
+@click.pass_context
+def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
+    """Quantize MODEL and save it with its tokenizer and a report in a folder.
+
+    The weights of all linear layers but the output head are quantized so that the layers' outputs on a calibration text
+    change least. An interrupted run, started again, goes on where it stopped. The folder appears when everything is
+    written; if anything goes wrong there is none.
+
+    \b
+    Examples:
+      hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --calibration wiki.txt
+      hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout 2.5 --no-calibration
+      hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
+    """
+    from ..folders import check_source, folder_in_place
+
+    config = _quantization_config(ctx, skip)
+    check_source(model)
+    out = out.resolve()
+    work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
+    started = time.monotonic()
+    with folder_in_place(out, Path(model), options["force"]) as folder:
+        has_tokenizer = _quantize_into(folder, model, config, options, work_dir)
+    if work_dir.is_dir():
+        shutil.rmtree(work_dir)
+    _print_result(out, model, options["gguf_file"], time.monotonic() - started)
+    if not has_tokenizer:
+        note("Warning: the model was saved without a tokenizer, see above")
+
+
+def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
+    """The config that the options ask for; an option of the other method is wrong usage."""
+    from .. import CcqConfig, PcdvqConfig
+
+    methods = {"pcdvq": ("bits", "magnitude"), "ccq": ("layout", "hadamard")}
+    method = ctx.params["method"]
+    for owner, names in methods.items():
+        for name in names:
+            if owner != method and ctx.params[name] is not None:
+                raise click.UsageError(f"--{name} belongs to --method {owner}, but the method is {method}", ctx)
+    chosen = {name: ctx.params[name] for name in methods[method] if ctx.params[name] is not None}
+    if "bits" in chosen:
+        chosen["bits"] = float(chosen["bits"])
+    config = {"pcdvq": PcdvqConfig, "ccq": CcqConfig}[method]
+    return config(modules_to_not_convert=list(skip) or None, calibration=_calibration(ctx), **chosen)
+
+
+def _calibration(ctx: click.Context) -> Calibration | None:
+    """The calibration that the options ask for; options of it beside --no-calibration are wrong usage."""
+    from .. import Calibration
+
+    given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
+    if ctx.params["calibration"] is not None:
+        given["data"] = ctx.params["calibration"]
+    if not ctx.params["no_calibration"]:
+        return Calibration(**given)
+    if given:
+        raise click.UsageError("--no-calibration excludes --calibration, --samples, --length and --seed", ctx)
+    return None
+
+
+def _quantize_into(folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path) -> bool:
+    """Quantize and save. Returns whether there was a tokenizer to save."""
+    import torch
+
+    from ..gguf import dense_from_gguf
+    from ..quantize import quantize_model
+
+    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    with ExitStack() as stack:
+        if options["gguf_file"]:
+            # Beside the result, because the system's temporary folder may be too small for a dense model.
+            dense = stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent))
+            dtype = torch.bfloat16 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
+            dense_from_gguf(model, options["gguf_file"], dense, dtype, options["revision"])
+            model, source = dense, {}
+        _refuse_quantized(model, source)
+        tokenizer = _tokenizer_or_warning(model, source)
+        stack.enter_context(_without_summary())
+        if config.calibration is None:
+            loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
+        else:
+            # On the CPU: the decoder blocks travel to the accelerator one at a time.
+            loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
+            loaded = quantize_model(loaded, tokenizer, config, work_dir=work_dir)
+        loaded.save_pretrained(folder, max_shard_size=options["max_shard_size"])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if loaded.hf_quantizer.report is not None:
+            loaded.hf_quantizer.report.write(folder)
+    return tokenizer is not None
+
+
+def _refuse_quantized(model: str, source: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    found = getattr(AutoConfig.from_pretrained(model, **source), "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    raise click.ClickException(
+        f"{model} is already quantized with {getattr(method, 'value', method)}; quantize the original, dense model"
+    )
+
+
+def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    # Some classes come up without their files, as a tokenizer of special tokens only.
+    problem = "what is there knows special tokens only"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **source)
+        if len(tokenizer) > len(tokenizer.all_special_tokens):
+            return tokenizer
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    note(f"Warning: no tokenizer was found beside the model, so none is saved with it: {problem}")
+    return None
+
+
+@contextmanager
+def _without_summary() -> Iterator[None]:
+    """Silence the quantizer's summary, which the command prints as a table."""
+    logger = logging.getLogger("hf_pcdvq.quantizer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
+    from ..folders import weight_bytes
+    from ..report import count_folder, left_table, readable_size, size_table
+
+    count = count_folder(out)
+    console = Console()
+    console.print(left_table(count))
+    console.print(size_table(count))
+    _print_comparison(out)
+    size = readable_size(count.file_bytes)
+    if Path(model).is_dir():
+        size = f"{readable_size(weight_bytes(Path(model), gguf_file))} -> {size}"
+    click.echo(f"Saved in {out}: {size}, {count.bits_per_packed_weight:.3f} bits per packed weight, {seconds:.1f} s")
+
+
+def _print_comparison(out: Path) -> None:
+    """How the result compares with the original, where a calibrated run has measured it."""
+    from ..evaluate import Evaluation
+    from ..quantization_report import NAME
+    from ..report import evaluation_table
+
+    file = out / f"{NAME}.json"
+    comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None
+    if comparison is not None:
+        Console().print(evaluation_table(Evaluation(**comparison)))
