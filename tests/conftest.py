@@ -23,7 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, ids 2 to 257, and a `<s>` in front unless special tokens are switched off."""
-    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inputs import Stop
+
 
 @dataclass(frozen=True)
 class Call:
@@ -29,10 +31,6 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         return Call(_map(self.args, device), _map(self.kwargs, device))
-
-
-class _Stop(Exception):
-    """Ends a forward pass from inside."""
 
 
 def find_blocks(model: nn.Module, layers: list[str]) -> str:
@@ -84,6 +82,70 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return _first(block(hidden, *call.args, **call.kwargs))
 
 
+class Shortcuts:
+    """Spares a block what it has computed before.
+
+    Attention ends in its output projection, an MLP in its down projection. Once such a last layer's input is known for
+    a window, and nothing that runs before the layer changes any more, the whole module needs not be computed again:
+    it is the layer, applied to that input. Which layers are last in their module is found by running the block: the
+    module's output is then the very tensor that the layer put out.
+
+    Args:
+        block: on the device of `hidden`.
+        layers: those of its layers whose inputs may be kept, by name.
+        hidden, call: to run the block with.
+    """
+
+    def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
+        self._layers = layers
+        self._ends = _ending_modules(block, layers, hidden, call)
+        self._known: dict[str, dict[int, Tensor]] = {}
+
+    def keep(self, name: str, window: int, inputs: Tensor) -> None:
+        """Keep the input of a layer, on the CPU, if that can save anything."""
+        if name in self._ends:
+            self._known.setdefault(name, {})[window] = inputs.cpu()
+
+    @contextmanager
+    def taken(self, window: int) -> Iterator[None]:
+        """Take all shortcuts that are known for a window."""
+        with ExitStack() as stack:
+            for name, known in self._known.items():
+                if window in known:
+                    module, wrap = self._ends[name]
+                    stack.enter_context(_replaced_forward(module, self._replay(name, known[window], wrap)))
+            yield
+
+    def _replay(self, name: str, inputs: Tensor, wrap: Callable[[Tensor], Any]) -> Callable:
+        layer = self._layers[name]
+        return lambda *args, **kwargs: wrap(layer(inputs.to(layer.weight.device)))
+
+
+def _ending_modules(
+    block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call
+) -> dict[str, tuple[nn.Module, Callable[[Tensor], Any]]]:
+    """For layers that run once and whose output is that of the module around them: that module, and how it returns it."""
+    outputs: dict[nn.Module, list[Any]] = {}
+    parents = {
+        name: module for module in block.modules() for name, layer in layers.items() if layer in module.children()
+    }
+    handles = [
+        module.register_forward_hook(lambda module, args, output: outputs.setdefault(module, []).append(output))
+        for module in {*layers.values(), *parents.values()}
+    ]
+    try:
+        run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = {}
+    for name, layer in layers.items():
+        own, around = outputs.get(layer, []), outputs.get(parents[name], [])
+        if parents[name] is not block and len(own) == len(around) == 1 and _first(around[0]) is own[0]:
+            ends[name] = (parents[name], _form(around[0]))
+    return ends
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
     """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` behind the last block, for a window `[L]`."""
@@ -106,7 +168,7 @@ def _record(
         inputs.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise _Stop
+            raise Stop
         return wrap(hidden)
 
     with ExitStack() as stack:
@@ -124,22 +186,20 @@ def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Cal
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output)
-        raise _Stop
+        raise Stop
 
     handle = blocks[0].register_forward_hook(hook)
     try:
         _run_until_stop(model, window)
     finally:
         handle.remove()
-    if isinstance(outputs[0], tuple):
-        return lambda hidden: (hidden, *outputs[0][1:])
-    return lambda hidden: hidden
+    return _form(outputs[0])
 
 
 def _run_until_stop(model: nn.Module, window: Tensor) -> None:
     try:
         _forward(model, window)
-    except _Stop:
+    except Stop:
         pass
 
 
@@ -169,6 +229,14 @@ def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _form(output: Any) -> Callable[[Tensor], Any]:
+    """Puts a tensor in the place of the first that a module returned, which may be bare or in a tuple."""
+    if isinstance(output, tuple):
+        rest = output[1:]
+        return lambda tensor: (tensor, *rest)
+    return lambda tensor: tensor
 
 
 def _map(value: Any, device: torch.device) -> Any:

@@ -19,28 +19,32 @@ class InputMoments:
     """Running sums over the tokens `x` that reach layers with a common input; `x0` is what the original model has there.
 
     Attributes:
-        hessian: sum of `w x x^T`, float32 `[K, K]`; only the upper triangle, in bands, until `Hessian` is made of it.
-        cross: sum of `w (x0 - x) x^T`, float32 `[K, K]`, or None.
+        hessian: sum of `x x^T`, float32 `[K, K]`; below the diagonal not all of it is filled.
+        cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None where there was nothing to compare with.
         tokens: number of tokens seen.
     """
 
-    def __init__(self, features: int, device: torch.device, cross: bool):
+    def __init__(self, features: int, device: torch.device):
         self.hessian = torch.zeros(features, features, device=device)
-        self.cross = torch.zeros(features, features, device=device) if cross else None
+        self.cross: Tensor | None = torch.zeros_like(self.hessian)
         self.tokens = 0
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
-        """Count tokens `[T, K]` of any floating dtype, and with them the original model's."""
-        x = inputs.float()
+        """Count the tokens of one window, `[..., K]` of any floating dtype.
+
+        Args:
+            original: the same tokens in the original model. Of experts, which may get other tokens than there, nothing
+                is compared: their inputs are not `[batch, tokens, K]`.
+        """
+        x = inputs.flatten(0, -2).float()
         band = -(-x.shape[1] // _BANDS)
         for start in range(0, x.shape[1], band):
             self.hessian[start : start + band, start:].addmm_(x[:, start : start + band].T, x[:, start:])
-        if original is None:
+        if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
-            # The products are exact in float32; the sum over these few tokens may be rounded to the model's dtype,
-            # because `cross` only shifts a target and is never inverted.
-            self.cross += (original - inputs).T @ inputs
+            # Summed in the model's dtype within a window: unlike the Hessian, `cross` is never inverted.
+            self.cross += (original.to(inputs.device) - inputs).flatten(0, -2).T @ inputs.flatten(0, -2)
         self.tokens += len(x)
 
 

@@ -1,23 +1,34 @@
-"""The inputs of a block's layers while it runs, and their moments, counted once where layers share an input."""
+"""The inputs of a block's layers while it runs, and which layers share theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from .hessian import InputMoments
+
+class Stop(Exception):
+    """Ends a forward pass from inside."""
 
 
 @contextmanager
-def recorded_inputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that holds the input of every layer that ran since it was last cleared."""
+def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that holds the input of every layer that has run since it was last cleared, in their order.
+
+    Args:
+        layers: by name.
+        last: raise `Stop` before this layer runs; None lets all run.
+    """
     inputs: dict[str, Tensor] = {}
 
-    def recorder(name: str):
-        return lambda module, args: inputs.__setitem__(name, args[0])
+    def recorder(name: str) -> Callable:
+        def record(module: nn.Module, args: tuple) -> None:
+            inputs[name] = args[0]
+            if name == last:
+                raise Stop
+
+        return record
 
     handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
     try:
@@ -27,39 +38,38 @@ def recorded_inputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]
             handle.remove()
 
 
-class SharedMoments:
-    """Moments of the inputs of several layers. Layers whose input is the same tensor are found and share theirs.
+class OriginalInputs:
+    """The inputs that a block's layers have in the original model, window by window, and which layers share theirs.
 
     Args:
-        names: of all layers, in the model's order.
-        cross: also compare with the inputs of the original model.
-        device: where the moments are kept.
+        names: of all layers.
+        keep: keep the inputs, on the CPU.
+
+    Attributes:
+        windows: for every window the kept inputs, by the first layer of each group; empty without `keep`.
     """
 
-    def __init__(self, names: list[str], cross: bool, device: torch.device):
-        self._names, self._cross, self._device = names, cross, device
+    def __init__(self, names: list[str], keep: bool):
+        self.windows: list[dict[str, Tensor]] = []
+        self._names, self._keep = names, keep
         self._leader: dict[str, str] = {}
-        self._moments: dict[str, InputMoments] = {}
 
-    def add(self, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> None:
-        """Count the inputs of one window, `[..., K]`, and what they are in the original model."""
+    def add(self, inputs: dict[str, Tensor]) -> None:
+        """Take down one window from what `recorded_inputs` gives."""
         leaders: dict[int, str] = {}
-        for name in self._names:
-            if name in inputs:  # an expert may have seen no token
-                self._leader.setdefault(name, leaders.setdefault(id(inputs[name]), name))
-        for leader in dict.fromkeys(self._leader[name] for name in inputs):
-            x = inputs[leader].flatten(0, -2)
-            moments = self._moments.get(leader)
-            if moments is None:
-                moments = self._moments[leader] = InputMoments(x.shape[1], self._device, self._cross)
-            before = original.get(leader)
-            # Experts may get other tokens than in the original model: then there is nothing to compare with.
-            paired = before is not None and before.ndim == 3 and before.shape == inputs[leader].shape
-            moments.add(x, before.flatten(0, -2) if paired else None)
+        for name, tensor in inputs.items():
+            leader = leaders.setdefault(id(tensor), name)
+            self._leader.setdefault(name, leader)
+        kept = {leader: inputs[leader].cpu() for leader in leaders.values()} if self._keep else {}
+        self.windows.append(kept)
 
-    def groups(self) -> list[tuple[list[str], InputMoments | None]]:
-        """Layers with a common input and its moments, None for a layer that was never run."""
-        members: dict[str, list[str]] = {}
-        for name in self._names:
-            members.setdefault(self._leader.get(name, name), []).append(name)
-        return [(names, self._moments.get(leader)) for leader, names in members.items()]
+    def groups(self) -> list[list[str]]:
+        """Layers that share their input, in the order in which they run."""
+        groups: dict[str, list[str]] = {}
+        for name, leader in self._leader.items():
+            groups.setdefault(leader, []).append(name)
+        return list(groups.values())
+
+    def idle(self) -> list[str]:
+        """Layers that no window has reached."""
+        return [name for name in self._names if name not in self._leader]

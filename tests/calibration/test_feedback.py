@@ -1,0 +1,116 @@
+"""Error feedback against its definition, and what it gains over rounding."""
+
+import pytest
+import torch
+
+from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig
+from hf_pcdvq.calibration.feedback import proxy_loss, quantize_with_feedback
+from hf_pcdvq.calibration.hessian import Hessian
+from hf_pcdvq.codecs.base import UnitEncoder
+
+CODECS = {
+    "pcdvq 2.0": PcdvqConfig(bits=2.0).codec,
+    "pcdvq 2.25 norm": PcdvqConfig(bits=2.25, magnitude="norm").codec,
+    "ccq 2.75": CcqConfig(layout="2.75").codec,
+    "ccq 2.5": CcqConfig(layout="2.5").codec,
+    "ccq 2.0625": CcqConfig(layout="2.0625").codec,
+}
+PLAIN = Calibration(ordered=False, sweeps=0, refit=False)
+
+
+def hessian_of(matrix):
+    return Hessian(matrix, tokens=1, dead=0, damping=0.0, note=None)
+
+
+def problem(rows=96, columns=128, seed=0):
+    """A weight, and the Hessian of inputs that depend on each other and differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing * torch.linspace(0.2, 2, columns)
+    matrix = inputs.T @ inputs / len(inputs) + 0.01 * torch.eye(columns)
+    return weight, hessian_of(matrix)
+
+
+class Rounding(UnitEncoder):
+    """Rounds to integers, in units of uneven width, and keeps the targets it was given."""
+
+    def __init__(self, widths):
+        ends = torch.tensor(widths).cumsum(0).tolist()
+        self.units = [slice(end - width, end) for end, width in zip(ends, widths)]
+        self.targets = {}
+
+    def encode(self, unit, target):
+        self.targets[unit] = target
+        return torch.zeros(len(target), dtype=torch.int32), target.round()
+
+    def rescale(self, factor):
+        raise AssertionError("refit is off")
+
+    def pack(self, codes):
+        return {}
+
+
+def test_target_of_a_unit_is_the_best_there_is_given_the_errors_made():
+    # Given the errors E_A of the columns done, the errors of all others L that cost least are -E_A H_AL H_LL^-1.
+    weight, hessian = problem(rows=5, columns=12)
+    weight = weight * 3
+    encoder = Rounding([3, 4, 1, 4])
+    _, quantized = quantize_with_feedback(weight, hessian, encoder, PLAIN)
+    matrix, error = hessian.matrix.double(), (weight - quantized).double()
+    for number, unit in enumerate(encoder.units):
+        left = torch.linalg.inv(matrix[unit.start :, unit.start :])
+        best = error[:, : unit.start] @ matrix[: unit.start, unit.start :] @ left
+        expected = weight[:, unit].double() + best[:, : unit.stop - unit.start]
+        torch.testing.assert_close(encoder.targets[number].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_without_correlations_it_is_rounding_to_the_nearest(name):
+    codec = CODECS[name]
+    weight, _ = problem()
+    encoder = codec.unit_encoder(weight)
+    codes, _ = quantize_with_feedback(weight, hessian_of(torch.eye(128)), encoder, PLAIN)
+    packed, expected = encoder.pack(codes), codec.encode_rotated(weight)
+    assert packed.keys() == expected.keys()
+    for suffix in expected:
+        assert torch.equal(packed[suffix], expected[suffix]), suffix
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_packed_codes_stand_for_the_weight_that_is_returned(name, ordered):
+    codec = CODECS[name]
+    weight, hessian = problem()
+    encoder = codec.unit_encoder(weight)
+    codes, quantized = quantize_with_feedback(weight, hessian, encoder, Calibration(ordered=ordered, sweeps=2))
+    decoded = codec.decode_rotated(encoder.pack(codes), codec.tables(128), torch.float32)
+    # Sweeps add differences of decoded values, so they agree to float32 rounding only.
+    assert (decoded - quantized).norm() <= 1e-5 * quantized.norm()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_step_lowers_the_loss(name):
+    codec = CODECS[name]
+    weight, hessian = problem()
+    rounded = codec.decode_rotated(codec.encode_rotated(weight), codec.tables(128), torch.float32)
+    losses = [proxy_loss(weight - rounded, weight, hessian)]
+    for settings in (
+        PLAIN,
+        Calibration(ordered=False, sweeps=0),
+        Calibration(ordered=False, sweeps=1),
+        Calibration(ordered=False, sweeps=3),
+    ):
+        _, quantized = quantize_with_feedback(weight, hessian, codec.unit_encoder(weight), settings)
+        losses.append(proxy_loss(weight - quantized, weight, hessian))
+    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] >= losses[2] > losses[3] > losses[4]
+
+
+def test_row_of_zeros_stays_zero():
+    for codec in CODECS.values():
+        weight, hessian = problem()
+        weight[3] = 0
+        _, quantized = quantize_with_feedback(weight, hessian, codec.unit_encoder(weight), Calibration())
+        assert torch.isfinite(quantized).all()
+        assert (quantized[3] == 0).all()
