@@ -300,6 +300,8 @@ class PackedHfQuantizer(HfQuantizer):
                 f"calibration needs the whole model on one device, it is on {', '.join(sorted(map(str, placed)))}; "
                 "load it with device_map='cpu': blocks move to the accelerator one at a time"
             )
+        training = model.training
+        model.eval()
         windows, holdout = calibration_windows(data, model, tokenizer, config.calibration, progress)
         store = None
         if work_dir is not None:
@@ -312,6 +314,7 @@ class PackedHfQuantizer(HfQuantizer):
             model, selected, config.codec, config.calibration, windows, holdout, device, store, progress
         )
         run.run()
+        model.train(training)
         for name in selected:
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter._is_hf_initialized = True  # the check after loading asks for it

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_pcdvq.calibration.run
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq.calibration.blocks import Shortcuts
 from hf_pcdvq.evaluate import evaluate, token_windows
 from hf_pcdvq.modules import QuantLinear
 
@@ -118,6 +119,17 @@ def test_layers_are_quantized_with_the_errors_of_those_before_them(load, tokeniz
     first = changes.pop("model.layers.0.self_attn.q_proj")
     assert first == 0
     assert min(changes.values()) > 0.01
+
+
+def test_shortcuts_change_nothing(load, tokenizer, monkeypatch):
+    text = [sentences(3000)]
+    kept = []
+    keep = Shortcuts.keep
+    monkeypatch.setattr(Shortcuts, "keep", lambda self, *args: kept.append(args[0]) or keep(self, *args))
+    short = quantize_model(load(), tokenizer, PcdvqConfig(calibration=SMALL), text, progress=False)
+    assert "model.layers.1.self_attn.o_proj" in kept
+    monkeypatch.setattr(Shortcuts, "keep", lambda self, *args: None)
+    assert_same_state(quantize_model(load(), tokenizer, PcdvqConfig(calibration=SMALL), text, progress=False), short)
 
 
 def test_interrupted_run_goes_on_where_it_stopped(load, tokenizer, tmp_path, monkeypatch):

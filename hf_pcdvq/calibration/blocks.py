@@ -150,6 +150,7 @@ def _ending_modules(
 def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
     """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` behind the last block, for a window `[L]`."""
     wrap = _output_form(model, blocks, window)
+    hidden = hidden.to(model.get_input_embeddings().weight.device)
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_replaced_forward(block, lambda *args, **kwargs: wrap(hidden)))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,27 @@ from .store import BlockStore
 # Above this many groups of layers in a block, as of experts that are modules of their own, the groups are not quantized
 # one after the other but together: a partial forward pass for each would take too long.
 _MAX_STAGES = 8
+
+
+@dataclass
+class _Block:
+    """A decoder block, what it is called with, and the hidden states of all windows before it (later, behind it)."""
+
+    module: nn.Module
+    layers: dict[str, nn.Module]  # those to quantize
+    call: Call
+    original: list[Tensor]
+    hidden: list[Tensor]
+    device: torch.device
+    shortcuts: Shortcuts | None = None
+
+    def find_shortcuts(self) -> None:
+        self.shortcuts = Shortcuts(self.module, self.layers, self.hidden[0].to(self.device), self.call)
+
+    def forward(self, index: int) -> Tensor:
+        """The hidden states behind the block as it is now, on the CPU."""
+        with self.shortcuts.taken(index) if self.shortcuts else nullcontext():
+            return run_block(self.module, self.hidden[index].to(self.device), self.call).cpu()
 
 
 class CalibratedRun:
@@ -85,62 +107,49 @@ class CalibratedRun:
             for number, (block, call) in enumerate(zip(blocks, calls)):
                 started = time.perf_counter()
                 name = f"{prefix}.{number}"
+                layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
                 with _on_device(block, self.device):
-                    self._run_block(number, name, block, call.to(self.device), original, hidden)
+                    states = _Block(block, layers, call.to(self.device), original, hidden, self.device)
+                    self._run_block(number, states)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
-            self._round([name for name in self._names if not name.startswith(f"{prefix}.")])
+            self._round([name for name in self._names if not _inside(name, prefix)])
         if len(self._holdout) and self._model.get_output_embeddings() is not None:
             self.comparison = self._compare(blocks, original, hidden)
 
-    def _run_block(
-        self, number: int, name: str, block: nn.Module, call: Call, original: list[Tensor], hidden: list[Tensor]
-    ) -> None:
+    def _run_block(self, number: int, block: _Block) -> None:
         """Quantize one block and replace the hidden states before it, in both lists, by those behind it."""
-        layers = {layer: self._model.get_submodule(layer) for layer in self._names if layer.startswith(f"{name}.")}
         stored = self._store.load(number) if self._store else None
-        inputs = self._advance_original(block, call, layers if stored is None else {}, original)
         if stored is None:
-            shortcuts = Shortcuts(block, layers, hidden[0].to(self.device), call)
-            packed, records = self._quantize_block(block, call, layers, inputs, hidden, shortcuts)
+            inputs = self._advance_original(block, keep=self._settings.correction > 0)
+            packed, records = self._quantize_block(block, inputs)
             if self._store:
                 self._store.save(number, packed, records)
         else:
-            shortcuts = Shortcuts(block, {}, hidden[0].to(self.device), call)
+            self._advance_original(block, keep=False)
             packed, records = stored
             self._take_down(records)
-            self._install(layers, packed)
-        for index, states in enumerate(hidden):
-            with shortcuts.taken(index):
-                hidden[index] = run_block(block, states.to(self.device), call).cpu()
-        for layer_name, layer in layers.items():
-            self._model.set_submodule(layer_name, QuantLinear.from_packed(layer, self._codec, packed[layer_name]))
+            self._install(block.layers, packed)
+        for index in range(len(block.hidden)):
+            block.hidden[index] = block.forward(index)
+        for name, layer in block.layers.items():
+            self._model.set_submodule(name, QuantLinear.from_packed(layer, self._codec, packed[name]))
 
-    def _advance_original(
-        self, block: nn.Module, call: Call, layers: dict[str, nn.Module], original: list[Tensor]
-    ) -> OriginalInputs:
+    def _advance_original(self, block: _Block, keep: bool) -> OriginalInputs:
         """Run the dense block on the original's hidden states, which are replaced by those behind it.
 
         Returns:
-            The inputs of `layers` on the way.
+            The inputs of the layers on the way, for the windows to calibrate on.
         """
-        found = OriginalInputs(list(layers), keep=self._settings.correction > 0)
-        with recorded_inputs(layers) as inputs:
-            for index, states in enumerate(original):
-                original[index] = run_block(block, states.to(self.device), call).cpu()
+        found = OriginalInputs(list(block.layers), keep)
+        with recorded_inputs(block.layers) as inputs:
+            for index, states in enumerate(block.original):
+                block.original[index] = run_block(block.module, states.to(block.device), block.call).cpu()
                 if index < len(self._windows):
                     found.add(inputs)
                 inputs.clear()
         return found
 
-    def _quantize_block(
-        self,
-        block: nn.Module,
-        call: Call,
-        layers: dict[str, nn.Module],
-        inputs: OriginalInputs,
-        hidden: list[Tensor],
-        shortcuts: Shortcuts,
-    ) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    def _quantize_block(self, block: _Block, inputs: OriginalInputs) -> tuple[dict[str, Packed], list[LayerRecord]]:
         """Quantize a block's layers in the order in which they run, each with what those before it have become.
 
         Returns:
@@ -150,36 +159,28 @@ class CalibratedRun:
         records: list[LayerRecord] = []
         groups = inputs.groups()
         stages = [[group] for group in groups] if len(groups) <= _MAX_STAGES else [groups]
+        block.find_shortcuts()
         for stage in stages:
-            moments = self._moments(block, call, layers, stage, inputs, hidden, shortcuts)
-            for group in stage:
-                self._quantize_group(layers, group, moments[group[0]], packed, records)
+            moments = self._moments(block, stage, inputs)
+            for names in stage:
+                self._quantize_group(block.layers, names, moments[names[0]], packed, records)
         for name in inputs.idle():
-            self._quantize_group(layers, [name], None, packed, records)
+            self._quantize_group(block.layers, [name], None, packed, records)
         return packed, records
 
-    def _moments(
-        self,
-        block: nn.Module,
-        call: Call,
-        layers: dict[str, nn.Module],
-        stage: list[list[str]],
-        inputs: OriginalInputs,
-        hidden: list[Tensor],
-        shortcuts: Shortcuts,
-    ) -> dict[str, InputMoments]:
+    def _moments(self, block: _Block, stage: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
         """Moments of the inputs of a stage's groups, by the first layer of each, with the block as it is now."""
-        leaders = [group[0] for group in stage]
-        moments = {name: InputMoments(layers[name].in_features, self.device) for name in leaders}
+        leaders = [names[0] for names in stage]
+        moments = {name: InputMoments(block.layers[name].in_features, block.device) for name in leaders}
         last = leaders[0] if len(leaders) == 1 else None
-        with recorded_inputs({name: layers[name] for name in leaders}, last) as now:
+        with recorded_inputs({name: block.layers[name] for name in leaders}, last) as now:
             for index in range(len(self._windows)):
-                with suppress(Stop), shortcuts.taken(index):
-                    run_block(block, hidden[index].to(self.device), call)
+                with suppress(Stop):
+                    block.forward(index)
                 for name, tensor in now.items():
                     moments[name].add(tensor, inputs.windows[index].get(name))
                     if last is not None:  # else other layers of this stage may change it yet
-                        shortcuts.keep(name, index, tensor)
+                        block.shortcuts.keep(name, index, tensor)
                 now.clear()
         return moments
 
@@ -229,6 +230,10 @@ class CalibratedRun:
             for window, both in zip(self._holdout, zip(original[start:], hidden[start:]))
         )
         return compare_logits(pairs, self._holdout, progress=not self._bar.disable)
+
+
+def _inside(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
 
 
 @contextmanager

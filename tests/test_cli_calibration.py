@@ -1,0 +1,114 @@
+"""`hf-pcdvq quantize` with calibration: what it writes, what it keeps for another try, and wrong usage."""
+
+import json
+
+import pytest
+import torch
+from test_cli import fail, succeed
+from transformers import AutoModelForCausalLM
+
+import hf_pcdvq.calibration.run
+from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+
+OPTIONS = ("--samples", "8", "--length", "32")
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"{number} of many small words" for number in range(150)))
+    return file
+
+
+def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
+    out = tmp_path / "packed"
+    result = succeed("quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS, "--bits", "2.0")
+    assert {file.name for file in out.glob("quantization_report.*")} >= {
+        "quantization_report.json",
+        "quantization_report.md",
+    }
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert (report["windows"], report["length"]) == (8, 32)
+    kl = report["comparison"]["kl_mean"]
+    assert f"{kl:.5f} nats" in result.output
+    # Nothing of the run stays beside the result.
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
+
+    settings = Calibration(data=str(text), samples=8, length=32)
+    expected = quantize_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        _tokenizer(tiny_model_dir),
+        PcdvqConfig(bits=2.0, calibration=settings),
+        progress=False,
+    )
+    packed = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        assert torch.equal(packed(ids).logits, expected(ids).logits)
+
+
+def _tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_interrupted_command_goes_on_where_it_stopped(tiny_model_dir, text, tmp_path, monkeypatch):
+    out = tmp_path / "packed"
+    arguments = ("quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS)
+    quantize = hf_pcdvq.calibration.run.quantize_layers
+    names = []
+
+    def broken(layers, *rest):
+        if any(name.startswith("model.layers.1.") for name in layers):
+            raise RuntimeError("the power went")
+        return quantize(layers, *rest)
+
+    def watched(layers, *rest):
+        names.extend(layers)
+        return quantize(layers, *rest)
+
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", broken)
+    fail(1, "the power went", *arguments)
+    assert {path.name for path in tmp_path.iterdir()} == {".packed.calibration", "text.txt"}
+    fail(1, "belongs to another run", *arguments, "--bits", "2.0")
+
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", watched)
+    succeed(*arguments)
+    assert {name.split(".")[2] for name in names} == {"1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
+
+
+def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):
+    succeed("quantize", tiny_model_dir, "--out", tmp_path / "packed", *OPTIONS)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert config["calibration"]["data"] is None
+    assert config["calibration"]["samples"] == 8
+
+
+@pytest.mark.parametrize("option", [("--calibration", "text.txt"), ("--samples", "3"), ("--seed", "1")])
+def test_calibration_options_beside_no_calibration_are_wrong_usage(tiny_model_dir, tmp_path, option):
+    fail(
+        2,
+        "--no-calibration excludes",
+        "quantize",
+        tiny_model_dir,
+        "--out",
+        tmp_path / "o",
+        "--no-calibration",
+        *option,
+    )
+
+
+def test_missing_file_is_named_and_nothing_is_left(tiny_model_dir, tmp_path):
+    fail(
+        1,
+        "there is no calibration file nowhere.txt",
+        "quantize",
+        tiny_model_dir,
+        "--out",
+        tmp_path / "o",
+        "--calibration",
+        "nowhere.txt",
+    )
+    assert list(tmp_path.iterdir()) == []
