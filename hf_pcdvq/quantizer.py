@@ -22,9 +22,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .calibration.data import calibration_windows
+from .calibration.data import read_windows, sample_from_model, split_windows
 from .calibration.run import CalibratedRun
-from .calibration.store import BlockStore, fingerprint
+from .calibration.store import BlockStore, fingerprint, keep_windows
 from .checkpoint import check_stored
 from .config import PackedConfig
 from .modules import QuantLinear, parameter_name
@@ -302,12 +302,11 @@ class PackedHfQuantizer(HfQuantizer):
             )
         training = model.training
         model.eval()
-        windows, holdout = calibration_windows(data, model, tokenizer, config.calibration, progress)
+        windows = self._windows(model, selected, data, tokenizer, work_dir, progress)
         store = None
         if work_dir is not None:
-            store = BlockStore(
-                work_dir, fingerprint(model, selected, config.to_dict(), torch.cat([windows, holdout]))
-            )
+            store = BlockStore(work_dir, fingerprint(model, selected, config.to_dict(), windows))
+        windows, holdout = split_windows(windows, config.calibration)
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else placed.pop()
         run = CalibratedRun(
@@ -319,6 +318,23 @@ class PackedHfQuantizer(HfQuantizer):
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter._is_hf_initialized = True  # the check after loading asks for it
         self.report = QuantizationReport.of(config, run, windows, time.perf_counter() - started)
+
+    def _windows(
+        self, model: nn.Module, selected: list[str], data: Any, tokenizer: Any, work_dir: Path | None, progress: bool
+    ) -> Tensor:
+        """All windows of tokens, from the data or written by the model."""
+        settings = self.quantization_config.calibration
+        count, length, seed = settings.samples + settings.holdout, settings.length, settings.seed
+        if data is not None:
+            return read_windows(data, tokenizer, count, length, seed)
+
+        def write() -> Tensor:
+            return sample_from_model(model, count, length, seed, progress)
+
+        if work_dir is None:
+            return write()
+        owner = fingerprint(model, selected, {"count": count, "length": length, "seed": seed}, torch.empty(0))
+        return keep_windows(work_dir, owner, write)
 
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked

@@ -8,6 +8,7 @@ from test_cli import fail, succeed
 from transformers import AutoModelForCausalLM
 
 import hf_pcdvq.calibration.run
+import hf_pcdvq.quantizer
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 
 OPTIONS = ("--samples", "8", "--length", "32")
@@ -84,6 +85,31 @@ def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert config["calibration"]["data"] is None
     assert config["calibration"]["samples"] == 8
+
+
+def test_work_folder_keeps_what_else_is_in_it(tiny_model_dir, text, tmp_path):
+    mine = tmp_path / "work" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    options = ("--calibration", text, *OPTIONS, "--work-dir", mine.parent)
+    succeed("quantize", tiny_model_dir, "--out", tmp_path / "packed", *options)
+    assert [file.name for file in mine.parent.iterdir()] == ["mine.txt"]
+
+
+def test_text_that_the_model_wrote_is_kept_for_the_next_try(tiny_model_dir, tmp_path, monkeypatch):
+    arguments = ("quantize", tiny_model_dir, "--out", tmp_path / "packed", *OPTIONS)
+    quantize = hf_pcdvq.calibration.run.quantize_layers
+
+    def broken(*args):
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", broken)
+    fail(1, "the power went", *arguments)
+    assert [file.name for file in (tmp_path / ".packed.calibration").iterdir()] == ["windows.safetensors"]
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", quantize)
+    monkeypatch.setattr(hf_pcdvq.quantizer, "sample_from_model", broken)
+    succeed(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 @pytest.mark.parametrize("option", [("--calibration", "text.txt"), ("--samples", "3"), ("--seed", "1")])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25, 2])
@@ -44,6 +44,14 @@ REFUSED = [
     (CcqConfig, {"format_version": "1"}, r"format_version must be an integer .*, got '1'"),
     (CcqConfig, {"quant_method": "pcdvq"}, r"quant_method must be 'ccq', got 'pcdvq'"),
     (PcdvqConfig, {"bit": 2.0}, r"PcdvqConfig: unknown field 'bit'"),
+    (PcdvqConfig, {"calibration": 3}, r"calibration must be a Calibration, a dictionary or a name, got 3"),
+    (CcqConfig, {"calibration": {"sample": 3}}, r"calibration: unknown field 'sample'"),
+    (Calibration, {"samples": 0}, r"samples must be an integer from 1 .*, got 0"),
+    (Calibration, {"sweeps": 1.0}, r"sweeps must be an integer .*, got 1.0"),
+    (Calibration, {"correction": 2}, r"correction must be a number from 0.0 to 1.0, got 2"),
+    (Calibration, {"damping": 0}, r"damping must be a number .*, got 0"),
+    (Calibration, {"ordered": 1}, r"ordered must be True or False, got 1"),
+    (Calibration, {"data": ["text"]}, r"data must be a path, a name or None, got \['text'\]"),
 ]
 
 
@@ -61,6 +69,16 @@ def test_a_newer_format_is_refused_with_its_version():
         CcqConfig.from_dict(fields)
     with pytest.raises(ValueError, match="format_version 7 is newer"):
         CcqConfig(format_version=7)
+
+
+def test_calibration_may_be_its_data_its_fields_or_an_object_and_survives_json():
+    expected = Calibration(data="wiki.txt")
+    for given in (expected, "wiki.txt", expected.to_dict(), {"data": "wiki.txt"}):
+        config = PcdvqConfig(calibration=given, tokenizer=object())
+        assert config.calibration == expected
+        again = PcdvqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again.calibration == expected
+        assert again.tokenizer is None
 
 
 def test_the_wish_to_dequantize_is_not_saved():

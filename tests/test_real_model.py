@@ -5,12 +5,15 @@ Six of its thirty layers, to keep the suite short; `scripts/roundtrip.py` does t
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq import CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq.calibration.data import read_windows
+from hf_pcdvq.evaluate import evaluate
 from hf_pcdvq.report import count_folder
 
 LAYERS = 6
@@ -65,3 +68,17 @@ def test_real_weights_round_trip(dense_dir, config, error, overhead, tmp_path):
             decoded = model.model.layers[layer].get_submodule(name).dequantize(torch.float32).weight
             # 8 %: trained weights keep a little of their tails after the rotation
             assert (decoded - weight).square().sum() / weight.square().sum() < 1.08 * error
+
+
+def test_calibration_keeps_a_real_model_close_where_rounding_does_not(dense_dir):
+    text = Path(__file__).parents[2] / "shared/data/calibration/c4.txt"
+    if not text.is_file():
+        pytest.skip(f"needs the calibration text {text}")
+    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
+    windows = read_windows(text, tokenizer, 24, 256, seed=0)
+    original = AutoModelForCausalLM.from_pretrained(dense_dir)
+    rounded = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=PcdvqConfig())
+    calibrated = AutoModelForCausalLM.from_pretrained(dense_dir)
+    quantize_model(calibrated, tokenizer, PcdvqConfig(), windows[:16], progress=False)
+    kl = [evaluate(original, packed, windows[16:], progress=False).kl_mean for packed in (calibrated, rounded)]
+    assert kl[0] < 0.5 * kl[1]

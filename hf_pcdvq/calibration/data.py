@@ -30,33 +30,12 @@ _SHUFFLE_BUFFER = 1000  # documents
 _GENERATION_BATCH = 32  # sequences that a model writes at a time
 
 
-def calibration_windows(
-    data: Any,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    settings: Calibration,
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """Windows to calibrate on, and windows to measure on: token ids int64 `[n, L]` and `[m, L]`, on the CPU.
+def split_windows(windows: Tensor, settings: Calibration) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, and windows to measure on: token ids int64 `[n, L]` and `[m, L]`.
 
-    Where the data holds fewer windows than asked for, all are used, at most a tenth of them for measuring, with a
-    warning.
-
-    Args:
-        data: what `read_windows` takes, or None for text that the model writes.
-        model: writes it.
-        tokenizer: not needed for tensors and the model's own text.
-        settings: how many, how long, and the seed.
-        progress: show a progress bar while the model writes.
-
-    Raises: like `read_windows`.
+    Where there are fewer windows than asked for, all are used, at most a tenth of them for measuring, with a warning.
     """
-    count = settings.samples + settings.holdout
-    if data is None:
-        windows = sample_from_model(model, count, settings.length, settings.seed, progress)
-    else:
-        windows = read_windows(data, tokenizer, count, settings.length, settings.seed)
-    holdout = settings.holdout
+    count, holdout = settings.samples + settings.holdout, settings.holdout
     if len(windows) < count:
         holdout = min(holdout, len(windows) // 10)
         logger.warning(

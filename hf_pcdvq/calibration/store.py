@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..codecs.base import Packed
 from .records import LayerRecord
 
+_BLOCKS, _WINDOWS = "block-*.safetensors", "windows.safetensors"
 _SEPARATOR = "//"  # between a layer's name and a tensor's suffix, which may be empty
 
 
 class BlockStore:
-    """A folder with one safetensors file per finished block, and the fingerprint of the run they belong to.
+    """A folder with one safetensors file per finished block, each with the fingerprint of the run it belongs to.
 
     Args:
         folder: made if it does not exist.
@@ -34,14 +36,8 @@ class BlockStore:
         self.folder = folder
         self._fingerprint = fingerprint
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("block-*.safetensors")):
-            with safe_open(file, "pt") as content:
-                found = (content.metadata() or {}).get("fingerprint")
-            if found != fingerprint:
-                raise ValueError(
-                    f"{file} belongs to another run: the model, the settings or the calibration data differ. "
-                    f"Delete {folder} to begin anew, or choose another folder"
-                )
+        for file in sorted(folder.glob(_BLOCKS)):
+            _check_owner(file, fingerprint)
 
     def load(self, number: int) -> tuple[dict[str, Packed], list[LayerRecord]] | None:
         """Packed tensors and records of a block's layers, or None if it is not finished."""
@@ -64,12 +60,54 @@ class BlockStore:
             for suffix, tensor in layer.items()
         }
         metadata = {"fingerprint": self._fingerprint, "records": json.dumps([asdict(record) for record in records])}
-        partial = self.folder / f".{self._file(number).name}.partial"
-        save_file(tensors, partial, metadata)
-        os.replace(partial, self._file(number))
+        _save_whole(tensors, self._file(number), metadata)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"block-{number:04d}.safetensors"
+
+
+def keep_windows(folder: Path, fingerprint: str, write: Callable[[], Tensor]) -> Tensor:
+    """Windows that a model has written, from the folder of an interrupted run, or written now and kept there.
+
+    Writing takes long, and an accelerator may not write the same text again.
+
+    Raises:
+        ValueError: the folder holds the windows of another run.
+    """
+    file = folder / _WINDOWS
+    if file.is_file():
+        _check_owner(file, fingerprint)
+        return load_file(file)["windows"]
+    folder.mkdir(parents=True, exist_ok=True)
+    windows = write()
+    _save_whole({"windows": windows}, file, {"fingerprint": fingerprint})
+    return windows
+
+
+def clear(folder: Path) -> None:
+    """Delete what a finished run has kept in a folder, and the folder if nothing else is in it."""
+    if folder.is_dir():
+        for file in [*folder.glob(_BLOCKS), folder / _WINDOWS]:
+            file.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_owner(file: Path, fingerprint: str) -> None:
+    with safe_open(file, "pt") as content:
+        found = (content.metadata() or {}).get("fingerprint")
+    if found != fingerprint:
+        raise ValueError(
+            f"{file} belongs to another run: the model, the settings or the calibration data differ. "
+            f"Delete {file.parent} to begin anew, or choose another folder"
+        )
+
+
+def _save_whole(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a file under a temporary name and rename it: it is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, file)
 
 
 def fingerprint(model: nn.Module, names: list[str], settings: dict[str, Any], windows: Tensor) -> str:

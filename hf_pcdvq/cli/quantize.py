@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -100,6 +99,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout 2.5 --no-calibration
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
     """
+    from ..calibration.store import clear
     from ..folders import check_source, folder_in_place
 
     config = _quantization_config(ctx, skip)
@@ -109,8 +109,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
         has_tokenizer = _quantize_into(folder, model, config, options, work_dir)
-    if work_dir.is_dir():
-        shutil.rmtree(work_dir)
+    clear(work_dir)
     _print_result(out, model, options["gguf_file"], time.monotonic() - started)
     if not has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")

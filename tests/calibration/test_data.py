@@ -7,7 +7,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 
 from hf_pcdvq import Calibration
-from hf_pcdvq.calibration.data import calibration_windows, read_windows, sample_from_model
+from hf_pcdvq.calibration.data import read_windows, sample_from_model, split_windows
 
 TEXT = "".join(f"{number} little words, " for number in range(60))
 
@@ -94,20 +94,17 @@ def test_data_set_on_the_hub_is_streamed_until_there_is_enough(monkeypatch):
 
 
 def test_windows_to_measure_on_are_none_of_those_to_calibrate_on(caplog):
-    settings = Calibration(samples=10, length=16, holdout=4)
-    windows, holdout = calibration_windows([TEXT], tiny_llama(), byte_tokenizer(), settings, False)
-    assert windows.shape == (10, 16) and holdout.shape == (4, 16)
-    assert not {tuple(row) for row in windows.tolist()} & {tuple(row) for row in holdout.tolist()}
+    tokens = torch.arange(14 * 16).view(14, 16)
+    windows, holdout = split_windows(tokens, Calibration(samples=10, holdout=4))
+    assert torch.equal(windows, tokens[:10]) and torch.equal(holdout, tokens[10:])
     assert not caplog.records
 
 
 def test_too_little_data_is_used_whole_with_a_warning(caplog):
-    settings = Calibration(samples=1000, length=16, holdout=8)
-    windows, holdout = calibration_windows([TEXT], tiny_llama(), byte_tokenizer(), settings, False)
-    total = len(bytes_of(TEXT)) // 16
-    assert len(holdout) == total // 10 if total < 80 else 8
-    assert len(windows) + len(holdout) == total
-    assert f"holds {total} windows of 16 tokens, not 1008" in caplog.text
+    tokens = torch.arange(50 * 16).view(50, 16)
+    windows, holdout = split_windows(tokens, Calibration(samples=128, holdout=8))
+    assert torch.equal(windows, tokens[:45]) and torch.equal(holdout, tokens[45:])
+    assert "holds 50 windows of 16 tokens, not 136: 45 are calibrated on, 5 measured on" in caplog.text
 
 
 def test_model_writes_its_own_text_without_touching_the_global_generator():
