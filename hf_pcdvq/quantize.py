@@ -38,8 +38,9 @@ def quantize_model(
         config: the format; its `calibration` holds the options, `Calibration()` if it is None. It is not changed; what
             the model's config records is a copy.
         calibration: the data: the path of a text or .jsonl file (lines with `"text"` or `"messages"`), the name of a
-            data set on the Hub, a list of texts, of conversations or of token tensors, a tensor int64 `[n, L]`. None
-            takes what `config.calibration` names; if that is None too, the model itself writes the text.
+            data set on the Hub, a list of texts, of conversations or of token tensors, a tensor int64 `[n, L]`; or a
+            `Calibration` in place of the config's. None takes what `config.calibration` names; if that is None too,
+            the model itself writes the text.
         device: where blocks are computed; None takes the accelerator if there is one.
         work_dir: folder that keeps finished blocks. A run that was interrupted goes on where it stopped, if it is
             called with the same folder, model and settings. None keeps nothing.
@@ -58,6 +59,8 @@ def quantize_model(
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the original, dense model")
     config = copy.copy(config)
     settings = config.calibration or Calibration()
+    if isinstance(calibration, Calibration):
+        settings, calibration = calibration, None
     data = settings.data if calibration is None else calibration
     name = str(data) if isinstance(data, (str, Path)) else "given" if data is not None else None
     config.calibration = settings.with_data(name)

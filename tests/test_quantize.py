@@ -93,7 +93,7 @@ def test_from_pretrained_calibrates_where_the_config_names_data(load, tokenizer,
 
 def test_without_data_the_model_writes_it(load):
     settings = Calibration(samples=4, length=16, holdout=2)
-    model = quantize_model(load(), None, PcdvqConfig(calibration=settings), progress=False)
+    model = quantize_model(load(), None, PcdvqConfig(), settings, progress=False)
     assert model.config.quantization_config.calibration == settings
     assert model.hf_quantizer.report.windows == 4
     assert model.hf_quantizer.report.comparison.windows == 2
