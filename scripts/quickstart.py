@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_calibration:
-        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH)
+        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=0)
     return args
 
 
