@@ -33,7 +33,7 @@ ROUNDING_NOTE = (
     "write a sentence."
 )
 # Enough for a small model, and a matter of minutes on two cores.
-SAMPLES, LENGTH = 32, 512
+SAMPLES, HOLDOUT, LENGTH = 32, 4, 512
 
 
 def arguments() -> argparse.Namespace:
@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_calibration:
-        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=0)
+        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
     return args
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from .settings import Calibration
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Of a streamed data set, read this many times the tokens that are needed, so that the seed has a choice.
 _SURPLUS = 4
 _SHUFFLE_BUFFER = 1000  # documents
-_GENERATION_BATCH = 32  # sequences that a model writes at a time
+_GENERATION_BATCH = 64  # sequences that a model writes at a time, at most
 
 
 def split_windows(windows: Tensor, settings: Calibration) -> tuple[Tensor, Tensor]:
@@ -187,9 +187,10 @@ def sample_from_model(model: PreTrainedModel, count: int, length: int, seed: int
         if start is not None:
             first = torch.cat([torch.full((count, 1), start), first], 1)
         parts = []
-        for begin in trange(0, count, _GENERATION_BATCH, desc="Writing calibration text", disable=not progress):
-            prompt = first[begin : begin + _GENERATION_BATCH].to(device)
-            options = {"min_new_tokens": length - prompt.shape[1], "max_new_tokens": length - prompt.shape[1]}
+        batches = first.tensor_split(-(-count // _GENERATION_BATCH))
+        for batch in tqdm(batches, desc="Writing calibration text", disable=not progress):
+            prompt = batch.to(device)
+            new = length - prompt.shape[1]
             written = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -197,8 +198,9 @@ def sample_from_model(model: PreTrainedModel, count: int, length: int, seed: int
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                pad_token_id=0,
-                **options,
+                pad_token_id=0,  # nothing is padded; without one there is a warning
+                min_new_tokens=new,
+                max_new_tokens=new,
             )
             parts.append(written.cpu())
     return torch.cat(parts)
