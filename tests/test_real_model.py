@@ -70,11 +70,11 @@ def test_real_weights_round_trip(dense_dir, config, error, overhead, tmp_path):
             assert (decoded - weight).square().sum() / weight.square().sum() < 1.08 * error
 
 
-def test_calibration_keeps_a_real_model_close_where_rounding_does_not(dense_dir):
+def test_calibration_keeps_a_real_model_close_where_rounding_does_not(dense_dir, smollm2_dir):
     text = Path(__file__).parents[2] / "shared/data/calibration/c4.txt"
     if not text.is_file():
         pytest.skip(f"needs the calibration text {text}")
-    tokenizer = AutoTokenizer.from_pretrained(dense_dir)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     windows = read_windows(text, tokenizer, 24, 256, seed=0)
     original = AutoModelForCausalLM.from_pretrained(dense_dir)
     rounded = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=PcdvqConfig())
