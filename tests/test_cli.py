@@ -17,6 +17,9 @@ from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.cli import main
 from hf_pcdvq.evaluate import evaluate, token_windows
 
+# Without calibration, which is tested in test_cli_calibration.py and takes longer.
+ROUND = ("quantize", "--no-calibration")
+
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -45,7 +48,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def packed_once(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "packed"
-    succeed("quantize", "--no-calibration", tiny_model_dir, "--out", folder)
+    succeed(*ROUND, tiny_model_dir, "--out", folder)
     return folder
 
 
@@ -69,9 +72,7 @@ def test_quantized_folder_is_the_model_that_from_pretrained_makes(tiny_model_dir
 
 
 def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
-    shown = succeed(
-        "quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path / "deep" / "packed", "--bits", "2.0"
-    ).stdout
+    shown = succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "deep" / "packed", "--bits", "2.0").stdout
     assert "lm_head.weight" in shown
     assert "2.23" in shown  # bits per packed weight: 2 and the scales of rows of 128 and 192
     before = (tiny_model_dir / "model.safetensors").stat().st_size
@@ -88,14 +89,14 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
     ],
 )
 def test_options_reach_the_config(tiny_model_dir, tmp_path, options, fields):
-    succeed("quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path / "packed", *options)
+    succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "packed", *options)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert {name: config[name] for name in fields} == fields
 
 
 def test_skip_dtype_and_shard_size_are_obeyed(tiny_model_dir, tmp_path):
     options = ["--skip", "down_proj", "--skip", r"layers\.1\.", "--dtype", "float32", "--max-shard-size", "200KB"]
-    succeed("quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path / "packed", *options)
+    succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "packed", *options)
     files = sorted((tmp_path / "packed").glob("*.safetensors"))
     assert len(files) > 1
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -107,7 +108,7 @@ def test_skip_dtype_and_shard_size_are_obeyed(tiny_model_dir, tmp_path):
 def test_model_without_tokenizer_is_saved_with_a_warning(model_dir, tmp_path):
     for file in model_dir.glob("tokenizer*"):
         file.unlink()
-    result = succeed("quantize", "--no-calibration", model_dir, "--out", tmp_path / "packed")
+    result = succeed(*ROUND, model_dir, "--out", tmp_path / "packed")
     assert "Warning: no tokenizer was found" in result.stderr
     assert (tmp_path / "packed" / "model.safetensors").is_file()
     assert not (tmp_path / "packed" / "tokenizer.json").exists()
@@ -117,7 +118,7 @@ def test_tokenizer_that_comes_up_without_its_files_is_not_saved(model_dir, tmp_p
     for file in model_dir.glob("tokenizer*"):
         file.unlink()
     (model_dir / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    result = succeed("quantize", "--no-calibration", model_dir, "--out", tmp_path / "packed")
+    result = succeed(*ROUND, model_dir, "--out", tmp_path / "packed")
     assert "no tokenizer was found beside the model, so none is saved with it: what is there knows" in result.stderr
     assert not (tmp_path / "packed" / "tokenizer.json").exists()
 
@@ -133,9 +134,7 @@ def test_gguf_file_is_decoded_first_and_nothing_of_it_stays(tiny_model_dir, pack
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.gguf").write_bytes(b"x" * 3000)
-    result = succeed(
-        "quantize", "--no-calibration", source, "--gguf-file", "model.gguf", "--out", tmp_path / "packed"
-    )
+    result = succeed(*ROUND, source, "--gguf-file", "model.gguf", "--out", tmp_path / "packed")
     assert calls == [(str(source), "model.gguf", torch.bfloat16, None)]
     assert "2.9 KiB -> " in result.stdout
     result, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "packed", packed_once))
@@ -150,8 +149,8 @@ def test_gguf_file_is_decoded_first_and_nothing_of_it_stays(tiny_model_dir, pack
 
 def test_folder_that_is_not_empty_is_left_alone(tiny_model_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    fail(1, "is not empty", "quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path)
-    fail(1, "holds no config.json", "quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path, "--force")
+    fail(1, "is not empty", *ROUND, tiny_model_dir, "--out", tmp_path)
+    fail(1, "holds no config.json", *ROUND, tiny_model_dir, "--out", tmp_path, "--force")
     assert contents(tmp_path) == {Path("notes.txt"): b"mine"}
 
 
@@ -159,9 +158,9 @@ def test_force_replaces_a_saved_model_whole(tiny_model_dir, packed_once, tmp_pat
     out = shutil.copytree(packed_once, tmp_path / "packed")
     (out / "model-00002-of-00002.safetensors").write_text("of an older model")
     before = contents(out)
-    fail(1, "is not empty", "quantize", "--no-calibration", tiny_model_dir, "--out", out, "--bits", "2.0")
+    fail(1, "is not empty", *ROUND, tiny_model_dir, "--out", out, "--bits", "2.0")
     assert contents(out) == before
-    succeed("quantize", "--no-calibration", tiny_model_dir, "--out", out, "--bits", "2.0", "--force")
+    succeed(*ROUND, tiny_model_dir, "--out", out, "--bits", "2.0", "--force")
     assert not (out / "model-00002-of-00002.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
@@ -170,13 +169,13 @@ def test_force_replaces_a_saved_model_whole(tiny_model_dir, packed_once, tmp_pat
 def test_force_does_not_delete_a_git_repository(tiny_model_dir, packed_once, tmp_path):
     out = shutil.copytree(packed_once, tmp_path / "packed")
     (out / ".git").mkdir()
-    fail(1, "is a git repository", "quantize", "--no-calibration", tiny_model_dir, "--out", out, "--force")
+    fail(1, "is a git repository", *ROUND, tiny_model_dir, "--out", out, "--force")
     assert (out / ".git").is_dir()
 
 
 def test_empty_folder_is_filled(tiny_model_dir, tmp_path):
     (tmp_path / "packed").mkdir()
-    succeed("quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path / "packed")
+    succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "packed")
     assert (tmp_path / "packed" / "config.json").is_file()
 
 
@@ -184,26 +183,8 @@ def test_source_folder_and_those_above_it_are_refused(model_dir, tmp_path):
     before = contents(tmp_path)
     (tmp_path / "link").symlink_to(model_dir)
     for out in (model_dir, tmp_path, tmp_path / "link", model_dir / ".." / "model"):
-        fail(
-            1,
-            "is the source model's folder or holds it",
-            "quantize",
-            "--no-calibration",
-            model_dir,
-            "--out",
-            out,
-            "--force",
-        )
-    fail(
-        1,
-        "is the source model's folder or holds it",
-        "quantize",
-        "--no-calibration",
-        tmp_path / "link",
-        "--out",
-        model_dir,
-        "--force",
-    )
+        fail(1, "is the source model's folder or holds it", *ROUND, model_dir, "--out", out, "--force")
+    fail(1, "is the source model's folder or holds it", *ROUND, tmp_path / "link", "--out", model_dir, "--force")
     (tmp_path / "link").unlink()
     assert contents(tmp_path) == before
 
@@ -215,7 +196,7 @@ def test_interrupted_quantize_leaves_no_folder(tiny_model_dir, tmp_path, monkeyp
         raise interruption
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", half_saved)
-    result = run("quantize", "--no-calibration", tiny_model_dir, "--out", tmp_path / "packed")
+    result = run(*ROUND, tiny_model_dir, "--out", tmp_path / "packed")
     assert result.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -228,7 +209,7 @@ def test_interrupted_replacement_leaves_the_old_model(tiny_model_dir, packed_onc
         raise OSError("disk full")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", disk_full)
-    fail(1, "Error: disk full", "quantize", "--no-calibration", tiny_model_dir, "--out", out, "--force")
+    fail(1, "Error: disk full", *ROUND, tiny_model_dir, "--out", out, "--force")
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
@@ -246,7 +227,7 @@ def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    fail(1, "Error: busy", "quantize", "--no-calibration", tiny_model_dir, "--out", out, "--force")
+    fail(1, "Error: busy", *ROUND, tiny_model_dir, "--out", out, "--force")
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
@@ -275,22 +256,14 @@ def test_missing_out_is_wrong_usage(tiny_model_dir):
 
 
 def test_packed_model_is_not_quantized_again(packed_once, tmp_path):
-    fail(1, "already quantized with pcdvq", "quantize", "--no-calibration", packed_once, "--out", tmp_path / "again")
+    fail(1, "already quantized with pcdvq", *ROUND, packed_once, "--out", tmp_path / "again")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_source_and_a_file_as_source_are_named(tiny_model_dir, tmp_path):
-    fail(
-        1,
-        f"there is no folder {tmp_path / 'none'}",
-        "quantize",
-        "--no-calibration",
-        tmp_path / "none",
-        "--out",
-        tmp_path / "packed",
-    )
+    fail(1, f"there is no folder {tmp_path / 'none'}", *ROUND, tmp_path / "none", "--out", tmp_path / "packed")
     file = tiny_model_dir / "model.safetensors"
-    fail(1, f"{file} is a file", "quantize", "--no-calibration", file, "--out", tmp_path / "packed")
+    fail(1, f"{file} is a file", *ROUND, file, "--out", tmp_path / "packed")
 
 
 def test_damaged_weight_is_named_and_debug_shows_where_it_failed(model_dir, tmp_path):
@@ -298,16 +271,8 @@ def test_damaged_weight_is_named_and_debug_shows_where_it_failed(model_dir, tmp_
     tensors = load_file(model_dir / "model.safetensors")
     tensors[name][3, 4] = torch.nan
     save_file(tensors, model_dir / "model.safetensors", {"format": "pt"})
-    fail(
-        1,
-        f"{name}: the weight holds infinite or NaN",
-        "quantize",
-        "--no-calibration",
-        model_dir,
-        "--out",
-        tmp_path / "packed",
-    )
-    result = run("quantize", "--no-calibration", model_dir, "--out", tmp_path / "packed", "--debug")
+    fail(1, f"{name}: the weight holds infinite or NaN", *ROUND, model_dir, "--out", tmp_path / "packed")
+    result = run(*ROUND, model_dir, "--out", tmp_path / "packed", "--debug")
     assert isinstance(result.exception, ValueError)  # the interpreter prints its traceback
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -45,12 +45,8 @@ def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
-def packed_state(model):
-    return {name: tensor for name, tensor in model.state_dict().items()}
-
-
 def assert_same_state(a, b):
-    a, b = packed_state(a), packed_state(b)
+    a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name

@@ -43,8 +43,10 @@ class InputMoments:
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
-            # Summed in the model's dtype within a window: unlike the Hessian, `cross` is never inverted.
-            self.cross += (original.to(inputs.device) - inputs).flatten(0, -2).T @ inputs.flatten(0, -2)
+            # In bfloat16 where the model is: unlike the Hessian, `cross` is never inverted. Sums overflow in float16.
+            dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
+            change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
+            self.cross += change.T @ inputs.to(dtype).flatten(0, -2)
         self.tokens += len(x)
 
 

@@ -52,6 +52,13 @@ def test_cross_moment_makes_up_for_changed_inputs():
     torch.testing.assert_close(corrected, 2 * weight, rtol=1e-3, atol=1e-3)
 
 
+def test_float16_inputs_do_not_overflow_in_the_sums():
+    x = torch.full((1, 100, 8), 50.0, dtype=torch.float16)
+    moments = InputMoments(8, CPU)
+    moments.add(x, 2 * x)
+    assert torch.equal(moments.cross, torch.full((8, 8), 250_000.0))
+
+
 def test_dead_inputs_are_counted_and_do_no_harm():
     x = tokens(300, 16)
     x[:, [3, 7]] = 0
