@@ -65,6 +65,15 @@ def test_target_of_a_unit_is_the_best_there_is_given_the_errors_made():
         torch.testing.assert_close(encoder.targets[number].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_ordered_encodes_units_of_most_energy_first():
+    weight, _ = problem(rows=5, columns=12)
+    energy = torch.tensor([1, 1, 1, 5, 5, 5, 5, 9, 2, 2, 2, 2]).float()
+    encoder = Rounding([3, 4, 1, 4])
+    settings = Calibration(ordered=True, sweeps=0, refit=False)
+    quantize_with_feedback(weight, hessian_of(energy.diag()), encoder, settings)
+    assert list(encoder.targets) == [2, 1, 3, 0]
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_without_correlations_it_is_rounding_to_the_nearest(name):
     codec = CODECS[name]
