@@ -214,13 +214,16 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
     missing = [f"{name}.{parameter_name(suffix)}" for suffix, tensor in tensors.items() if tensor is None]
     if missing:
         raise ValueError(f"packed layer {name!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
-    words = tensors[""]
+    words, scale = tensors[""], tensors["scale"]
     per_unit = unit[""][0][1]
     if len(words.shape) != 2 or words.shape[1] % per_unit:
         raise ValueError(
-            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words [N, a multiple of {per_unit}]"
+            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words, the second dimension a multiple "
+            f"of {per_unit}"
         )
-    out_features, in_features = words.shape[0], words.shape[1] // per_unit * codec.multiple
+    if len(scale.shape) != 1:
+        raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
+    out_features, in_features = scale.shape[0], words.shape[1] // per_unit * codec.multiple
     for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():
         found = tensors[suffix]
         if found.shape != tuple(shape) or found.dtype != dtype:
@@ -269,7 +272,7 @@ def describe_config(config: PackedConfig) -> str:
     settings = {
         name: value
         for name, value in config.to_dict().items()
-        if name in ("bits", "layout", "magnitude", "hadamard") and value is not None
+        if name in ("bits", "layout", "window", "magnitude", "hadamard") and value is not None
     }
     return ", ".join([config.method, *(f"{name} {value}" for name, value in settings.items())])
 

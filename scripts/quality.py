@@ -45,11 +45,14 @@ SETTINGS: dict[str, tuple[type[PackedConfig], dict[str, Any]]] = {
     "ccq 2.75": (CcqConfig, {"layout": "2.75"}),
     "ccq 2.5": (CcqConfig, {"layout": "2.5"}),
     "ccq 2.0625": (CcqConfig, {"layout": "2.0625"}),
+    "stream 2.0": (CcqConfig, {"layout": "stream", "bits": 2.0}),
+    "stream 2.25": (CcqConfig, {"layout": "stream", "bits": 2.25}),
+    "stream 2.5": (CcqConfig, {"layout": "stream", "bits": 2.5}),
 }
 UNROTATED = {
     f"{name} unrotated": (config, {**options, "hadamard": False})
     for name, (config, options) in SETTINGS.items()
-    if config is CcqConfig
+    if name.startswith("ccq")
 }
 
 
@@ -69,20 +72,20 @@ class Row(NamedTuple):
 
 
 FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
+PROBE = "pcdvq 2.25"  # the setting of the rows about seeds, text and options
 ROWS = [
-    Row("pcdvq 2.25", "wikitext2_train", FULL),
-    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if setting != "pcdvq 2.25"),
-    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"seed": 1}),
-    Row("pcdvq 2.25", None, LEAST),
+    *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS),
+    Row(PROBE, "wikitext2_train", LEAST),
+    Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}),
+    Row(PROBE, "wikitext2_train", LEAST, {}, {"magnitude": "norm"}),
+    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}),
+    Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}),
+    Row(PROBE, "wikitext2_train", LEAST, {"refit": False}),
     *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"sweeps": 0}),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {}, {"magnitude": "norm"}),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"ordered": False}),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"correction": 0.0}),
-    Row("pcdvq 2.25", "wikitext2_train", LEAST, {"refit": False}),
-    *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS if setting != "pcdvq 2.25"),
+    Row(PROBE, None, LEAST),
+    Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}),
+    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
+    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if setting != PROBE),
 ]
 
 

@@ -25,6 +25,20 @@ def test_ccq_survives_json(layout, hadamard):
     assert again.codec.layout == layout and bool(again.codec.max_block) == hadamard
 
 
+@pytest.mark.parametrize("bits, window", [(2, 12), (2.25, 16), (2.5, 13)])
+def test_stream_survives_json(bits, window):
+    config = CcqConfig(layout="stream", bits=bits, window=window)
+    again = CcqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again.codec.bits == bits and again.codec.window == window and again.codec.max_block == 128
+
+
+def test_published_layouts_have_their_own_bits():
+    assert CcqConfig(layout="2.75").bits == 2.75
+    # Saved before `bits` and `window` were there.
+    assert CcqConfig.from_dict({"layout": "2.0625", "quant_method": "ccq"}).codec.bits == 2.0625
+
+
 REFUSED = [
     (PcdvqConfig, {"bits": 3}, r"bits must be one of 2.0, 2.25, got 3"),
     (PcdvqConfig, {"bits": "2.0"}, r"bits must be one of 2.0, 2.25, got '2.0'"),
@@ -32,8 +46,12 @@ REFUSED = [
     (PcdvqConfig, {"codebook": "e8p"}, r"unknown codebook 'e8p'.* pcdvq-a14-v1"),
     (PcdvqConfig, {"bits": 2.0, "codebook": "pcdvq-a16-v1"}, r"'pcdvq-a16-v1' is for 2.25 bits, but bits is 2.0"),
     (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode other weights"),
-    (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', got '2'"),
+    (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', 'stream', got '2'"),
     (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
+    (CcqConfig, {"layout": "2.5", "bits": 3.0}, r"bits of layout '2.5' must be one of 2.5, got 3.0"),
+    (CcqConfig, {"layout": "2.5", "window": 12}, r"window of layout '2.5' must be one of None, got 12"),
+    (CcqConfig, {"layout": "stream", "bits": 2.1}, r"bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
+    (CcqConfig, {"layout": "stream", "window": 17}, r"window must be one of 12, 13, 14, 15, 16, got 17"),
     (CcqConfig, {"hadamard": 1}, r"hadamard must be one of False, True, got 1"),
     (CcqConfig, {"hadamard_block": 100}, r"hadamard_block must be a power of two from 8 to 1024, got 100"),
     (PcdvqConfig, {"hadamard_seed": -1}, r"hadamard_seed must be an integer from 0 .*, got -1"),

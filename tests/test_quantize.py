@@ -22,6 +22,8 @@ CONFIGS = [
     (CcqConfig, {"layout": "2.5"}),
     (CcqConfig, {"layout": "2.5", "hadamard": False}),
     (CcqConfig, {"layout": "2.0625"}),
+    (CcqConfig, {"layout": "stream", "bits": 2.0}),
+    (CcqConfig, {"layout": "stream", "bits": 2.5}),
 ]
 SMALL = Calibration(samples=24, length=64, holdout=4)
 

@@ -27,6 +27,7 @@ SETTINGS = {
     "ccq-2.75": (CcqConfig(layout="2.75"), 0.078, 0.06),
     "ccq-2.5": (CcqConfig(layout="2.5"), 0.094, 0.06),
     "ccq-2.0625": (CcqConfig(layout="2.0625"), 0.110, 0.15),
+    "stream-2.0": (CcqConfig(layout="stream"), 0.073, 0.06),
 }
 
 pytestmark = pytest.mark.real_model

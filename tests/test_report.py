@@ -40,6 +40,8 @@ def row_bytes(setting, inputs):
         "ccq 2.75": groups * 22 + 4,
         "ccq 2.5": groups * 10 * 2 + 4,
         "ccq 2.0625": groups * 16 + math.ceil(groups / 2) + 3 * 4,
+        "stream 2.0": inputs / 4 + 4,
+        "stream 2.5": inputs * 2.5 / 8 + 4,
     }[setting]
 
 
@@ -49,6 +51,8 @@ SETTINGS = {
     "ccq 2.75": CcqConfig(layout="2.75"),
     "ccq 2.5": CcqConfig(layout="2.5"),
     "ccq 2.0625": CcqConfig(layout="2.0625"),
+    "stream 2.0": CcqConfig(layout="stream"),
+    "stream 2.5": CcqConfig(layout="stream", bits=2.5),
 }
 
 
@@ -181,7 +185,7 @@ def test_missing_tensor_of_a_packed_layer_is_named(packed_dir, parameter):
 @pytest.mark.parametrize(
     ("parameter", "tensor"),
     [
-        ("weight_scale", torch.ones(127)),
+        ("weight_scale", torch.ones(128, 1)),
         ("weight_scale", torch.ones(128, dtype=torch.bfloat16)),
         ("weight_magnitude", torch.zeros(128, 3, dtype=torch.uint8)),
         ("weight", torch.zeros(128, 15, dtype=torch.int16)),
@@ -194,6 +198,12 @@ def test_tensor_of_the_wrong_shape_or_dtype_is_named(packed_dir, parameter, tens
     rewrite(packed_dir, lambda tensors: tensors.update({f"{QUERY}.{parameter}": tensor}))
     found = re.escape(f"{QUERY}.{parameter} is {tensor.dtype} {list(tensor.shape)}")
     with pytest.raises(ValueError, match=f"{found}(, but|; expected)"):
+        count_folder(packed_dir)
+
+
+def test_scales_of_another_number_of_channels_are_refused(packed_dir):
+    rewrite(packed_dir, lambda tensors: tensors.update({f"{QUERY}.weight_scale": torch.ones(127)}))
+    with pytest.raises(ValueError, match=rf"{QUERY}.weight is .*\[128, 16\], but a layer of 127 outputs"):
         count_folder(packed_dir)
 
 

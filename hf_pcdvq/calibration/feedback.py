@@ -14,10 +14,14 @@ unit B is `Q_B + (E H)_B H_BB^-1`; it is encoded, and the rows whose loss falls 
 fitted to its codes in the same metric, `W H Q^T / Q H Q^T`.
 
 Rows do not interact, so layers that share their inputs are stacked and quantized together.
+
+Both passes go through panels of `_PANEL` columns: within a panel every unit sees the one before at once, what a panel
+means for the columns behind it is one large matrix product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +31,14 @@ from ..codecs.base import UnitEncoder
 from .hessian import Hessian
 from .settings import Calibration
 
+_PANEL = 128
+
 
 @dataclass
 class _State:
     """A weight on its way. Columns are in the order in which units are encoded, `units` says which unit lies where."""
 
-    encoder: UnitEncoder
+    encoders: Sequence[UnitEncoder]  # of the layers that are stacked
     units: list[tuple[int, slice]]
     hessian: Tensor  # [K, K]
     weight: Tensor  # [N, K]
@@ -43,26 +49,52 @@ class _State:
     def error(self) -> Tensor:
         return self.weight - self.quantized
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of the stacked layers."""
+        return [encoder.rows for encoder in self.encoders]
+
+    def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [encoder.encode(unit, rows) for encoder, rows in zip(self.encoders, target.split(self.sizes))]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([values for _, values in parts])
+
+    def improved(self, change: Tensor) -> Tensor:
+        return torch.cat([encoder.improved(part) for encoder, part in zip(self.encoders, change.split(self.sizes))])
+
+    def rescale(self, factor: Tensor) -> None:
+        for encoder, part in zip(self.encoders, factor.split(self.sizes)):
+            encoder.rescale(part)
+        self.quantized *= factor[:, None]
+
+    def panels(self) -> Iterator[tuple[int, int, list[tuple[int, slice]]]]:
+        """Start and end of panels of columns, and their units."""
+        panel: list[tuple[int, slice]] = []
+        for unit in self.units:
+            panel.append(unit)
+            if unit[1].stop - panel[0][1].start >= _PANEL or unit is self.units[-1]:
+                yield panel[0][1].start, unit[1].stop, panel
+                panel = []
+
 
 def quantize_with_feedback(
-    weight: Tensor, hessian: Hessian, encoder: UnitEncoder, settings: Calibration
+    weight: Tensor, hessian: Hessian, encoders: Sequence[UnitEncoder], settings: Calibration
 ) -> tuple[Tensor, Tensor]:
     """Codes and the weight they stand for.
 
     Args:
         weight: rotated, float32 `[N, K]`.
         hessian: of the rotated inputs.
-        encoder: made for the weight; its scales change if `settings.refit`.
+        encoders: made for the layers whose weights are stacked in `weight`; their scales change if `settings.refit`.
         settings: `sweeps`, `refit` and `ordered` count here.
 
     Returns:
-        Codes int32 `[N, units]` for `encoder.pack`, and the quantized weight float32 `[N, K]`.
+        Codes int32 `[N, units]`, of which every encoder packs its rows, and the quantized weight float32 `[N, K]`.
     """
-    order, units = _order(encoder, hessian.matrix, settings.ordered)
+    order, units = _order(encoders[0], hessian.matrix, settings.ordered)
     ordered_hessian = hessian.permuted(order)
     weight = weight[:, order]
     codes = weight.new_zeros(len(weight), len(units), dtype=torch.int32)
-    state = _State(encoder, units, ordered_hessian.matrix, weight, torch.zeros_like(weight), codes)
+    state = _State(encoders, units, ordered_hessian.matrix, weight, torch.zeros_like(weight), codes)
     _feed_back(state, ordered_hessian.factor())
     if settings.refit:
         _refit(state)
@@ -99,29 +131,40 @@ def _order(encoder: UnitEncoder, hessian: Tensor, ordered: bool) -> tuple[Tensor
 
 def _feed_back(state: _State, factor: Tensor) -> None:
     """Encode every unit to its target."""
+    shares = torch.empty_like(state.hessian)
+    for _, part in state.units:
+        past = slice(0, part.stop)
+        shares[past, part] = torch.linalg.solve_triangular(
+            factor[part, part], factor[past, part], upper=True, left=False
+        ).float()
     error = torch.zeros_like(state.weight)
-    for number, part in state.units:
-        past = slice(0, part.start)
-        feedback = torch.linalg.solve_triangular(factor[part, part], factor[past, part], upper=True, left=False)
-        target = state.weight[:, part] + error[:, past] @ feedback.float()
-        state.codes[:, number], state.quantized[:, part] = state.encoder.encode(number, target)
-        error[:, part] = state.weight[:, part] - state.quantized[:, part]
+    for start, stop, units in state.panels():
+        target = state.weight[:, start:stop] + error[:, :start] @ shares[:start, start:stop]
+        for number, part in units:
+            done, own = slice(start, part.start), slice(part.start - start, part.stop - start)
+            wanted = target[:, own] + error[:, done] @ shares[done, part]
+            state.codes[:, number], state.quantized[:, part] = state.encode(number, wanted)
+            error[:, part] = state.weight[:, part] - state.quantized[:, part]
 
 
 def _descend(state: _State) -> None:
     """One sweep of coordinate descent over the units."""
     gradient = state.error @ state.hessian
-    for number, part in state.units:
-        own = state.hessian[part, part]
-        step = torch.linalg.solve(own.double(), gradient[:, part].double(), left=False).float()
-        codes, values = state.encoder.encode(number, state.quantized[:, part] + step)
-        change = values - state.quantized[:, part]
-        # The loss changes by change H change^T - 2 change (E H)^T.
-        better = ((change @ own - 2 * gradient[:, part]) * change).sum(1) < 0
-        change *= better[:, None]
-        state.codes[:, number] = torch.where(better, codes, state.codes[:, number])
-        state.quantized[:, part] += change
-        gradient.addmm_(change, state.hessian[part], alpha=-1)
+    for start, stop, units in state.panels():
+        before = state.quantized[:, start:stop].clone()
+        for number, part in units:
+            own = state.hessian[part, part]
+            step = torch.linalg.solve(own.double(), gradient[:, part].double(), left=False).float()
+            codes, values = state.encode(number, state.quantized[:, part] + step)
+            change = values - state.quantized[:, part]
+            # The loss changes by change H change^T - 2 change (E H)^T.
+            better = state.improved(((change @ own - 2 * gradient[:, part]) * change).sum(1))
+            change *= better[:, None]
+            state.codes[:, number] = torch.where(better, codes, state.codes[:, number])
+            state.quantized[:, part] += change
+            gradient[:, start:stop].addmm_(change, state.hessian[part, start:stop], alpha=-1)
+        moved = state.quantized[:, start:stop] - before
+        gradient[:, stop:].addmm_(moved, state.hessian[start:stop, stop:], alpha=-1)
 
 
 def _refit(state: _State) -> None:
@@ -130,5 +173,4 @@ def _refit(state: _State) -> None:
     own = (product * state.quantized).sum(1)
     factor = (product * state.weight).sum(1) / torch.where(own > 0, own, 1)
     factor = torch.where((own > 0) & (factor > 0), factor, 1)
-    state.encoder.rescale(factor)
-    state.quantized *= factor[:, None]
+    state.rescale(factor)

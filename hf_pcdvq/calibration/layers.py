@@ -39,29 +39,28 @@ def quantize_layers(
         raise ValueError(f"{', '.join(layers)}: the weight holds infinite or NaN values; the checkpoint is damaged")
     signs = codec.tables(weight.shape[1])["signs"].to(weight.device) if codec.max_block else None
     rotated = _rotate(weight, signs)
+    sizes = [layer.out_features for layer in layers.values()]
     hessian, note = None, None
     try:
         hessian = prepare_hessian(moments, settings.damping, signs)
     except UnusableHessian as reason:
         note = f"{reason}: rounded to the nearest codes"
-        packed = codec.encode(weight)
+        packed = [codec.encode(layer.weight) for layer in layers.values()]
         tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
-        quantized = codec.decode_rotated(packed, tables, torch.float32)
+        quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
     else:
         target = _target(rotated, weight, moments, hessian, signs, settings)
-        encoder = codec.unit_encoder(target)
-        codes, quantized = quantize_with_feedback(target, hessian, encoder, settings)
-        packed = encoder.pack(codes)
+        encoders = [codec.unit_encoder(rows) for rows in target.split(sizes)]
+        codes, quantized = quantize_with_feedback(target, hessian, encoders, settings)
+        packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(sizes))]
     seconds = time.perf_counter() - started
 
-    result, records, start = {}, [], 0
-    for name, layer in layers.items():
-        rows = slice(start, start + layer.out_features)
-        start += layer.out_features
-        result[name] = {suffix: tensor[rows].clone() for suffix, tensor in packed.items()}
-        share = seconds * layer.out_features / len(weight)
-        records.append(_record(name, rotated[rows], (rotated - quantized)[rows], hessian, note, share))
-    return result, records
+    errors = (rotated - quantized).split(sizes)
+    records = [
+        _record(name, rows, error, hessian, note, seconds * len(rows) / len(weight))
+        for name, rows, error in zip(layers, rotated.split(sizes), errors)
+    ]
+    return dict(zip(layers, packed)), records
 
 
 def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:

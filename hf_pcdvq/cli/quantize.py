@@ -43,12 +43,21 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     show_default=True,
     help="pcdvq: polar vector quantization. ccq: convolutional codes.",
 )
-@click.option("--bits", type=click.Choice(["2.0", "2.25"]), help="pcdvq only: bits per weight. [default: 2.25]")
+@click.option(
+    "--bits",
+    type=float,
+    help="Bits per weight. pcdvq: 2.0 or 2.25 (default). ccq with --layout stream: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.",
+)
 @click.option("--magnitude", type=click.Choice(["projection", "norm"]), help="pcdvq only. [default: projection]")
 @click.option(
     "--layout",
-    type=click.Choice(["2.75", "2.5", "2.0625"]),
-    help="ccq only: the published layout, named by its bits per weight. [default: 2.5]",
+    type=click.Choice(["2.75", "2.5", "2.0625", "stream"]),
+    help="ccq only: a published layout, named by its bits per weight, or stream, which is better. [default: 2.5]",
+)
+@click.option(
+    "--window",
+    type=int,
+    help="ccq with --layout stream only: bits per window, 12 to 16; more take longer to encode. [default: 12]",
 )
 @click.option(
     "--hadamard/--no-hadamard",
@@ -96,7 +105,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     \b
     Examples:
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --calibration wiki.txt
-      hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout 2.5 --no-calibration
+      hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout stream --bits 2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
     """
     from ..calibration.store import clear
@@ -119,17 +128,19 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     """The config that the options ask for; an option of the other method is wrong usage."""
     from .. import CcqConfig, PcdvqConfig
 
-    methods = {"pcdvq": ("bits", "magnitude"), "ccq": ("layout", "hadamard")}
+    methods = {"pcdvq": ("bits", "magnitude"), "ccq": ("bits", "layout", "window", "hadamard")}
     method = ctx.params["method"]
     for owner, names in methods.items():
         for name in names:
-            if owner != method and ctx.params[name] is not None:
+            if name not in methods[method] and ctx.params[name] is not None:
                 raise click.UsageError(f"--{name} belongs to --method {owner}, but the method is {method}", ctx)
     chosen = {name: ctx.params[name] for name in methods[method] if ctx.params[name] is not None}
-    if "bits" in chosen:
-        chosen["bits"] = float(chosen["bits"])
     config = {"pcdvq": PcdvqConfig, "ccq": CcqConfig}[method]
-    return config(modules_to_not_convert=list(skip) or None, calibration=_calibration(ctx), **chosen)
+    calibration = _calibration(ctx)
+    try:
+        return config(modules_to_not_convert=list(skip) or None, calibration=calibration, **chosen)
+    except ValueError as error:
+        raise click.UsageError(str(error), ctx) from error
 
 
 def _calibration(ctx: click.Context) -> Calibration | None:

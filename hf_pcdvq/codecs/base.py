@@ -26,8 +26,8 @@ _SLICE = {"cpu": 1 << 22}
 _SLICE_ACCELERATOR = 1 << 25
 
 
-def _slice_rows(columns: int, device: torch.device) -> int:
-    return max(1, _SLICE.get(device.type, _SLICE_ACCELERATOR) // columns)
+def _slice_rows(columns: int, device: torch.device, multiple: int) -> int:
+    return max(1, _SLICE.get(device.type, _SLICE_ACCELERATOR) // columns // multiple) * multiple
 
 
 class UnitEncoder(ABC):
@@ -36,9 +36,11 @@ class UnitEncoder(ABC):
     A unit is a slice of columns that can be encoded without knowing the others, the smallest that the format has.
 
     Attributes:
+        rows: `N`.
         units: the slices of columns, in order; together they cover `K`.
     """
 
+    rows: int
     units: list[slice]
 
     @abstractmethod
@@ -48,6 +50,16 @@ class UnitEncoder(ABC):
         Returns:
             Codes int32 `[N]`, and the weights that they stand for, float32 `[N, width]`.
         """
+
+    def improved(self, change: Tensor) -> Tensor:
+        """Which rows are better off with new codes of a unit, if that changes their losses by float32 `[N]`.
+
+        Rows whose codes depend on each other take them together or not at all.
+
+        Returns:
+            bool `[N]`.
+        """
+        return change < 0
 
     @abstractmethod
     def rescale(self, factor: Tensor) -> None:
@@ -79,6 +91,15 @@ class Codec(ABC):
     @abstractmethod
     def multiple(self) -> int:
         """The number of input features must be a multiple of this."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed tensors can be cut after any multiple of this many output channels."""
+        return 1
+
+    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
+        """The packed tensors of output channels `start` to `stop`, `start` a multiple of `row_multiple`."""
+        return {suffix: tensor[start:stop] for suffix, tensor in packed.items()}
 
     @abstractmethod
     def specs(self, out_features: int, in_features: int) -> Specs:
@@ -133,7 +154,7 @@ class Codec(ABC):
         tables = {name: table.to(weight.device) for name, table in self.tables(weight.shape[1]).items()}
         start, error, total = 0, 0.0, 0.0
         for rows in self._rotated_slices(weight):  # a rotation keeps lengths, so nothing needs rotating back
-            part = {suffix: tensor[start : start + len(rows)] for suffix, tensor in packed.items()}
+            part = self.rows(packed, start, start + len(rows))
             start += len(rows)
             error += (
                 (self.decode_rotated(part, tables, torch.float32) - rows).square().sum(dtype=torch.float64).item()
@@ -144,7 +165,7 @@ class Codec(ABC):
     def _rotated_slices(self, weight: Tensor) -> Iterator[Tensor]:
         """Rows of the rotated weight, some at a time, as float32."""
         signs = self.tables(weight.shape[1])["signs"].to(weight.device) if self.max_block else None
-        for rows in weight.detach().split(_slice_rows(weight.shape[1], weight.device)):
+        for rows in weight.detach().split(_slice_rows(weight.shape[1], weight.device, self.row_multiple)):
             rows = rows.float().contiguous()
             yield rows if signs is None else hadamard.rotate(rows, signs)
 
@@ -153,16 +174,21 @@ class Codec(ABC):
         if not self.max_block:
             return self.decode_rotated(packed, tables, dtype)
         parts = []
-        rows = _slice_rows(8 * packed[""].shape[1], packed[""].device)  # a stored word holds at most 8 weights
-        for start in range(0, packed[""].shape[0], rows):
-            part = {suffix: tensor[start : start + rows] for suffix, tensor in packed.items()}
-            rotated = self.decode_rotated(part, tables, torch.float32)
+        # Along the inputs a stored word holds at most 8 weights.
+        rows = _slice_rows(8 * packed[""].shape[1], packed[""].device, self.row_multiple)
+        for start in range(0, len(packed["scale"]), rows):
+            rotated = self.decode_rotated(self.rows(packed, start, start + rows), tables, torch.float32)
             parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))
         return torch.cat(parts)
 
     def rotate_input(self, x: Tensor, tables: Packed) -> Tensor:
         """Activations `[..., K]` in the basis of the packed weight."""
         return hadamard.rotate(x, tables["signs"]) if self.max_block else x
+
+
+def row_scale(weight: Tensor) -> Tensor:
+    """Root mean square of every row of a float32 `[N, K]`, as float32 `[N]`."""
+    return weight.double().square().mean(1).sqrt().float()
 
 
 def counted_bits(specs: Specs, out_features: int, in_features: int) -> float:

@@ -123,8 +123,8 @@ class ConvolutionalEncoder(UnitEncoder):
     """Encodes chains of windows at group scales that are fixed. A code is the chain's part of its word."""
 
     def __init__(self, layout: CcqLayout, weight: Tensor):
-        self.layout = layout
-        groups = weight.reshape(weight.shape[0], -1, GROUP)
+        self.layout, self.rows = layout, len(weight)
+        groups = weight.reshape(self.rows, -1, GROUP)
         self.scale, self.integer_scale = choose_scales(groups, layout)
         self.chains = chains(layout)
         self.units = [

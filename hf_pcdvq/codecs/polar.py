@@ -36,7 +36,7 @@ from hf_pcdvq_kernels.formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
 from hf_pcdvq_kernels.reference.pcdvq import sign_table
 from torch import Tensor
 
-from .base import Codec, Packed, Specs, UnitEncoder
+from .base import Codec, Packed, Specs, UnitEncoder, row_scale
 from .codebook import load_codebook
 
 CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
@@ -126,7 +126,7 @@ class PolarEncoder(UnitEncoder):
     """Encodes 8-vectors of rows whose scale is fixed. A code is `signs | pattern << 7 | level << 16`."""
 
     def __init__(self, codec: PolarCodec, weight: Tensor):
-        self.scale = row_scale(weight)
+        self.rows, self.scale = len(weight), row_scale(weight)
         self.units = [slice(start, start + VECTOR) for start in range(0, weight.shape[1], VECTOR)]
         self._codec = codec
         self._patterns = codec.patterns.to(weight.device).float()
@@ -157,11 +157,6 @@ class PolarEncoder(UnitEncoder):
 def unit_rows(weight: Tensor, scale: Tensor) -> Tensor:
     """Rows of float32 `[N, K]` divided by their scale `[N]`; rows of scale 0 as they are."""
     return weight / torch.where(scale > 0, scale, 1.0)[:, None]
-
-
-def row_scale(weight: Tensor) -> Tensor:
-    """Root mean square of every row of a float32 `[N, K]`, as float32 `[N]`: the paper's scaling to unit variance."""
-    return weight.double().square().mean(1).sqrt().float()
 
 
 def nearest_direction(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
+from hf_pcdvq_kernels.formats import stream_layout
 from hf_pcdvq_kernels.reference import sliced
 
 NAMESPACE = torch.ops.hf_pcdvq_kernels
@@ -10,9 +11,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The product is compared with one of the same decoded weight in float64, so only the rounding of the inputs' dtype and
 # of the accumulation is left: a few units in the last place of the result's dtype.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
-SETTINGS = ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625"]
-# rows x inputs; inputs a multiple of 64, with odd numbers of groups among them
-SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088)]
+SETTINGS = ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625", "stream 2.0", "stream 2.25", "stream 3.0"]
+# rows x inputs; inputs a multiple of 64, with odd numbers of groups among them; more and fewer rows than a ring of 256
+SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088), (600, 64)]
 
 
 def random_packed(setting, rows, columns, seed=0):
@@ -27,6 +28,9 @@ def random_packed(setting, rows, columns, seed=0):
         return torch.rand(shape, generator=generator) + 0.1
 
     method, layout = setting.split()
+    if method == "stream":
+        words = stream_layout(float(layout), 14).words(rows)
+        return [bits(torch.int32, words, columns), positive(rows) / 148, float(layout), 14]
     if method == "pcdvq":
         split = layout == "2.25"
         patterns = torch.randint(0, 100, (512 if split else 128, 8), generator=generator).to(torch.int8)
@@ -88,10 +92,10 @@ def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_slices_join_into_the_same_weight(setting, monkeypatch):
     dequantize, matmul = op_pair(setting)
-    packed = random_packed(setting, 123, 576)
-    x, grad = torch.randn(4, 576), torch.randn(4, 123)
+    packed = random_packed(setting, 600, 576)
+    x, grad = torch.randn(4, 576), torch.randn(4, 600)
     whole = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
-    monkeypatch.setattr(sliced, "SLICE", 576 * 10)  # 13 slices, the last one short
+    monkeypatch.setattr(sliced, "SLICE", 576 * 70)  # 9 slices, the last one short; rings of 256 stay whole
     # outputs start as NaN, so a slice that is left out shows
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
@@ -148,6 +152,7 @@ def changed(packed, index, value):
 
 PCDVQ = random_packed("pcdvq 2.25", 4, 64)
 CLUSTER = random_packed("ccq 2.0625", 4, 64)
+STREAM = random_packed("stream 2.0", 4, 64)
 BAD_PACKED = [
     ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must be"),
@@ -166,6 +171,12 @@ BAD_PACKED = [
     ("ccq", CLUSTER, 3, CLUSTER[3].double(), TypeError, "code_scale must be torch.float32"),
     ("ccq", CLUSTER, 5, "3.0", ValueError, "layout must be one of"),
     ("ccq", random_packed("ccq 2.5", 4, 64), 2, CLUSTER[2], ValueError, "local_scale must be None"),
+    ("stream", STREAM, 0, STREAM[0].long(), TypeError, "weight must be torch.int32"),
+    ("stream", STREAM, 0, STREAM[0].repeat(2, 1), ValueError, r"weight must have shape \[1, 64\]"),
+    ("stream", STREAM, 0, STREAM[0][0], ValueError, "weight must be"),
+    ("stream", STREAM, 1, STREAM[1][None], ValueError, r"scale must be \[N\]"),
+    ("stream", STREAM, 2, 2.1, ValueError, "bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
+    ("stream", STREAM, 3, 11, ValueError, "window must be one of"),
 ]
 
 
@@ -178,7 +189,7 @@ def test_wrong_packed_tensors_are_refused(method, packed, index, value, error, m
         getattr(ops, f"{method}_matmul")(torch.randn(2, 64), *bad)
 
 
-@pytest.mark.parametrize("method, packed", [("pcdvq", PCDVQ), ("ccq", CLUSTER)])
+@pytest.mark.parametrize("method, packed", [("pcdvq", PCDVQ), ("ccq", CLUSTER), ("stream", STREAM)])
 def test_wrong_inputs_are_refused(method, packed):
     matmul, dequantize = getattr(ops, f"{method}_matmul"), getattr(ops, f"{method}_dequantize")
     with pytest.raises(ValueError, match="last dimension of x must be 64"):

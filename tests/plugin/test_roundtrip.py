@@ -21,6 +21,8 @@ SETTINGS = {
     "ccq-2.5": CcqConfig(layout="2.5"),
     "ccq-2.5-published": CcqConfig(layout="2.5", hadamard=False),
     "ccq-2.0625": CcqConfig(layout="2.0625"),
+    "stream-2.0": CcqConfig(layout="stream"),
+    "stream-2.25": CcqConfig(layout="stream", bits=2.25),
 }
 IDS = torch.arange(3, 40)[None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .formats import CCQ_LAYOUTS, GROUP, MAGNITUDE_BITS, SIGN_BITS, VECTOR, CcqLayout
+from .formats import CCQ_LAYOUTS, GROUP, MAGNITUDE_BITS, SIGN_BITS, VECTOR, CcqLayout, StreamLayout, stream_layout
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -43,12 +43,12 @@ def check_codes(op: str, weight: torch.Tensor, dtype: torch.dtype, multiple: int
     check_tensor(op, "weight", weight, dtype, tuple(weight.shape), weight.device)
 
 
-def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, columns: int, transposed: bool) -> None:
+def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, rows: int, columns: int, transposed: bool) -> None:
     check_float(op, "x", x.dtype)
-    expected = weight.shape[0] if transposed else columns
+    expected = rows if transposed else columns
     if x.ndim == 0 or x.shape[-1] != expected:
         raise ValueError(
-            f"{op}: the last dimension of x must be {expected} for a weight of {weight.shape[0]} x {columns}"
+            f"{op}: the last dimension of x must be {expected} for a weight of {rows} x {columns}"
             f"{' (transposed)' if transposed else ''}, got {list(x.shape)}"
         )
     if x.device != weight.device:
@@ -115,3 +115,18 @@ def check_ccq(
         for name, tensor in (("local_scale", local_scale), ("code_scale", code_scale), ("code_zero", code_zero)):
             check_none(op, name, tensor, f"for layout {layout.name!r}")
     return groups * GROUP
+
+
+def check_stream(op: str, weight: torch.Tensor, scale: torch.Tensor, bits: float, window: int) -> StreamLayout:
+    """Validate the packed tensors of a CCQ weight in the stream layout."""
+    try:
+        layout = stream_layout(bits, window)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+    if scale.ndim != 1 or len(scale) == 0:
+        raise ValueError(f"{op}: scale must be [N], got {list(scale.shape)}")
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise ValueError(f"{op}: weight must be [words, K], got {list(weight.shape)}")
+    check_tensor(op, "weight", weight, torch.int32, (layout.words(len(scale)), weight.shape[1]), weight.device)
+    check_tensor(op, "scale", scale, torch.float32, (len(scale),), weight.device)
+    return layout

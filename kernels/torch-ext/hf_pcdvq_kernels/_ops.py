@@ -13,24 +13,27 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .formats import CcqLayout
-from .reference import ccq, pcdvq, sliced
+from .formats import STREAM_RING, CcqLayout, StreamLayout
+from .reference import ccq, pcdvq, sliced, stream
 from .reference import hadamard as hadamard_reference
 
 NAMESPACE = "hf_pcdvq_kernels"
 
 _PCDVQ = "Tensor weight, Tensor? magnitude, Tensor scale, Tensor patterns, Tensor levels"
 _CCQ = "Tensor weight, Tensor scale, Tensor? local_scale, Tensor? code_scale, Tensor? code_zero, str layout"
+_STREAM = "Tensor weight, Tensor scale, float bits, int window"
 
 torch.library.define(f"{NAMESPACE}::hadamard", "(Tensor x, Tensor signs, bool inverse=False) -> Tensor")
 torch.library.define(f"{NAMESPACE}::pcdvq_dequantize", f"({_PCDVQ}, ScalarType dtype) -> Tensor")
 torch.library.define(f"{NAMESPACE}::pcdvq_matmul", f"(Tensor x, {_PCDVQ}, bool transposed=False) -> Tensor")
 torch.library.define(f"{NAMESPACE}::ccq_dequantize", f"({_CCQ}, ScalarType dtype) -> Tensor")
 torch.library.define(f"{NAMESPACE}::ccq_matmul", f"(Tensor x, {_CCQ}, bool transposed=False) -> Tensor")
+torch.library.define(f"{NAMESPACE}::stream_dequantize", f"({_STREAM}, ScalarType dtype) -> Tensor")
+torch.library.define(f"{NAMESPACE}::stream_matmul", f"(Tensor x, {_STREAM}, bool transposed=False) -> Tensor")
 
 
-def _matmul_shape(x: Tensor, weight: Tensor, columns: int, transposed: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], columns if transposed else weight.shape[0])
+def _matmul_shape(x: Tensor, rows: int, columns: int, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns if transposed else rows)
 
 
 # ------------------------------------------------------------------------------------------------ hadamard
@@ -89,14 +92,14 @@ def _(weight, magnitude, scale, patterns, levels, dtype):
 @torch.library.register_fake(f"{NAMESPACE}::pcdvq_matmul")
 def _(x, weight, magnitude, scale, patterns, levels, transposed=False):
     columns = checks.check_pcdvq("pcdvq_matmul", weight, magnitude, scale, patterns, levels)
-    checks.check_input("pcdvq_matmul", x, weight, columns, transposed)
-    return _matmul_shape(x, weight, columns, transposed)
+    checks.check_input("pcdvq_matmul", x, weight, weight.shape[0], columns, transposed)
+    return _matmul_shape(x, weight.shape[0], columns, transposed)
 
 
 @torch.library.impl(f"{NAMESPACE}::pcdvq_matmul", "default")
 def _(x, weight, magnitude, scale, patterns, levels, transposed=False):
     columns = checks.check_pcdvq("pcdvq_matmul", weight, magnitude, scale, patterns, levels)
-    checks.check_input("pcdvq_matmul", x, weight, columns, transposed)
+    checks.check_input("pcdvq_matmul", x, weight, weight.shape[0], columns, transposed)
     decode = _pcdvq_rows(weight, magnitude, scale, patterns, levels, x.dtype)
     return sliced.sliced_matmul(x, weight.shape[0], columns, decode, transposed)
 
@@ -133,17 +136,59 @@ def _(weight, scale, local_scale, code_scale, code_zero, layout, dtype):
 def _(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed=False):
     form = checks.ccq_layout("ccq_matmul", layout)
     columns = checks.check_ccq("ccq_matmul", weight, scale, local_scale, code_scale, code_zero, form)
-    checks.check_input("ccq_matmul", x, weight, columns, transposed)
-    return _matmul_shape(x, weight, columns, transposed)
+    checks.check_input("ccq_matmul", x, weight, weight.shape[0], columns, transposed)
+    return _matmul_shape(x, weight.shape[0], columns, transposed)
 
 
 @torch.library.impl(f"{NAMESPACE}::ccq_matmul", "default")
 def _(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed=False):
     form = checks.ccq_layout("ccq_matmul", layout)
     columns = checks.check_ccq("ccq_matmul", weight, scale, local_scale, code_scale, code_zero, form)
-    checks.check_input("ccq_matmul", x, weight, columns, transposed)
+    checks.check_input("ccq_matmul", x, weight, weight.shape[0], columns, transposed)
     decode = _ccq_rows((weight, scale, local_scale, code_scale, code_zero), form, x.dtype)
     return sliced.sliced_matmul(x, weight.shape[0], columns, decode, transposed)
+
+
+# -------------------------------------------------------------------------------------------------- stream
+
+
+def _stream_rows(weight: Tensor, scale: Tensor, layout: StreamLayout, dtype) -> Callable[[int, int], Tensor]:
+    def decode(start: int, stop: int) -> Tensor:
+        first = start // layout.period * layout.period_words
+        words = weight[first : first + layout.words(stop - start)]
+        return stream.dequantize(words, scale[start:stop], layout, dtype)
+
+    return decode
+
+
+@torch.library.register_fake(f"{NAMESPACE}::stream_dequantize")
+def _(weight, scale, bits, window, dtype):
+    checks.check_float("stream_dequantize", "dtype", dtype)
+    checks.check_stream("stream_dequantize", weight, scale, bits, window)
+    return weight.new_empty(scale.shape[0], weight.shape[1], dtype=dtype)
+
+
+@torch.library.impl(f"{NAMESPACE}::stream_dequantize", "default")
+def _(weight, scale, bits, window, dtype):
+    checks.check_float("stream_dequantize", "dtype", dtype)
+    layout = checks.check_stream("stream_dequantize", weight, scale, bits, window)
+    decode = _stream_rows(weight, scale, layout, dtype)
+    return sliced.sliced_dequantize(scale.shape[0], weight.shape[1], decode, dtype, weight.device, STREAM_RING)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::stream_matmul")
+def _(x, weight, scale, bits, window, transposed=False):
+    checks.check_stream("stream_matmul", weight, scale, bits, window)
+    checks.check_input("stream_matmul", x, weight, scale.shape[0], weight.shape[1], transposed)
+    return _matmul_shape(x, scale.shape[0], weight.shape[1], transposed)
+
+
+@torch.library.impl(f"{NAMESPACE}::stream_matmul", "default")
+def _(x, weight, scale, bits, window, transposed=False):
+    layout = checks.check_stream("stream_matmul", weight, scale, bits, window)
+    checks.check_input("stream_matmul", x, weight, scale.shape[0], weight.shape[1], transposed)
+    decode = _stream_rows(weight, scale, layout, x.dtype)
+    return sliced.sliced_matmul(x, scale.shape[0], weight.shape[1], decode, transposed, STREAM_RING)
 
 
 def _register_matmul_autograd(name: str) -> None:
@@ -166,6 +211,7 @@ def _register_matmul_autograd(name: str) -> None:
 
 _register_matmul_autograd("pcdvq_matmul")
 _register_matmul_autograd("ccq_matmul")
+_register_matmul_autograd("stream_matmul")
 
 
 # ------------------------------------------------------------------------------------------- public functions
@@ -287,3 +333,37 @@ def ccq_matmul(
     return torch.ops.hf_pcdvq_kernels.ccq_matmul(
         x, weight, scale, local_scale, code_scale, code_zero, layout, transposed
     )
+
+
+def stream_dequantize(weight: Tensor, scale: Tensor, bits: float, window: int, dtype: torch.dtype) -> Tensor:
+    """Decode a CCQ weight in the stream layout to `[N, K]` of `dtype` (layout in `codecs/stream.py`).
+
+    Args:
+        weight: int32 `[words, K]`, the bits of the output channels for every input.
+        scale: float32 `[N]`, of each output channel.
+        bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
+        window: bits per window, 12 to 16.
+        dtype: floating dtype of the result; arithmetic is float32.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
+    """
+    return torch.ops.hf_pcdvq_kernels.stream_dequantize(weight, scale, bits, window, dtype)
+
+
+def stream_matmul(
+    x: Tensor, weight: Tensor, scale: Tensor, bits: float, window: int, transposed: bool = False
+) -> Tensor:
+    """`x @ W.T` for the weight that `stream_dequantize` decodes from the same tensors, differentiable in `x`.
+
+    Args:
+        x: `[..., K]` (`[..., N]` where `transposed`), floating; the weight is decoded in its dtype.
+        transposed: compute `x @ W` instead.
+
+    Returns:
+        `[..., N]` (`[..., K]` where `transposed`) in the dtype of `x`.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
+    """
+    return torch.ops.hf_pcdvq_kernels.stream_matmul(x, weight, scale, bits, window, transposed)

@@ -1,13 +1,15 @@
 """Constants of the packed formats that encoder and decoders share.
 
 The formats are described in words, with their decode formulas, in the codecs that write them:
-`hf_pcdvq/codecs/polar.py` and `hf_pcdvq/codecs/convolutional.py`. This file holds only the numbers, here because
-the decoders may not import the plugin.
+`hf_pcdvq/codecs/polar.py`, `convolutional.py` and `stream.py`. This file holds only the numbers, here because the
+decoders may not import the plugin.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
 
 import torch
 
@@ -15,6 +17,8 @@ VECTOR = 8  # PCDVQ: consecutive inputs of one output channel that share a direc
 SIGN_BITS = 7  # PCDVQ: the eighth sign is the parity of the other seven
 MAGNITUDE_BITS = 2  # PCDVQ: four magnitude levels
 GROUP = 64  # CCQ: consecutive inputs of one output channel that share a group scale
+STREAM_RING = 256  # CCQ stream: output channels whose bits, for one input, form a ring
+STREAM_MULTIPLIER = 0x8A7050F1  # CCQ stream: of the hash, the winner of `scripts/search_stream_hash.py`
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,53 @@ CCQ_LAYOUTS: dict[str, CcqLayout] = {
         CcqLayout("2.0625", 2.0625, torch.uint8, 16, (9, 6, 3, 0), window_bits=6, scale_bits=0),
     )
 }
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """How the CCQ `stream` layout lays its windows over a ring of bits.
+
+    Output channels are coded in turn, each with the next of the `strides` new bits. A `period` is the least number of
+    channels after which the strides and the borders of the 32-bit words repeat.
+    """
+
+    bits: float  # bits per weight, the mean of the strides
+    window: int  # bits per window
+    strides: tuple[int, ...]
+
+    @property
+    def period(self) -> int:
+        """Output channels per period."""
+        return math.lcm(sum(self.strides), 32) // sum(self.strides) * len(self.strides)
+
+    @property
+    def period_words(self) -> int:
+        """Words that a period takes."""
+        return math.lcm(sum(self.strides), 32) // 32
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """For every channel of a period the bit position behind its window."""
+        return tuple(accumulate(islice(cycle(self.strides), self.period)))
+
+    def words(self, rows: int) -> int:
+        """Words per input for a number of output channels, which is filled up to whole periods."""
+        return -(-rows // self.period) * self.period_words
+
+
+_STREAM_STRIDES = {2.0: (2,), 2.25: (2, 2, 2, 3), 2.5: (2, 3), 3.0: (3,), 4.0: (4,)}
+STREAM_BITS = tuple(_STREAM_STRIDES)
+STREAM_WINDOWS = (12, 13, 14, 15, 16)
+
+
+def stream_layout(bits: float, window: int) -> StreamLayout:
+    """The stream layout of these parameters.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if bits not in STREAM_BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, STREAM_BITS))}, got {bits!r}")
+    if window not in STREAM_WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(map(str, STREAM_WINDOWS))}, got {window!r}")
+    return StreamLayout(bits, window, _STREAM_STRIDES[bits])

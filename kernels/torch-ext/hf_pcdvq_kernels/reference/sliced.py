@@ -11,17 +11,22 @@ import torch
 SLICE = 1 << 20
 
 
-def _slices(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, SLICE // columns)
+def _slices(rows: int, columns: int, multiple: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLICE // columns // multiple) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def sliced_dequantize(
-    rows: int, columns: int, decode: Callable[[int, int], torch.Tensor], dtype: torch.dtype, device: torch.device
+    rows: int,
+    columns: int,
+    decode: Callable[[int, int], torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    multiple: int = 1,
 ) -> torch.Tensor:
-    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows."""
+    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows, `start` a multiple of `multiple`."""
     out = torch.empty(rows, columns, dtype=dtype, device=device)
-    for start, stop in _slices(rows, columns):
+    for start, stop in _slices(rows, columns, multiple):
         out[start:stop] = decode(start, stop)
     return out
 
@@ -32,9 +37,11 @@ def sliced_matmul(
     columns: int,
     decode: Callable[[int, int], torch.Tensor],
     transposed: bool,
+    multiple: int = 1,
 ) -> torch.Tensor:
     """`x @ W.T` (or `x @ W` where `transposed`) for a `W` `[rows, columns]` of which `decode(start, stop)` gives rows.
 
+    `start` is always a multiple of `multiple`.
     The transposed product sums over slices in float32, whatever the dtype of `x`.
     """
     flat = x.reshape(-1, x.shape[-1])
@@ -42,7 +49,7 @@ def sliced_matmul(
         out = flat.new_zeros(flat.shape[0], columns, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
         out = flat.new_empty(flat.shape[0], rows)
-    for start, stop in _slices(rows, columns):
+    for start, stop in _slices(rows, columns, multiple):
         block = decode(start, stop)
         if transposed:
             out += flat[:, start:stop] @ block

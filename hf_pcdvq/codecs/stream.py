@@ -1,0 +1,164 @@
+"""CCQ's `stream` layout: the bit-shift windows of CCQ over long rings of bits, with a hashed value.
+
+The published layouts (`convolutional.py`) read small integers out of short words, and stop at the distortion of a
+scalar quantizer. Here the windows of `L` = 12 to 16 bits run over a ring of up to 256 weights, every weight adds 2 to 4
+new bits, and the value is a hash of the whole window, near to normal over all windows: a trellis-coded quantizer (as in
+QTIP, arXiv 2406.11235) that decodes by shift, mask, multiply and a sum of bytes. There is no table.
+
+A ring runs down the output channels: it holds the weights of one input and of 256 consecutive output channels, the last
+ring those that are left. Every input is then a unit of its own for error feedback, which is worth more than any other
+arrangement, and a kernel that keeps 16 or more channels of a thread needs each activation once.
+
+Packed tensors of a weight `[N, K]`, N filled up to a multiple of the period P; a shard by inputs, or by output channels
+at multiples of 256, is a slice:
+
+    weight (suffix "")                 int32 [ceil(N / P) W, K]
+    "scale"                            float32 [N]
+
+    bits    new bits of channel 0, 1, ...    P      W (words per period)
+    2.0     2                                16     1
+    2.25    2, 2, 2, 3, again                128    9
+    2.5     2, 3, again                      64     5
+    3.0     3                                32     3
+    4.0     4                                8      1
+
+The words of one input and one ring, each from its highest bit to its lowest, are the ring's bits. The window of a
+channel is the `L` bits that end with its own new bits; before the ring's first bit comes its last. All integers mod 2^32:
+
+    product = window * 0x8A7050F1
+    value   = sum of the four bytes of the product, each as a signed integer -128..127
+    weight  = scale[n] * value                                                            (float32)
+
+Values lie in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
+float16, and no step can overflow. Channels that fill up the last period decode to nothing.
+
+Encoding finds, for fixed scales, the ring of least squared error by a Viterbi search (`viterbi.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hf_pcdvq_kernels as ops
+import torch
+from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout, stream_layout
+from hf_pcdvq_kernels.reference.stream import values
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import viterbi
+from .base import Codec, Packed, Specs, UnitEncoder, row_scale
+
+# Standard deviation of a sum of four bytes.
+DEVIATION = (4 * (2**16 - 1) / 12) ** 0.5
+# What a row's root mean square is multiplied by so that the squared error on normal weights is least.
+_SHRINK = {2.0: 0.97, 2.25: 0.99, 2.5: 1.0, 3.0: 1.01, 4.0: 1.03}
+
+
+@dataclass(frozen=True)
+class StreamCodec(Codec):
+    """CCQ in the stream layout.
+
+    Attributes:
+        stream_bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
+        window: bits per window, 12 to 16: larger windows err less and take longer to encode, not to decode.
+    """
+
+    stream_bits: float
+    window: int
+
+    def __post_init__(self) -> None:
+        stream_layout(self.stream_bits, self.window)
+
+    @property
+    def layout(self) -> StreamLayout:
+        return stream_layout(self.stream_bits, self.window)
+
+    @property
+    def bits(self) -> float:
+        return self.stream_bits
+
+    @property
+    def multiple(self) -> int:
+        return 1
+
+    @property
+    def row_multiple(self) -> int:
+        return STREAM_RING
+
+    def specs(self, out_features: int, in_features: int) -> Specs:
+        return {
+            "": ((self.layout.words(out_features), in_features), torch.int32),
+            "scale": ((out_features,), torch.float32),
+        }
+
+    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
+        layout = self.layout
+        first = start // layout.period * layout.period_words
+        scale = packed["scale"][start:stop]
+        return {"": packed[""][first : first + layout.words(len(scale))], "scale": scale}
+
+    def encode_rotated(self, weight: Tensor) -> Packed:
+        encoder = self.unit_encoder(weight)
+        return encoder.pack(encoder.search(weight.T).T)
+
+    def unit_encoder(self, weight: Tensor) -> StreamEncoder:
+        return StreamEncoder(self.layout, weight)
+
+    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+        return ops.stream_dequantize(packed[""], packed["scale"], self.stream_bits, self.window, dtype)
+
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
+        return ops.stream_matmul(x, packed[""], packed["scale"], self.stream_bits, self.window)
+
+
+class StreamEncoder(UnitEncoder):
+    """Encodes one input at a time: all its rings. The code of a weight is its window, of which the new bits are stored.
+
+    Attributes:
+        scale: of the output channels, float32 `[N]`.
+        values: of all windows, float32 `[2^L]`.
+    """
+
+    def __init__(self, layout: StreamLayout, weight: Tensor):
+        self.layout, self.rows = layout, len(weight)
+        self.scale = row_scale(weight) * (_SHRINK[layout.bits] / DEVIATION)
+        self.values = values(layout.window, weight.device).float()
+        self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
+
+    def search(self, columns: Tensor) -> Tensor:
+        """Windows int32 `[C, N]` of least squared error for float32 `[C, N]`, `C` inputs of all output channels."""
+        filled = -self.rows % self.layout.period
+        # In units of normal weights, so that float32 sums over a ring keep all the digits that count. What fills up the
+        # last period costs nothing, nor do channels of zeros; the others cost in proportion to their scale squared.
+        divisor = torch.where(self.scale > 0, self.scale, 1) * DEVIATION
+        cost = (self.scale / self.scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
+        found = viterbi.search(
+            pad(columns / divisor, (0, filled)), pad(cost, (0, filled)), self.values / DEVIATION, self.layout
+        )
+        return found[:, : self.rows]
+
+    def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        windows = self.search(target.T)[0]
+        return windows, (self.scale * self.values[windows])[:, None]
+
+    def improved(self, change: Tensor) -> Tensor:
+        rings = pad(change, (0, -self.rows % STREAM_RING)).view(-1, STREAM_RING).sum(1)
+        return (rings < 0).repeat_interleave(STREAM_RING)[: self.rows]
+
+    def rescale(self, factor: Tensor) -> None:
+        self.scale = self.scale * factor
+
+    def pack(self, codes: Tensor) -> Packed:
+        layout = self.layout
+        rows = pad(codes, (0, 0, 0, -self.rows % layout.period)).view(-1, layout.period, codes.shape[1])
+        words = codes.new_zeros(len(rows), layout.period_words, codes.shape[1])
+        start = 0
+        for row, end in enumerate(layout.ends):
+            for position in range(start, end):
+                bit = rows[:, row] >> (end - 1 - position) & 1
+                words[:, position // 32] |= bit << (31 - position % 32)
+            start = end
+        # Where no channel ends the last ring, its first window says which bits come before it.
+        words[-1, -1] |= codes[(self.rows - 1) // STREAM_RING * STREAM_RING] >> layout.strides[0]
+        return {"": words.flatten(0, 1), "scale": self.scale}
