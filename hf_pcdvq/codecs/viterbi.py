@@ -8,8 +8,8 @@ In a ring the path has to end in the state in which it began. That state is foun
 condition over a stretch of `_OVERLAP` weights on either side of the ring's border; the search over the whole ring is
 exact, given that state. (Trying all states would take a search for each.)
 
-`search` chooses the implementation: on a CPU compiled loops where Numba is installed, otherwise the PyTorch operations
-in this file, which are the reference for both.
+`search` chooses the implementation: a Triton kernel on a GPU, on a CPU compiled loops where Numba is installed, otherwise
+the PyTorch operations in this file, which are the reference for both.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) 
     Returns:
         int32 `[C, N]`; in every ring each window continues the one before it, and the first one the last.
     """
+    if targets.device.type in ("cuda", "xpu"):
+        from . import viterbi_triton
+
+        return viterbi_triton.search(targets, cost, values, layout, _OVERLAP)
     if targets.device.type == "cpu":
         if importlib.util.find_spec("numba") is not None:
             from . import viterbi_numba

@@ -14,7 +14,7 @@ from .viterbi import FORBIDDEN
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, overlap: int) -> Tensor:
     """See `viterbi.search`; `overlap` weights on either side of a ring's border decide the state there."""
     columns, rows = targets.shape
-    strides = np.array([layout.strides[row % len(layout.strides)] for row in range(min(rows, STREAM_RING))])
+    strides = np.resize(np.array(layout.strides), min(rows, STREAM_RING))
     found = np.empty((columns, rows), np.int32)
     table = values.numpy()
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
@@ -69,28 +69,36 @@ def _forward(trellis, first, count):  # pragma: no cover
 def _step(before, after, scratch, table, target, cost, window, stride, behind):  # pragma: no cover
     """One weight. `table[c]` holds the values of the windows whose new bits are `c`, by the state that they come from.
 
-    The inner loops run along states that lie side by side, so that the compiler can vectorize them.
+    The loops run along states that lie side by side and take four paths, then four codes, at a time (strides are at
+    least 2), which the compiler turns into vector instructions.
     """
     merged = 1 << (window - stride - behind)
     for code in range(1 << stride):
         least = scratch[code, :merged]
-        for high in range(1 << behind):
-            path, value = (
-                before[high * merged : (high + 1) * merged],
-                table[code, high * merged : (high + 1) * merged],
-            )
-            if high == 0:
-                for m in range(merged):
-                    error = value[m] - target
-                    least[m] = path[m] + cost * error * error
-            else:
-                for m in range(merged):
-                    error = value[m] - target
-                    least[m] = min(least[m], path[m] + cost * error * error)
+        for high in range(0, 1 << behind, 4):
+            path, value = before[high * merged :], table[code, high * merged :]
+            path_0, path_1, path_2, path_3 = path, path[merged:], path[2 * merged :], path[3 * merged :]
+            value_0, value_1, value_2, value_3 = value, value[merged:], value[2 * merged :], value[3 * merged :]
+            for m in range(merged):
+                error_0, error_1, error_2, error_3 = (
+                    value_0[m] - target,
+                    value_1[m] - target,
+                    value_2[m] - target,
+                    value_3[m] - target,
+                )
+                error = min(
+                    min(path_0[m] + cost * error_0 * error_0, path_1[m] + cost * error_1 * error_1),
+                    min(path_2[m] + cost * error_2 * error_2, path_3[m] + cost * error_3 * error_3),
+                )
+                least[m] = error if high == 0 else min(least[m], error)
     states = after[: merged << stride].reshape(merged, 1 << stride)
-    for m in range(merged):
-        for code in range(1 << stride):
-            states[m, code] = scratch[code, m]
+    for code in range(0, 1 << stride, 4):
+        least_0, least_1, least_2, least_3 = scratch[code], scratch[code + 1], scratch[code + 2], scratch[code + 3]
+        for m in range(merged):
+            states[m, code] = least_0[m]
+            states[m, code + 1] = least_1[m]
+            states[m, code + 2] = least_2[m]
+            states[m, code + 3] = least_3[m]
 
 
 @njit(cache=True)
