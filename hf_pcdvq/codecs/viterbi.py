@@ -5,7 +5,7 @@ bits, the trellis state between them; a window `w` leads from state `w >> k` to 
 the new bits of the weight after it. For every state the search keeps the least error of all paths that lead there.
 
 In a ring the path has to end in the state in which it began. That state is found first, by a search without the
-condition over a stretch of `_OVERLAP` weights on either side of the ring's border; the search over the whole ring is
+condition over a stretch of `OVERLAP` weights on either side of the ring's border; the search over the whole ring is
 exact, given that state. (Trying all states would take a search for each.)
 
 `search` chooses the implementation: a Triton kernel on a GPU, on a CPU compiled loops where Numba is installed, otherwise
@@ -24,7 +24,7 @@ from torch import Tensor
 
 # Weights on either side of a ring's border that decide the state there. At 2 bits and windows of 12 the squared error is
 # 0.4 % above that of an endless stream with 48 of them, 0.1 % with 96.
-_OVERLAP = 96
+OVERLAP = 96
 # Larger than any error, and still finite in float32: the errors of paths that must not be taken.
 FORBIDDEN = 1e30
 # Floats that the reference keeps for the windows of one weight, over all rings that it searches at a time.
@@ -47,12 +47,12 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) 
     if targets.device.type in ("cuda", "xpu"):
         from . import viterbi_triton
 
-        return viterbi_triton.search(targets, cost, values, layout, _OVERLAP)
+        return viterbi_triton.search(targets, cost, values, layout, OVERLAP)
     if targets.device.type == "cpu":
         if importlib.util.find_spec("numba") is not None:
             from . import viterbi_numba
 
-            return viterbi_numba.search(targets, cost, values, layout, _OVERLAP)
+            return viterbi_numba.search(targets, cost, values, layout, OVERLAP)
         warnings.warn(
             "Numba is not installed: encoding the stream layout on a CPU takes many times as long without it. "
             "pip install 'hf_pcdvq[stream]'",
@@ -85,10 +85,10 @@ class _Ring:
 
     def search(self) -> Tensor:
         """Windows int32 `[C, R]`."""
-        around = [row % self.length for row in range(-_OVERLAP, _OVERLAP)]
+        around = [row % self.length for row in range(-OVERLAP, OVERLAP)]
         free = self.targets.new_zeros(len(self.targets), self._states(around[0]))
         errors = self._forward(around, free)
-        state = self._back(around[_OVERLAP:], errors[_OVERLAP:], errors[-1].argmin(1))[1]
+        state = self._back(around[OVERLAP:], errors[OVERLAP:], errors[-1].argmin(1))[1]
 
         tied = torch.full_like(free[:, :1], FORBIDDEN).repeat(1, self._states(0))
         tied.scatter_(1, state[:, None], 0)

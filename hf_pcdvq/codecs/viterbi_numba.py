@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout
-from numba import njit, prange, set_num_threads
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 from .viterbi import FORBIDDEN
@@ -19,7 +19,7 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     table = values.numpy()
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
     tables = tuple(by_code.get(stride, np.empty((0, 0), np.float32)) for stride in (2, 3, 4))
-    set_num_threads(torch.get_num_threads())
+    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
     _search(targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window, overlap, found)
     return torch.from_numpy(found)
 

@@ -26,7 +26,7 @@ viterbi_triton.STREAM_RING = viterbi.STREAM_RING = 64
 layout, table = stream_layout({bits}, 12), values(12, "cpu").float() / 148
 generator = torch.Generator().manual_seed(0)
 targets, cost = torch.randn(1, {rows}, generator=generator), torch.rand({rows}, generator=generator)
-viterbi._OVERLAP = 20
+viterbi.OVERLAP = 20
 found = viterbi_triton.search(targets, cost, table, layout, 20)
 expected = viterbi.reference_search(targets, cost, table, layout)
 assert found.shape == expected.shape and torch.equal(found, expected), (found, expected)

@@ -9,9 +9,9 @@ import torch
 from ..formats import STREAM_MULTIPLIER, STREAM_RING, StreamLayout
 
 
-def values(window_bits: int, device: torch.device) -> torch.Tensor:
+def values(window_bits: int, device: torch.device, multiplier: int = STREAM_MULTIPLIER) -> torch.Tensor:
     """The value of every window, int32 `[2^window_bits]`: multiplied, cut to 32 bits, the four signed bytes summed."""
-    product = torch.arange(1 << window_bits, device=device, dtype=torch.int64) * STREAM_MULTIPLIER
+    product = torch.arange(1 << window_bits, device=device, dtype=torch.int64) * multiplier
     shifts = torch.arange(0, 32, 8, device=device)
     unsigned = (product[:, None] >> shifts) & 0xFF
     return ((unsigned ^ 0x80) - 0x80).sum(1).to(torch.int32)
