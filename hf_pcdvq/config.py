@@ -198,10 +198,10 @@ class CcqConfig(PackedConfig):
     Args:
         layout: `"2.75"`, `"2.5"` or `"2.0625"`, published and named by bits per weight, or `"stream"`: ours, much better
             at the same bits (`codecs/stream.py`).
+        hadamard: rotate the inputs (default; far better at these bits). False is the published form.
         bits: bits per weight. Only `"stream"` leaves a choice: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
         window: of `"stream"` only: bits per window, 12 (default) to 16. Each bit more doubles the time of encoding, for
-            1 to 2 % less squared error; decoding costs the same.
-        hadamard: rotate the inputs (default; far better at these bits). False is the published form.
+            1 to 2 % less squared error.
 
     The other fields are described in `PackedConfig`.
     """
@@ -211,9 +211,9 @@ class CcqConfig(PackedConfig):
     def __init__(
         self,
         layout: str = "2.5",
+        hadamard: bool = True,
         bits: float | None = None,
         window: int | None = None,
-        hadamard: bool = True,
         hadamard_block: int = 128,
         hadamard_seed: int = 0,
         modules_to_not_convert: list[str] | None = None,
@@ -240,13 +240,12 @@ class CcqConfig(PackedConfig):
         self.layout = _one_of("CcqConfig", "layout", layout, (*CCQ_LAYOUTS, "stream"))
         if layout == "stream":
             self.bits = float(_one_of("CcqConfig", "bits", 2.0 if bits is None else bits, STREAM_BITS))
-            self.window = _one_of("CcqConfig", "window", 12 if window is None else window, STREAM_WINDOWS)
+            self.window = int(_one_of("CcqConfig", "window", 12 if window is None else window, STREAM_WINDOWS))
         else:
-            published = CCQ_LAYOUTS[layout].bits
-            self.bits = _one_of(
-                "CcqConfig", f"bits of layout {layout!r}", published if bits is None else bits, (published,)
-            )
-            self.window = _one_of("CcqConfig", f"window of layout {layout!r}", window, (None,))
+            for name, value, own in (("bits", bits, CCQ_LAYOUTS[layout].bits), ("window", window, None)):
+                if value not in (None, own):
+                    raise ValueError(f"CcqConfig: {name} {value!r} needs layout 'stream', the layout is {layout!r}")
+            self.bits, self.window = CCQ_LAYOUTS[layout].bits, None
         self.hadamard = _one_of("CcqConfig", "hadamard", hadamard, (False, True))
 
     @property

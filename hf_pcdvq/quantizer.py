@@ -68,8 +68,9 @@ class LoadOperation(ConversionOps):
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         try:
             return self.apply(tensors, full_layer_name, get_module_from_name(model, full_layer_name)[0])
-        except ValueError as error:
-            self.hf_quantizer.failure = f"{full_layer_name}: {error}"
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self.hf_quantizer.failure = f"{full_layer_name}: {kind}{error}"
             return {}
 
     @abstractmethod

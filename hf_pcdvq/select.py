@@ -8,7 +8,7 @@ from collections import Counter
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .codecs.base import Codec
+from .codecs.base import Codec, counted_bits
 
 
 def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
@@ -82,6 +82,9 @@ def _obstacle(module: nn.Module, codec: Codec) -> str | None:
         return f"weights are {module.weight.dtype}"
     if module.in_features % codec.multiple:
         return f"{module.in_features} input features are not a multiple of {codec.multiple}"
+    bits = counted_bits(codec.specs(module.out_features, module.in_features), module.out_features, module.in_features)
+    if bits >= 8 * module.weight.dtype.itemsize:
+        return f"packed, {module.out_features} output features would take {bits:.1f} bits per weight"
     return None
 
 

@@ -84,8 +84,8 @@ ROWS = [
     *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
     Row(PROBE, None, LEAST),
     Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}),
-    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
     *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if setting != PROBE),
+    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
 ]
 
 
@@ -123,7 +123,7 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Ten
         yield model(input_ids=window[None], use_cache=False).logits[0, :-1]
 
 
-def measure(row: Row, reference: Reference) -> dict[str, Any]:
+def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
     """Quantize, save, count, evaluate."""
     config, options = {**SETTINGS, **UNROTATED}[row.setting]
     calibration = Calibration(samples=row.samples, length=CONTEXT, holdout=0, **row.options)
@@ -146,7 +146,7 @@ def measure(row: Row, reference: Reference) -> dict[str, Any]:
         "config": row.config,
         "bits_counted": count.bits_per_packed_weight,
         "bits_whole_file": count.bits_per_parameter,
-        "seconds_to_quantize": round(seconds, 1),
+        "seconds_to_quantize": round(seconds, 1) if timed else None,
         **result.to_dict(),
         "output_error_last_block": report.blocks[-1].output_error,
         "notes": sorted({layer.note for layer in report.layers if layer.note}),
@@ -167,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         figures += [
             f"{row['kl_p90']:.3f}",
             f"{100 * row['top1_agreement']:.1f} %",
-            f"{row['seconds_to_quantize']:.0f}",
+            f"{row['seconds_to_quantize']:.0f}" if row["seconds_to_quantize"] else "-",
         ]
         shown.add_row(row["row"], *figures)
     return shown
@@ -193,6 +193,9 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable")
     parser.add_argument("--table", action="store_true", help="print the rows of the file and compute nothing")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--busy", action="store_true", help="other processes run beside this one: leave out the seconds"
+    )
     args = parser.parse_args()
     rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
     if not args.table:
@@ -207,7 +210,7 @@ def main() -> None:
             for row in wanted:
                 if row.name in done:
                     continue
-                rows.append(measure(row, reference))
+                rows.append(measure(row, reference, not args.busy))
                 write(args.out, rows)
                 print(json.dumps(rows[-1]), flush=True)
     Console(width=140).print(table(rows))

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 import torch
-from hf_pcdvq_kernels.formats import STREAM_MULTIPLIER, STREAM_RING, stream_layout
+from hf_pcdvq_kernels.formats import STREAM_RING, stream_layout
 from hf_pcdvq_kernels.reference.stream import values
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=8, help="multipliers to print (default: %(default)s)")
     args = parser.parse_args()
     drawn = np.random.default_rng(args.seed).integers(1 << 31, 1 << 32, args.count)
-    candidates = {int(number) | 1 for number in drawn} | {STREAM_MULTIPLIER}
+    candidates = {int(number) | 1 for number in drawn}
     screened = sorted(
         (squared_error(number, *SCREEN), number) for number in tqdm(sorted(candidates), desc="screening")
     )

@@ -84,9 +84,11 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
     ("options", "fields"),
     [
         (["--bits", "2.0", "--magnitude", "norm"], {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm"}),
-        (["--method", "ccq"], {"quant_method": "ccq", "layout": "2.5", "hadamard": True}),
         (["--method", "ccq", "--layout", "2.75", "--no-hadamard"], {"layout": "2.75", "hadamard": False}),
-        (["--method", "ccq", "--layout", "stream", "--bits", "2.5"], {"layout": "stream", "bits": 2.5, "window": 12}),
+        (
+            ["--method", "ccq", "--layout", "stream", "--bits", "2.5"],
+            {"quant_method": "ccq", "bits": 2.5, "window": 12},
+        ),
     ],
 )
 def test_options_reach_the_config(tiny_model_dir, tmp_path, options, fields):
@@ -239,11 +241,11 @@ def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "ccq", "--bits", "2.0"], "--bits belongs to --method pcdvq"),
+        (["--method", "ccq", "--bits", "2.0"], "bits 2.0 needs layout 'stream'"),
         (["--method", "ccq", "--magnitude", "norm"], "--magnitude belongs to --method pcdvq"),
         (["--layout", "2.5"], "--layout belongs to --method ccq"),
         (["--no-hadamard"], "--hadamard belongs to --method ccq"),
-        (["--bits", "3"], "'3' is not one of"),
+        (["--bits", "3"], "bits must be one of 2.0, 2.25, got 3.0"),
         (["--max-shard-size", "5 apples"], "not a size like 5GB"),
     ],
 )

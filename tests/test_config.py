@@ -27,7 +27,7 @@ def test_ccq_survives_json(layout, hadamard):
 
 @pytest.mark.parametrize("bits, window", [(2, 12), (2.25, 16), (2.5, 13)])
 def test_stream_survives_json(bits, window):
-    config = CcqConfig(layout="stream", bits=bits, window=window)
+    config = CcqConfig(layout="stream", bits=bits, window=float(window))
     again = CcqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert again.codec.bits == bits and again.codec.window == window and again.codec.max_block == 128
@@ -48,8 +48,8 @@ REFUSED = [
     (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode other weights"),
     (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', 'stream', got '2'"),
     (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
-    (CcqConfig, {"layout": "2.5", "bits": 3.0}, r"bits of layout '2.5' must be one of 2.5, got 3.0"),
-    (CcqConfig, {"layout": "2.5", "window": 12}, r"window of layout '2.5' must be one of None, got 12"),
+    (CcqConfig, {"layout": "2.5", "bits": 3.0}, r"bits 3.0 needs layout 'stream', the layout is '2.5'"),
+    (CcqConfig, {"layout": "2.5", "window": 12}, r"window 12 needs layout 'stream', the layout is '2.5'"),
     (CcqConfig, {"layout": "stream", "bits": 2.1}, r"bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
     (CcqConfig, {"layout": "stream", "window": 17}, r"window must be one of 12, 13, 14, 15, 16, got 17"),
     (CcqConfig, {"hadamard": 1}, r"hadamard must be one of False, True, got 1"),

@@ -115,9 +115,8 @@ def test_memory_is_packed(layer, codec):
 
 
 def test_refuses_sizes_that_do_not_fit(codec):
-    if codec.multiple > 1:  # the stream layout takes any size
-        with pytest.raises(ValueError, match=f"multiple of {codec.multiple}.*got 100"):
-            QuantLinear(100, 8, False, codec)
+    with pytest.raises(ValueError, match=f"multiple of {codec.multiple}.*got 100"):
+        QuantLinear(100, 8, False, codec)
     with pytest.raises(RuntimeError, match="no initialization"):
         QuantLinear(192, 8, False, codec).reset_parameters()
 

@@ -32,7 +32,8 @@ channel is the `L` bits that end with its own new bits; before the ring's first 
 Values lie in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
 float16, and no step can overflow. Channels that fill up the last period decode to nothing.
 
-Encoding finds, for fixed scales, the ring of least squared error by a Viterbi search (`viterbi.py`).
+Encoding finds, for fixed scales, rings of nearly the least squared error by a Viterbi search (`viterbi.py`). A ring
+spends its freedom where it counts: on the channels of large scale, at the cost of the others.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class StreamCodec(Codec):
 
     Attributes:
         stream_bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
-        window: bits per window, 12 to 16: larger windows err less and take longer to encode, not to decode.
+        window: bits per window, 12 to 16: larger windows err less and take longer to encode.
     """
 
     stream_bits: float
@@ -80,7 +81,8 @@ class StreamCodec(Codec):
 
     @property
     def multiple(self) -> int:
-        return 1
+        # The code itself takes any number of inputs, but smaller blocks of the rotation do next to nothing.
+        return 8 if self.max_block else 1
 
     @property
     def row_multiple(self) -> int:
@@ -100,7 +102,12 @@ class StreamCodec(Codec):
 
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
-        return encoder.pack(encoder.search(weight.T).T)
+        windows = encoder.search(weight.T).T
+        # Rows that are small beside others of their ring get codes that hardly follow them; a smaller scale mends that.
+        found = encoder.values[windows]
+        wanted = weight / torch.where(encoder.scale > 0, encoder.scale, 1)[:, None]
+        encoder.rescale((wanted * found).sum(1).clamp(min=0) / found.square().sum(1).clamp(min=1))
+        return encoder.pack(windows)
 
     def unit_encoder(self, weight: Tensor) -> StreamEncoder:
         return StreamEncoder(self.layout, weight)
@@ -127,7 +134,7 @@ class StreamEncoder(UnitEncoder):
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
 
     def search(self, columns: Tensor) -> Tensor:
-        """Windows int32 `[C, N]` of least squared error for float32 `[C, N]`, `C` inputs of all output channels."""
+        """Windows int32 `[C, N]` of nearly the least squared error for float32 `[C, N]`, `C` inputs of all output channels."""
         filled = -self.rows % self.layout.period
         # In units of normal weights, so that float32 sums over a ring keep all the digits that count. What fills up the
         # last period costs nothing, nor do channels of zeros; the others cost in proportion to their scale squared.

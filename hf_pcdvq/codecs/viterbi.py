@@ -1,4 +1,4 @@
-"""The rings of bits of the stream layout that leave the least squared error: a Viterbi search over their windows.
+"""The rings of bits of the stream layout that leave nearly the least squared error: a Viterbi search over their windows.
 
 A window of `L` bits moves on by the `k` new bits of the next weight. What two neighbouring windows share are `L - k`
 bits, the trellis state between them; a window `w` leads from state `w >> k` to state `w mod 2^(L - k')`, where `k'` are
@@ -14,7 +14,6 @@ the PyTorch operations in this file, which are the reference for both.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Iterator
 
@@ -33,7 +32,7 @@ _ELEMENTS_ACCELERATOR = 1 << 22
 
 
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) -> Tensor:
-    """Windows of least `sum of cost * (value of the window - target)^2` over every ring.
+    """Windows of nearly the least `sum of cost * (value of the window - target)^2` over every ring.
 
     Args:
         targets: float32 `[C, N]`, `N` a multiple of the layout's period; rings of 256 run along the second dimension,
@@ -44,18 +43,20 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) 
     Returns:
         int32 `[C, N]`; in every ring each window continues the one before it, and the first one the last.
     """
-    if targets.device.type in ("cuda", "xpu"):
-        from . import viterbi_triton
+    device = targets.device.type
+    try:
+        if device in ("cuda", "xpu"):
+            from . import viterbi_triton
 
-        return viterbi_triton.search(targets, cost, values, layout, OVERLAP)
-    if targets.device.type == "cpu":
-        if importlib.util.find_spec("numba") is not None:
+            return viterbi_triton.search(targets, cost, values, layout, OVERLAP)
+        if device == "cpu":
             from . import viterbi_numba
 
             return viterbi_numba.search(targets, cost, values, layout, OVERLAP)
+    except ImportError as reason:
+        wanted = "Numba (pip install 'hf_pcdvq[stream]')" if device == "cpu" else "Triton"
         warnings.warn(
-            "Numba is not installed: encoding the stream layout on a CPU takes many times as long without it. "
-            "pip install 'hf_pcdvq[stream]'",
+            f"encoding the stream layout takes many times as long without {wanted}, which cannot be imported: {reason}",
             stacklevel=2,
         )
     return reference_search(targets, cost, values, layout)

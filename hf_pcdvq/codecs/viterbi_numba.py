@@ -1,11 +1,11 @@
-"""The search of `viterbi.py` as loops that Numba compiles for the CPU. Same arguments, same scheme, same results."""
+"""The search of `viterbi.py` as loops that Numba compiles for the CPU. Same arguments, same scheme, same errors to rounding."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout
-from numba import config, njit, prange, set_num_threads
+from numba import config, get_num_threads, njit, prange, set_num_threads
 from torch import Tensor
 
 from .viterbi import FORBIDDEN
@@ -19,12 +19,17 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     table = values.numpy()
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
     tables = tuple(by_code.get(stride, np.empty((0, 0), np.float32)) for stride in (2, 3, 4))
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
-    _search(targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window, overlap, found)
+    most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it at run time
+    before = get_num_threads()
+    set_num_threads(min(torch.get_num_threads(), most))
+    try:
+        _search(targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window, overlap, found)
+    finally:
+        set_num_threads(before)
     return torch.from_numpy(found)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True)
 def _search(targets, cost, values, tables, strides, window, overlap, found):  # pragma: no cover
     rings = (targets.shape[1] + STREAM_RING - 1) // STREAM_RING
     for number in prange(len(targets) * rings):
@@ -35,7 +40,7 @@ def _search(targets, cost, values, tables, strides, window, overlap, found):  # 
         _ring(trellis, overlap, found[column, start : start + STREAM_RING])
 
 
-@njit(cache=True)
+@njit
 def _ring(trellis, overlap, found):  # pragma: no cover
     """Fill `found` with the windows of one ring."""
     target, _, _, _, strides, window, errors = trellis
@@ -53,7 +58,7 @@ def _ring(trellis, overlap, found):  # pragma: no cover
     _back(trellis, 0, length, 0, state, found)
 
 
-@njit(cache=True)
+@njit
 def _forward(trellis, first, count):  # pragma: no cover
     """Least errors of the paths to every state, from `errors[0]` over `count` weights, round the ring."""
     target, cost, _, tables, strides, window, errors = trellis
@@ -65,7 +70,7 @@ def _forward(trellis, first, count):  # pragma: no cover
         _step(errors[i], errors[i + 1], scratch, tables[stride - 2], target[row], cost[row], window, stride, behind)
 
 
-@njit(cache=True, fastmath=True)
+@njit(fastmath=True)
 def _step(before, after, scratch, table, target, cost, window, stride, behind):  # pragma: no cover
     """One weight. `table[c]` holds the values of the windows whose new bits are `c`, by the state that they come from.
 
@@ -101,7 +106,7 @@ def _step(before, after, scratch, table, target, cost, window, stride, behind): 
             states[m, code + 3] = least_3[m]
 
 
-@njit(cache=True)
+@njit
 def _back(trellis, first, count, stop, state, windows):  # pragma: no cover
     """The best path to `state`, back to the weight number `stop`: fills `windows`, returns the state before it."""
     target, cost, values, _, strides, window, errors = trellis

@@ -1,4 +1,4 @@
-"""The search of `viterbi.py` as a Triton kernel. Same arguments, same scheme, same results.
+"""The search of `viterbi.py` as a Triton kernel. Same arguments, same scheme, same errors to rounding.
 
 One program searches one ring. What lies between two weights, the least errors of all states, goes through a buffer in
 global memory, which stays in the caches; a barrier separates the weights.
@@ -6,6 +6,7 @@ global memory, which stays in the caches; a barrier separates the weights.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .viterbi import FORBIDDEN
 WARPS = 8
 # States that a program works on at a time: eight per thread, so that registers suffice.
 _BLOCK = 2048
-# Bytes of the buffer of all programs of a launch.
+# Bytes of the buffer of a launch that takes several columns at once; one column takes what its rings need.
 _BUFFER = 1 << 30
 
 
@@ -33,11 +34,18 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     steps, states = constant["STEPS"], constant["STATES"]
     chunk = max(1, _BUFFER // (4 * steps * states * rings))
     errors = torch.empty(min(chunk, columns) * rings, steps, states, dtype=torch.float32, device=targets.device)
-    for start in range(0, columns, chunk):
-        part = targets[start : start + chunk]
-        search_kernel[(len(part), rings)](
-            part, cost, values, errors, found[start : start + chunk], rows, **constant, num_warps=WARPS
-        )
+    # Triton launches on the current device, whichever the tensors are on.
+    here = (
+        torch.get_device_module(targets.device).device(targets.device)
+        if targets.device.type != "cpu"
+        else nullcontext()
+    )
+    with here:
+        for start in range(0, columns, chunk):
+            part = targets[start : start + chunk]
+            search_kernel[(len(part), rings)](
+                part, cost, values, errors, found[start : start + chunk], rows, **constant, num_warps=WARPS
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """The stream layout against a decoder written bit by bit from its description, and its search against brute force."""
 
+import sys
 from itertools import product
 
 import pytest
@@ -9,7 +10,8 @@ from hf_pcdvq_kernels.reference import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_pcdvq.codecs import viterbi
+from hf_pcdvq import codecs
+from hf_pcdvq.codecs import base, viterbi
 from hf_pcdvq.codecs.base import counted_bits
 from hf_pcdvq.codecs.stream import DEVIATION, StreamCodec
 
@@ -121,7 +123,7 @@ def total_error(windows, targets, cost, values):
 
 
 def test_search_is_the_best_of_all_rings():
-    """A ring of 32 bits and windows of 12 whose values are 0 unless their 8 low bits are: few enough rings to try all."""
+    """A ring of eight symbols of four bits, whose windows have so few values that all rings can be tried."""
     layout = stream_layout(4.0, 12)
     generator = torch.Generator().manual_seed(0)
     # Values that depend on the last four bits alone: each of the eight weights of the ring is then free.
@@ -210,8 +212,30 @@ def test_extreme_rows(weight):
 
 def test_without_numba_it_says_so(monkeypatch):
     weight = normal(32, 8)
-    expected = codec().encode(weight)
-    monkeypatch.setattr(viterbi.importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match=r"pip install 'hf_pcdvq\[stream\]'"):
-        slow = codec().encode(weight)
-    assert torch.equal(slow[""], expected[""])
+    expected = codec().relative_error(weight, codec().encode(weight))
+    monkeypatch.setitem(sys.modules, "hf_pcdvq.codecs.viterbi_numba", None)
+    monkeypatch.delattr(codecs, "viterbi_numba", raising=False)
+    with pytest.warns(UserWarning, match=r"without Numba \(pip install 'hf_pcdvq\[stream\]'\)"):
+        packed = codec().encode(weight)
+    assert codec().relative_error(weight, packed) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2.0, 2.25, 3.0])
+def test_slices_of_rows_join_into_the_same_weight(bits, monkeypatch):
+    """Encoding and decoding cut a weight only between rings."""
+    weight, chosen = normal(700, 128), codec(bits, max_block=64)
+    tables = chosen.tables(128)
+    packed = chosen.encode(weight)
+    whole, error = chosen.decode(packed, tables, torch.float32), chosen.relative_error(weight, packed)
+    monkeypatch.setattr(base, "_SLICE", {"cpu": 1})
+    again = chosen.encode(weight)
+    assert torch.equal(again[""][: int(512 * bits / 32)], packed[""][: int(512 * bits / 32)])
+    torch.testing.assert_close(chosen.decode(packed, tables, torch.float32), whole)
+    assert chosen.relative_error(weight, packed) == pytest.approx(error)
+
+
+def test_small_rows_beside_large_ones_do_not_get_worse_than_zeros():
+    weight = normal(256, 128)
+    weight[::16] /= 10
+    error = (decode(codec().encode(weight), 2.0) - weight).square().sum(1) / weight.square().sum(1)
+    assert error.max() <= 1

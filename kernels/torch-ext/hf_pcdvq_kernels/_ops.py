@@ -153,10 +153,12 @@ def _(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed=F
 
 
 def _stream_rows(weight: Tensor, scale: Tensor, layout: StreamLayout, dtype) -> Callable[[int, int], Tensor]:
+    table = stream.values(layout.window, weight.device).float()
+
     def decode(start: int, stop: int) -> Tensor:
         first = start // layout.period * layout.period_words
         words = weight[first : first + layout.words(stop - start)]
-        return stream.dequantize(words, scale[start:stop], layout, dtype)
+        return stream.dequantize(words, scale[start:stop], table, layout, dtype)
 
     return decode
 

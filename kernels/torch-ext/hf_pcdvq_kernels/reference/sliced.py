@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# Weights decoded at a time. Decoding needs about 20 bytes of temporaries a weight, so a slice stays near 20 MiB
-# however large the layer is, and is still large enough to keep a CPU's matrix product busy.
+# Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
+# a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
+# product busy.
 SLICE = 1 << 20
 
 

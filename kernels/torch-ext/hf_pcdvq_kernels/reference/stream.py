@@ -38,10 +38,15 @@ def windows(weight: torch.Tensor, layout: StreamLayout) -> Iterator[torch.Tensor
         yield window & mask
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, layout: StreamLayout, dtype: torch.dtype) -> torch.Tensor:
-    """See `hf_pcdvq_kernels.stream_dequantize`. Computes in float32, rounds once to `dtype`."""
-    # The format needs no table; on a CPU a lookup is several times as fast as the arithmetic.
-    table = values(layout.window, weight.device).float()
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, layout: StreamLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """See `hf_pcdvq_kernels.stream_dequantize`. Computes in float32, rounds once to `dtype`.
+
+    Args:
+        table: `values(layout.window)` as float32. The format needs none; on a CPU a lookup is several times as fast as the
+            arithmetic.
+    """
     columns = weight.shape[1]
     padded = torch.nn.functional.pad(scale.float(), (0, -len(scale) % layout.period)).view(-1, layout.period)
     out = torch.empty(len(padded), layout.period, columns, dtype=dtype, device=weight.device)
