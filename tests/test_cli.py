@@ -85,10 +85,7 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
     [
         (["--bits", "2.0", "--magnitude", "norm"], {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm"}),
         (["--method", "ccq", "--layout", "2.75", "--no-hadamard"], {"layout": "2.75", "hadamard": False}),
-        (
-            ["--method", "ccq", "--layout", "stream", "--bits", "2.5"],
-            {"quant_method": "ccq", "bits": 2.5, "window": 12},
-        ),
+        (["--method", "ccq", "--layout", "stream", "--bits", "2.5"], {"layout": "stream", "bits": 2.5}),
     ],
 )
 def test_options_reach_the_config(tiny_model_dir, tmp_path, options, fields):
