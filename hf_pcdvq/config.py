@@ -200,8 +200,8 @@ class CcqConfig(PackedConfig):
             at the same bits (`codecs/stream.py`).
         hadamard: rotate the inputs (default; far better at these bits). False is the published form.
         bits: bits per weight. Only `"stream"` leaves a choice: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
-        window: of `"stream"` only: bits per window, 12 (default) to 16. Each bit more doubles the time of encoding, for
-            1 to 2 % less squared error.
+        window: of `"stream"` only: bits per window, 12 (default) to 16. Each bit more takes over twice as long to encode,
+            for about 1 % less squared error.
 
     The other fields are described in `PackedConfig`.
     """
