@@ -26,6 +26,7 @@ SETTINGS = {
     "ccq 2.75": ("CcqConfig", {"layout": "2.75"}),
     "ccq 2.5": ("CcqConfig", {"layout": "2.5"}),
     "ccq 2.0625": ("CcqConfig", {"layout": "2.0625"}),
+    "stream 2.0": ("CcqConfig", {"layout": "stream"}),
     "ccq 2.5 unrotated": ("CcqConfig", {"layout": "2.5", "hadamard": False}),
 }
 PROMPT = "The river rises in the mountains and"

@@ -43,6 +43,9 @@ def squared_error(multiplier: int, bits: float, window: int, rings: int) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=250, help="multipliers to try (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=int, default=80, help="of which to compare at all rates (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--show", type=int, default=8, help="multipliers to print (default: %(default)s)")
     args = parser.parse_args()
@@ -52,7 +55,7 @@ def main() -> None:
         (squared_error(number, *SCREEN), number) for number in tqdm(sorted(candidates), desc="screening")
     )
     rows = []
-    for _, number in tqdm(screened[:24], desc="comparing"):
+    for _, number in tqdm(screened[: args.keep], desc="comparing"):
         errors = [squared_error(number, *case) for case in ALL]
         rows.append((math.exp(sum(map(math.log, errors)) / len(errors)), number, errors))
     print("multiplier   mean     " + "  ".join(f"{bits} bits, {window}" for bits, window, _ in ALL))
