@@ -4,6 +4,8 @@ Importing this package registers the quantization methods "pcdvq" and "ccq", so 
 `PcdvqConfig` or `CcqConfig` and loads packed models.
 """
 
+from hf_pcdvq_kernels import get_backend, set_backend
+
 from .calibration.settings import Calibration
 from .config import CcqConfig, PcdvqConfig
 from .quantize import quantize_model
@@ -21,6 +23,8 @@ __all__ = [
     "PcdvqConfig",
     "PcdvqHfQuantizer",
     "__version__",
+    "get_backend",
     "quantize_model",
     "register",
+    "set_backend",
 ]

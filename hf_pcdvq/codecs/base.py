@@ -119,7 +119,7 @@ class Codec(ABC):
 
     @abstractmethod
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        """`x @ W.T` for rotated activations `[..., K]` and the weight that `decode_rotated` gives."""
+        """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives."""
 
     def code_tables(self) -> Packed:
         """Constants that decoding reads, on the CPU; none unless the format has a codebook."""
@@ -180,10 +180,6 @@ class Codec(ABC):
             rotated = self.decode_rotated(self.rows(packed, start, start + rows), tables, torch.float32)
             parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))
         return torch.cat(parts)
-
-    def rotate_input(self, x: Tensor, tables: Packed) -> Tensor:
-        """Activations `[..., K]` in the basis of the packed weight."""
-        return hadamard.rotate(x, tables["signs"]) if self.max_block else x
 
 
 def row_scale(weight: Tensor) -> Tensor:

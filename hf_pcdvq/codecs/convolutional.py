@@ -112,7 +112,7 @@ class ConvolutionalCodec(Codec):
         return ops.ccq_dequantize(*self._arguments(packed), self.layout, dtype)
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.ccq_matmul(x, *self._arguments(packed), self.layout)
+        return ops.ccq_matmul(x, *self._arguments(packed), self.layout, signs=tables.get("signs"))
 
     @staticmethod
     def _arguments(packed: Packed) -> tuple[Tensor | None, ...]:

@@ -117,9 +117,8 @@ class PolarCodec(Codec):
         )
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.pcdvq_matmul(
-            x, packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]
-        )
+        tensors = packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]
+        return ops.pcdvq_matmul(x, *tensors, signs=tables.get("signs"))
 
 
 class PolarEncoder(UnitEncoder):

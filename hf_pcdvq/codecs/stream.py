@@ -116,7 +116,9 @@ class StreamCodec(Codec):
         return ops.stream_dequantize(packed[""], packed["scale"], self.stream_bits, self.window, dtype)
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.stream_matmul(x, packed[""], packed["scale"], self.stream_bits, self.window)
+        return ops.stream_matmul(
+            x, packed[""], packed["scale"], self.stream_bits, self.window, signs=tables.get("signs")
+        )
 
 
 class StreamEncoder(UnitEncoder):

@@ -89,8 +89,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
-        tables = self.tables
-        out = self.codec.matmul(self.codec.rotate_input(x, tables), self.packed, tables)
+        out = self.codec.matmul(x, self.packed, self.tables)
         return out if self.bias is None else out + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

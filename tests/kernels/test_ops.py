@@ -3,54 +3,16 @@
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
-from hf_pcdvq_kernels.formats import stream_layout
-from hf_pcdvq_kernels.reference import sliced
+from hf_pcdvq_kernels.reference import products
+from packing import SETTINGS, op_pair, random_packed, relative_error
 
 NAMESPACE = torch.ops.hf_pcdvq_kernels
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The product is compared with one of the same decoded weight in float64, so only the rounding of the inputs' dtype and
 # of the accumulation is left: a few units in the last place of the result's dtype.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
-SETTINGS = ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625", "stream 2.0", "stream 2.25", "stream 3.0"]
 # rows x inputs; inputs a multiple of 64, with odd numbers of groups among them; more and fewer rows than a ring of 256
 SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088), (600, 64)]
-
-
-def random_packed(setting, rows, columns, seed=0):
-    """Packed tensors of random bits: every bit pattern is a valid code."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def bits(dtype, *shape):
-        info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)
-
-    def positive(*shape):
-        return torch.rand(shape, generator=generator) + 0.1
-
-    method, layout = setting.split()
-    if method == "stream":
-        words = stream_layout(float(layout), 14).words(rows)
-        return [bits(torch.int32, words, columns), positive(rows) / 148, float(layout), 14]
-    if method == "pcdvq":
-        split = layout == "2.25"
-        patterns = torch.randint(0, 100, (512 if split else 128, 8), generator=generator).to(torch.int8)
-        magnitude = bits(torch.uint8, rows, columns // 32) if split else None
-        return [bits(torch.int16, rows, columns // 8), magnitude, positive(rows), patterns, positive(4) / 127]
-    if layout == "2.0625":
-        local = bits(torch.uint8, rows, (columns // 64 + 1) // 2)
-        code = positive(rows) * 100, positive(rows) * 50
-        return [bits(torch.uint8, rows, columns // 4), positive(rows), local, *code, layout]
-    words = (torch.uint8, 22) if layout == "2.75" else (torch.int16, 10)
-    return [bits(words[0], rows, columns // 64 * words[1]), positive(rows) / 100, None, None, None, layout]
-
-
-def op_pair(setting):
-    method = setting.split()[0]
-    return getattr(NAMESPACE, f"{method}_dequantize"), getattr(NAMESPACE, f"{method}_matmul")
-
-
-def relative_error(value, reference):
-    return ((value.double() - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -65,6 +27,8 @@ def test_opcheck_matmul(setting, transposed):
     _, matmul = op_pair(setting)
     x = torch.randn(3, 5 if transposed else 192, requires_grad=True)
     torch.library.opcheck(matmul, (x, *random_packed(setting, 5, 192)), {"transposed": transposed})
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    torch.library.opcheck(matmul, (x, *random_packed(setting, 5, 192), transposed, signs))
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -90,12 +54,27 @@ def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+def test_signs_rotate_the_weight_back(setting):
+    """The product is with the weight before the rotation, in both directions."""
+    dequantize, matmul = op_pair(setting)
+    packed, signs = (
+        random_packed(setting, 24, 192),
+        torch.randn(64, generator=torch.Generator().manual_seed(0)).sign(),
+    )
+    weight = ops.hadamard(dequantize(*packed, torch.float64), signs, inverse=True)
+    x, grad = torch.randn(3, 192, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
+    # float64 in, float64 arithmetic: only rounding of the products is left
+    assert relative_error(matmul(x, *packed, signs=signs), x @ weight.T) < 1e-12
+    assert relative_error(matmul(grad, *packed, transposed=True, signs=signs), grad @ weight) < 1e-12
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_slices_join_into_the_same_weight(setting, monkeypatch):
     dequantize, matmul = op_pair(setting)
     packed = random_packed(setting, 600, 576)
     x, grad = torch.randn(4, 576), torch.randn(4, 600)
     whole = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
-    monkeypatch.setattr(sliced, "SLICE", 576 * 70)  # 9 slices, the last one short; rings of 256 stay whole
+    monkeypatch.setattr(products, "SLICE", 576 * 70)  # 9 slices, the last one short; rings of 256 stay whole
     # outputs start as NaN, so a slice that is left out shows
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
@@ -205,6 +184,10 @@ def test_wrong_inputs_are_refused(method, packed):
 
 
 def test_wrong_rotations_are_refused():
+    with pytest.raises(ValueError, match="pcdvq_matmul: signs must have a power-of-two length, got 6"):
+        ops.pcdvq_matmul(torch.randn(2, 64), *PCDVQ, signs=torch.ones(6))
+    with pytest.raises(ValueError, match="64 numbers cannot be rotated in blocks of 128"):
+        ops.pcdvq_matmul(torch.randn(2, 64), *PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
     with pytest.raises(ValueError, match="multiple of the block of 8"):

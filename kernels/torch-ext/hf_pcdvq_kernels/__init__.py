@@ -1,6 +1,8 @@
 """Decoding ops of PCDVQ and CCQ weights. Needs torch only; knows nothing of Transformers or of the plugin."""
 
-from ._ops import (
+from .backend import get_backend, set_backend
+from .formats import CCQ_LAYOUTS, STREAM_BITS, STREAM_WINDOWS, CcqLayout, StreamLayout, stream_layout
+from .functional import (
     ccq_dequantize,
     ccq_matmul,
     hadamard,
@@ -9,7 +11,6 @@ from ._ops import (
     stream_dequantize,
     stream_matmul,
 )
-from .formats import CCQ_LAYOUTS, STREAM_BITS, STREAM_WINDOWS, CcqLayout, StreamLayout, stream_layout
 
 __all__ = [
     "CCQ_LAYOUTS",
@@ -19,9 +20,11 @@ __all__ = [
     "StreamLayout",
     "ccq_dequantize",
     "ccq_matmul",
+    "get_backend",
     "hadamard",
     "pcdvq_dequantize",
     "pcdvq_matmul",
+    "set_backend",
     "stream_dequantize",
     "stream_layout",
     "stream_matmul",

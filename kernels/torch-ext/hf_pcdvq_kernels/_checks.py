@@ -55,16 +55,23 @@ def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, rows: int, colum
         raise ValueError(f"{op}: x is on {x.device}, weight on {weight.device}; move one of them")
 
 
-def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
-    op = "hadamard"
-    check_float(op, "x", x.dtype)
+def check_signs(op: str, signs: torch.Tensor, columns: int, device: torch.device) -> None:
+    """Signs of a rotation of `columns` numbers."""
     block = signs.numel()
     if block == 0 or block & (block - 1):
         raise ValueError(f"{op}: signs must have a power-of-two length, got {block}")
-    check_tensor(op, "signs", signs, torch.float32, (block,), x.device)
-    if x.ndim == 0 or x.shape[-1] % block:
+    check_tensor(op, "signs", signs, torch.float32, (block,), device)
+    if columns % block:
+        raise ValueError(f"{op}: {columns} numbers cannot be rotated in blocks of {block}, the length of signs")
+
+
+def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
+    op = "hadamard"
+    check_float(op, "x", x.dtype)
+    check_signs(op, signs, 0, x.device)
+    if x.ndim == 0 or x.shape[-1] % signs.numel():
         raise ValueError(
-            f"{op}: the last dimension of x must be a multiple of the block of {block}, got {list(x.shape)}"
+            f"{op}: the last dimension of x must be a multiple of the block of {signs.numel()}, got {list(x.shape)}"
         )
 
 

@@ -6,14 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
-# a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
-# product busy.
-SLICE = 1 << 20
 
-
-def _slices(rows: int, columns: int, multiple: int) -> Iterator[tuple[int, int]]:
-    step = max(1, SLICE // columns // multiple) * multiple
+def _slices(rows: int, columns: int, multiple: int, limit: int) -> Iterator[tuple[int, int]]:
+    step = max(1, limit // columns // multiple) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -23,11 +18,15 @@ def sliced_dequantize(
     decode: Callable[[int, int], torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
-    multiple: int = 1,
+    multiple: int,
+    limit: int,
 ) -> torch.Tensor:
-    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows, `start` a multiple of `multiple`."""
+    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows.
+
+    At most `limit` weights are decoded at a time, as far as `start` must be a multiple of `multiple`.
+    """
     out = torch.empty(rows, columns, dtype=dtype, device=device)
-    for start, stop in _slices(rows, columns, multiple):
+    for start, stop in _slices(rows, columns, multiple, limit):
         out[start:stop] = decode(start, stop)
     return out
 
@@ -38,11 +37,12 @@ def sliced_matmul(
     columns: int,
     decode: Callable[[int, int], torch.Tensor],
     transposed: bool,
-    multiple: int = 1,
+    multiple: int,
+    limit: int,
 ) -> torch.Tensor:
     """`x @ W.T` (or `x @ W` where `transposed`) for a `W` `[rows, columns]` of which `decode(start, stop)` gives rows.
 
-    `start` is always a multiple of `multiple`.
+    `multiple` and `limit` are those of `sliced_dequantize`.
     The transposed product sums over slices in float32, whatever the dtype of `x`.
     """
     flat = x.reshape(-1, x.shape[-1])
@@ -50,7 +50,7 @@ def sliced_matmul(
         out = flat.new_zeros(flat.shape[0], columns, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
         out = flat.new_empty(flat.shape[0], rows)
-    for start, stop in _slices(rows, columns, multiple):
+    for start, stop in _slices(rows, columns, multiple, limit):
         block = decode(start, stop)
         if transposed:
             out += flat[:, start:stop] @ block

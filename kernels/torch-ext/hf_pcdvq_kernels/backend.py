@@ -1,0 +1,83 @@
+"""Which implementation an op runs: the Triton kernels or the PyTorch reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+
+
+class _Choice:
+    """What the user asked for, for the whole process: threads that generate text must see it too."""
+
+    backend = "auto"
+
+
+def set_backend(backend: str) -> None:
+    """Choose the implementation of all ops in this process.
+
+    Args:
+        backend: `"auto"`, Triton kernels for tensors on a GPU and PyTorch for all others; `"triton"`, which raises where
+            there is no kernel; or `"reference"`, PyTorch everywhere.
+
+    Raises:
+        ValueError: another name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    _Choice.backend = backend
+
+
+def get_backend() -> str:
+    """The implementation chosen with `set_backend`; `"auto"` unless it was called."""
+    return _Choice.backend
+
+
+def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op on this device, with activations or a result of this dtype, runs as Triton kernels.
+
+    Raises:
+        RuntimeError: Triton was asked for and cannot do it.
+    """
+    if _Choice.backend == "reference" or (_Choice.backend == "auto" and device.type not in _DEVICES):
+        return False
+    obstacle = _obstacle(device, dtype)
+    if obstacle is None:
+        return True
+    if _Choice.backend == "triton":
+        raise RuntimeError(
+            f"the backend is set to 'triton', but {obstacle}; set_backend('auto') runs PyTorch instead"
+        )
+    _warn_once(f"hf_pcdvq decodes with PyTorch, which is slow, because {obstacle}")
+    return False
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run, or None."""
+    if dtype == torch.float64:
+        return "the Triton kernels do not compute in float64"
+    return _missing(device)
+
+
+@cache
+def _missing(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type not in _DEVICES:
+        from .triton.launch import INTERPRETED
+
+        return None if INTERPRETED else f"Triton has no kernels for the device {device.type!r}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and Triton needs 8.0"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

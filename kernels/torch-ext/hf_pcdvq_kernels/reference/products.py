@@ -1,0 +1,35 @@
+"""The whole weight, and products with it, in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .hadamard import hadamard
+from .sliced import sliced_dequantize, sliced_matmul
+
+if TYPE_CHECKING:
+    from ..weights import Weight
+
+# Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
+# a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
+# product busy.
+SLICE = 1 << 20
+
+
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight `[N, K]`."""
+    decode = weight.reference_rows(dtype)
+    shape = weight.rows, weight.columns
+    return sliced_dequantize(*shape, decode, dtype, weight.weight.device, weight.row_multiple, SLICE)
+
+
+def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None) -> Tensor:
+    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
+    if signs is not None and not transposed:
+        x = hadamard(x, signs)
+    decode = weight.reference_rows(x.dtype)
+    out = sliced_matmul(x, weight.rows, weight.columns, decode, transposed, weight.row_multiple, SLICE)
+    return hadamard(out, signs, inverse=True) if signs is not None and transposed else out

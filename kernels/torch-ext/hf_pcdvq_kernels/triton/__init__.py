@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only where they run, so that the ops import without Triton."""

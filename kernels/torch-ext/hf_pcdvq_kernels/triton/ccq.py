@@ -1,0 +1,171 @@
+"""Decoding of the published CCQ layouts in Triton. The formats are described in `hf_pcdvq/codecs/convolutional.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..formats import CcqLayout
+from . import half2
+
+
+def constants(layout: CcqLayout) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return {
+        "WINDOW": layout.window_bits,
+        "SHIFTS": sum(shift << 4 * slot for slot, shift in enumerate(layout.shifts)),  # four bits each
+        "SLOTS": len(layout.shifts),
+        "WORDS": layout.words,
+        "SCALE_BITS": layout.scale_bits,
+    }
+
+
+@triton.jit
+def decode(
+    p_weight,  # uint8 or int16 [N, U WORDS]
+    p_scale,  # float32 [N]
+    p_local,  # uint8 [N, ceil(U / 2)], where SCALE_BITS is 0
+    p_code_scale,  # float32 [N], where SCALE_BITS is 0
+    p_code_zero,  # float32 [N], where SCALE_BITS is 0
+    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    start,  # first column, a multiple of 64
+    columns,  # K
+    COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+):
+    """Weights as float32 [ROWS, COLUMNS / 64, 64]; columns beyond the last repeat others."""
+    units = columns // 64
+    o_unit = tl.minimum(start // 64 + tl.arange(0, COLUMNS // 64), units - 1)[None, :, None]
+    o_weight = tl.arange(0, 64)[None, None, :]
+    p_group = p_weight + (row.to(tl.int64) * units + o_unit) * WORDS
+    code = tl.load(p_group + o_weight // SLOTS).to(tl.int32)
+    if SCALE_BITS == 0:
+        code = (code.to(tl.float32) * tl.load(p_code_scale + row) + tl.load(p_code_zero + row)) + 0.5
+        code = tl.floor(code).to(tl.int32)
+        byte = tl.load(p_local + row.to(tl.int64) * ((units + 1) // 2) + o_unit // 2).to(tl.int32)
+        group_scale = (byte >> (4 - 4 * (o_unit % 2))) & 15
+    else:  # in the low end of the last code word
+        group_scale = tl.load(p_group + (WORDS - 1)).to(tl.int32) & ((1 << SCALE_BITS) - 1)
+    value = ((code >> ((SHIFTS >> (o_weight % SLOTS * 4)) & 15)) & ((1 << WINDOW) - 1)) - (1 << (WINDOW - 1))
+    return (group_scale.to(tl.float32) * tl.load(p_scale + row)) * value.to(tl.float32)
+
+
+@triton.jit
+def matmul_kernel(
+    p_x,  # int64 [T, U / UNITS, QUADS, UNITS], see `activations.py`
+    p_x_scale,  # float32 [T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_weight,  # packed [N, ...]
+    p_scale,  # float32 [N]
+    p_local,  # uint8 [N, ceil(U / 2)], where SCALE_BITS is 0
+    p_code_scale,  # float32 [N], where SCALE_BITS is 0
+    p_code_zero,  # float32 [N], where SCALE_BITS is 0
+    p_out,  # floating [SPLIT, T, N]
+    tokens,
+    rows,  # N
+    units,  # U = K / 64 groups
+    span,  # blocks of UNITS groups per split
+    WINDOW: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    UNITS: tl.constexpr,
+    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
+    BF16: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    CLUSTERED: tl.constexpr = SCALE_BITS == 0
+    # Bits that a thread loads at once: what the size of a group is a multiple of.
+    LOAD: tl.constexpr = 64 if CLUSTERED else (32 if SLOTS == 7 else 16)
+    LOADS: tl.constexpr = WORDS * (16 if SLOTS == 7 else 8) // LOAD
+    LOADED: tl.constexpr = 4 if CLUSTERED else 1  # pairs of code words per load
+    QUADS: tl.constexpr = (LOADS * LOADED * SLOTS + 1) // 2  # pairs of pairs of activations per group
+    WORD: tl.constexpr = tl.int16 if LOAD == 16 else (tl.int32 if LOAD == 32 else tl.int64)
+
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    row = tl.minimum(o_row, rows - 1).to(tl.int64)[None, :, None]
+    # One at a time: a thread that took several neighbours would hold them in another order than the sums.
+    o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
+    blocks = tl.cdiv(units, UNITS)
+    p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, QUADS, T, UNITS, DOT)
+    p_words = p_weight.to(tl.pointer_type(WORD)) + row * units * LOADS
+    scale = tl.load(p_scale + row)
+    if CLUSTERED:
+        code_scale = tl.load(p_code_scale + row)
+        code_zero = tl.load(p_code_zero + row)
+        p_local += row * ((units + 1) // 2)
+
+    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    begin = tl.program_id(1) * span
+    for block in range(begin, tl.minimum(begin + span, blocks)):
+        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
+        if CLUSTERED:
+            group_scale = (tl.load(p_local + o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15
+        else:  # in the low end of the last code word
+            group_scale = tl.load(p_words + o_unit * LOADS + (LOADS - 1)).to(tl.int32) >> (LOAD // 2)
+            group_scale &= (1 << SCALE_BITS) - 1
+        factor = group_scale.to(tl.float32) * (scale * 1024)
+        p_block = p_x + block * (QUADS * UNITS)
+        total = tl.zeros([T, R, UNITS], tl.int32)
+        for load in tl.static_range(LOADS):
+            words = tl.load(p_words + o_unit * LOADS + load)
+            for i in tl.static_range(LOADED):
+                if LOAD == 16:
+                    pair = half2.permute_bytes(words.to(tl.int32), tl.zeros([1, 1, 1], tl.int32), 0x4140, PTX)
+                elif LOAD == 32:
+                    pair = words
+                else:
+                    pair = _cluster_pair((words >> (32 * (i // 2))).to(tl.int32), i % 2, code_scale, code_zero, PTX)
+                chain = tl.zeros([T, R, UNITS], tl.int32)
+                for slot in tl.static_range(SLOTS):
+                    if ((load * LOADED + i) * SLOTS + slot) % 2 == 0:
+                        quad = tl.load(p_block + ((load * LOADED + i) * SLOTS + slot) // 2 * UNITS)
+                        x = quad.to(tl.int32)
+                    else:
+                        x = (quad >> 32).to(tl.int32)
+                    weight = _weight_pair(pair, (SHIFTS >> (4 * slot)) & 15, WINDOW, PTX)
+                    if DOT:
+                        acc = half2.dot2(acc, weight, factor, x, BF16)
+                    else:
+                        chain = half2.fma2(weight, x, chain, PTX)
+                if not DOT:
+                    total = half2.add2(total, chain, PTX)
+        if not DOT:
+            x_scale = tl.load(p_x_scale + block * UNITS)
+            acc = tl.fma(half2.sum2(total), group_scale.to(tl.float32) * x_scale, acc)
+
+    if DOT:
+        out = tl.trans(acc)
+    else:
+        out = tl.sum(acc, 2) * tl.reshape(scale * 1024, [1, R])
+    half2.store_product(p_out, out, o_row, tokens, rows, T)
+
+
+@triton.jit
+def _weight_pair(pair, SHIFT: tl.constexpr, WINDOW: tl.constexpr, PTX: tl.constexpr):
+    """The weights whose windows lie `SHIFT` up in the two code words of `pair`, as float16, divided by 1024."""
+    # A float16 of 1024 + m has m in its low ten bits. Windows that reach above them are shifted down, by as much as the
+    # others can be, so that they share the shift.
+    DOWN: tl.constexpr = 0 if SHIFT + WINDOW <= 10 else (9 if WINDOW == 3 else 6)
+    UP: tl.constexpr = SHIFT - DOWN
+    MASK: tl.constexpr = ((1 << WINDOW) - 1) << UP
+    magic = ((pair >> DOWN) & (MASK * 0x10001)) | 0x64006400
+    STEP: tl.constexpr = 2.0**-UP / 1024
+    START: tl.constexpr = -(1024.0 * 2.0**-UP + 2 ** (WINDOW - 1)) / 1024
+    return half2.fma2(magic, half2.constant2(STEP), half2.constant2(START), PTX)
+
+
+@triton.jit
+def _cluster_pair(bytes, i: tl.constexpr, code_scale, code_zero, PTX: tl.constexpr):
+    """The code words of bytes `2i` and `2i + 1`."""
+    first = ((bytes >> (16 * i)) & 0xFF).to(tl.float32) * code_scale + code_zero + 0.5
+    second = ((bytes >> (16 * i + 8)) & 0xFF).to(tl.float32) * code_scale + code_zero + 0.5
+    return half2.permute_bytes(half2.floor_bits(first, PTX), half2.floor_bits(second, PTX), 0x5410, PTX)

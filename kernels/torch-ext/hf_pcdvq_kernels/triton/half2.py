@@ -1,0 +1,250 @@
+"""Arithmetic on pairs of float16 that an int32 holds, low half first.
+
+NVIDIA GPUs multiply and add such a pair in one instruction, which Triton has no name for, so with `PTX` set these
+functions are one PTX instruction each. Without it they are plain Triton, for every other device and for the interpreter,
+and compute the same to the last bit, except that a multiply-add may round twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def low(pair):
+    """The low float16 of every pair."""
+    return pair.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def high(pair):
+    """The high float16 of every pair."""
+    return (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def join(a, b):
+    """The pair of two float16."""
+    return (a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def fma2(a, b, c, PTX: tl.constexpr):
+    """`a * b + c`, half by half."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:  # products of float16 are exact in float32
+        first = low(a).to(tl.float32) * low(b).to(tl.float32) + low(c).to(tl.float32)
+        second = high(a).to(tl.float32) * high(b).to(tl.float32) + high(c).to(tl.float32)
+        out = join(first.to(tl.float16), second.to(tl.float16))
+    return out
+
+
+@triton.jit
+def add2(a, b, PTX: tl.constexpr):
+    """`a + b`, half by half."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        out = join(low(a) + low(b), high(a) + high(b))
+    return out
+
+
+@triton.jit
+def constant2(value: tl.constexpr):
+    """A pair of the same number, exact in float16; broadcasts against anything."""
+    number = tl.full([1, 1, 1], value, tl.float16)
+    return join(number, number)
+
+
+@triton.jit
+def sum2(pair):
+    """The sum of both halves as float32."""
+    return low(pair).to(tl.float32) + high(pair).to(tl.float32)
+
+
+@triton.jit
+def dot2(acc, weight, factor, x, BF16: tl.constexpr):
+    """`acc` [R, T] plus `weight` times `factor` times `x`, summed over pairs.
+
+    Pairs of weights are float16 [1, R, UNITS], their factors float32 that broadcast against them, pairs of activations
+    [UNITS, T] float16 or, with `BF16`, bfloat16. Weights are rounded to the dtype of the activations once.
+    """
+    X: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    R: tl.constexpr = weight.shape[1]
+    UNITS: tl.constexpr = weight.shape[2]
+    T: tl.constexpr = acc.shape[1]
+    first = (low(weight).to(tl.float32) * factor).to(X)
+    second = (high(weight).to(tl.float32) * factor).to(X)
+    weights = tl.reshape(tl.join(first, second), [R, 2 * UNITS])
+    first, second = x.to(tl.int16).to(X, bitcast=True), (x >> 16).to(tl.int16).to(X, bitcast=True)
+    inputs = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [2 * UNITS, T])
+    return tl.dot(weights, inputs, acc)
+
+
+@triton.jit
+def permute_bytes(a, b, SELECT: tl.constexpr, PTX: tl.constexpr):
+    """Four of the eight bytes of `a` (bytes 0 to 3) and `b` (4 to 7); nibble i of `SELECT` names byte i."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, tl.full([1, 1, 1], SELECT, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        out = _byte(a, b, SELECT & 15)
+        for i in tl.static_range(1, 4):
+            out |= _byte(a, b, (SELECT >> (4 * i)) & 15) << (8 * i)
+    return out
+
+
+@triton.jit
+def _byte(a, b, INDEX: tl.constexpr):
+    # The sum with zero gives both cases the shape that `a` and `b` have together.
+    byte = (a >> (8 * INDEX)) + b * 0 if INDEX < 4 else a * 0 + (b >> (8 * (INDEX - 4)))
+    return byte & 0xFF
+
+
+@triton.jit
+def select_bytes(a, select, PTX: tl.constexpr):
+    """Byte i of the result is the byte of `a` that nibble i of `select`, 0 to 3, names."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, $2;", "=r,r,r", [a, select], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        out = a * 0
+        for i in tl.static_range(4):
+            out |= ((a >> (((select >> (4 * i)) & 3) * 8)) & 0xFF) << (8 * i)
+    return out
+
+
+@triton.jit
+def select_half(a, b, index, PTX: tl.constexpr):
+    """Both halves of the result are half number `index` (0 to 3) of `a` (halves 0 and 1) and `b` (2 and 3)."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [a, b, index * 0x2222 + 0x1010],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        half = (tl.where(index < 2, a, b) >> ((index & 1) * 16)) & 0xFFFF
+        out = half | (half << 16)
+    return out
+
+
+@triton.jit
+def parity(x, PTX: tl.constexpr):
+    """An int32 whose lowest bit is the number of one bits of `x`, 7 bits wide, mod 2."""
+    if PTX:
+        out = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        out = x ^ (x >> 1) ^ (x >> 2) ^ (x >> 3) ^ (x >> 4) ^ (x >> 5) ^ (x >> 6)
+    return out
+
+
+@triton.jit
+def sum_bytes(x, start: tl.constexpr, PTX: tl.constexpr):
+    """`start` plus the four bytes of `x`, each a signed integer."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [x, tl.full([1, 1, 1], 0x01010101, tl.int32), tl.full([1, 1, 1], start, tl.int32)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        out = start + (x >> 24) + ((x << 8) >> 24) + ((x << 16) >> 24) + ((x << 24) >> 24)
+    return out
+
+
+@triton.jit
+def floor_bits(x, PTX: tl.constexpr):
+    """An int32 whose low 16 bits are those of floor(`x`), for |`x`| < 2^22."""
+    if PTX:
+        # 1.5 * 2^23: the unit of such a number is 1, so that adding, rounded down, leaves the floor in the low bits.
+        out = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        out = tl.floor(x).to(tl.int32)
+    return out
+
+
+@triton.jit
+def table_entry(p_table, index, PTX: tl.constexpr):
+    """Entry `index` of a table of int64 that nobody writes to."""
+    if PTX:
+        # One multiply-add for the address; the compiler would mask, shift and add with carry.
+        out = tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mad.wide.u32 p, $1, 8, $2; ld.global.nc.b64 $0, [p]; }",
+            "=l,r,l",
+            [index, p_table.to(tl.int64)],
+            dtype=tl.int64,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        out = tl.load(p_table + index)
+    return out
+
+
+@triton.jit
+def per_lane_zero(like, PTX: tl.constexpr):
+    """Zeros in the shape of an int32, which the compiler takes to differ from lane to lane.
+
+    What depends on it stays in ordinary registers. A value that is the same in all lanes goes to a uniform register, and
+    is copied back every time a byte permutation or a 64-bit multiply-add uses it.
+    """
+    if PTX:
+        # Bit 31 of the mask of the lanes below is set in none.
+        out = tl.inline_asm_elementwise(
+            "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; and.b32 $0, m, $1; }",
+            "=r,r",
+            [like],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        out = like * 0
+    return out
+
+
+@triton.jit
+def activation_pointers(
+    p_x, p_x_scale, tokens, blocks, QUADS: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr
+):
+    """To the first quads of the tokens and to their scales; the shape is [T, 1, UNITS], or [UNITS, T] where `DOT`."""
+    # One at a time: a thread that took several neighbours would hold them in another order than the weights.
+    o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
+    o_token = tl.minimum(tl.arange(0, T), tokens - 1)
+    if DOT:
+        o_lane, o_token = o_lane[:, None], o_token[None, :]
+    else:
+        o_lane, o_token = o_lane[None, None, :], o_token[:, None, None]
+    p_x += o_token.to(tl.int64) * blocks * (QUADS * UNITS) + o_lane
+    p_x_scale += o_token * blocks * UNITS + o_lane
+    return p_x, p_x_scale
+
+
+@triton.jit
+def store_product(p_out, out, o_row, tokens, rows, T: tl.constexpr):
+    """Store `out` [T, R] as this split's part of [SPLIT, tokens, rows]."""
+    o_token, o_row = tl.arange(0, T)[:, None], o_row[None, :]
+    p_out += (tl.program_id(1).to(tl.int64) * tokens + o_token) * rows + o_row
+    tl.store(p_out, out, mask=(o_token < tokens) & (o_row < rows))

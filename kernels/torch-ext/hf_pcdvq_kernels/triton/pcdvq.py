@@ -1,0 +1,140 @@
+"""Decoding of PCDVQ codes in Triton. The format is described in `hf_pcdvq/codecs/polar.py`.
+
+The signs of a vector cost two multiplications: bit i of the word, times 2^(7 + 7i), lands on the top bit of byte i, and no
+two products meet, so that no carry disturbs them. A byte of the pattern under a byte with only its top bit set or none
+is then a float16: the pattern's value, times 2^-24, with its sign.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import half2
+
+TOPS = tl.constexpr(0x80808080 - (1 << 32))  # the top bit of every byte, as int32
+
+
+@triton.jit
+def decode(
+    p_weight,  # int16 [N, K / 8]
+    p_magnitude,  # uint8 [N, K / 32], where PATTERNS is 512
+    p_scale,  # float32 [N]
+    p_patterns,  # int8 [PATTERNS, 8]
+    p_levels,  # float32 [4]
+    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    start,  # first column, a multiple of 64
+    columns,  # K
+    COLUMNS: tl.constexpr,
+    PATTERNS: tl.constexpr,
+):
+    """Weights as float32 [ROWS, COLUMNS / 8, 8]; columns beyond the last repeat others."""
+    vectors = columns // 8
+    o_vector = tl.minimum(start // 8 + tl.arange(0, COLUMNS // 8), vectors - 1)[None, :, None]
+    o_entry = tl.arange(0, 8)[None, None, :]
+    word = tl.load(p_weight + row.to(tl.int64) * vectors + o_vector).to(tl.int32) & 0xFFFF
+    if PATTERNS == 512:
+        byte = tl.load(p_magnitude + row.to(tl.int64) * (vectors // 4) + o_vector // 4).to(tl.int32)
+        level = (byte >> (o_vector % 4 * 2)) & 3
+    else:
+        level = word >> 14
+    factor = tl.load(p_scale + row) * tl.load(p_levels + level)
+    signs = word & 127
+    signs |= (half2.parity(signs, False) & 1) << 7
+    pattern = tl.load(p_patterns.to(tl.pointer_type(tl.int64)) + ((word >> 7) & (PATTERNS - 1)))
+    entry = ((pattern >> (8 * o_entry)) & 0x7F).to(tl.int32).to(tl.float32)
+    return tl.where(((signs >> o_entry) & 1) != 0, -entry, entry) * factor
+
+
+@triton.jit
+def matmul_kernel(
+    p_x,  # int64 [T, U / UNITS, 8, UNITS], see `activations.py`
+    p_x_scale,  # float32 [T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_weight,  # int16 [N, 4 U]
+    p_magnitude,  # uint8 [N, U], where PATTERNS is 512
+    p_scale,  # float32 [N]
+    p_patterns,  # int8 [PATTERNS, 8]
+    p_levels,  # float32 [4]
+    p_out,  # floating [SPLIT, T, N]
+    tokens,
+    rows,  # N
+    units,  # U = K / 32, four vectors each
+    span,  # blocks of UNITS units per split
+    PATTERNS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    UNITS: tl.constexpr,
+    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
+    BF16: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    row = tl.minimum(o_row, rows - 1).to(tl.int64)[None, :, None]
+    # One at a time: a thread that took several neighbours would hold them in another order than the sums.
+    o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
+    blocks = tl.cdiv(units, UNITS)
+    p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, 8, T, UNITS, DOT)
+    zero = half2.per_lane_zero(o_lane, PTX)
+    p_words = p_weight.to(tl.pointer_type(tl.int64)) + (row * units + zero)
+    p_table = p_patterns.to(tl.pointer_type(tl.int64)) + zero
+    p_magnitude += row * units + zero
+    p_levels += zero
+    scale = tl.load(p_scale + row)
+    # Levels times 64 are near one, which suits float16. As pairs, and as low and as high bytes.
+    level01 = half2.join((tl.load(p_levels) * 64).to(tl.float16), (tl.load(p_levels + 1) * 64).to(tl.float16))
+    level23 = half2.join((tl.load(p_levels + 2) * 64).to(tl.float16), (tl.load(p_levels + 3) * 64).to(tl.float16))
+    level_low = half2.permute_bytes(level01, level23, 0x6420, PTX)
+    level_high = half2.permute_bytes(level01, level23, 0x7531, PTX)
+
+    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    begin = tl.program_id(1) * span
+    for block in range(begin, tl.minimum(begin + span, blocks)):
+        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
+        p_block = p_x + block * (8 * UNITS)
+        words = tl.load(p_words + o_unit)
+        if PATTERNS == 512:
+            magnitudes = tl.load(p_magnitude + o_unit).to(tl.int32)
+            # The four magnitudes of a byte become the four nibbles of a byte selector, for the low bytes of their levels
+            # and for the high ones.
+            select = (magnitudes | (magnitudes << 4)) & 0x0F0F
+            select = (select | (select << 2)) & 0x3333
+            low_bytes = half2.select_bytes(level_low, select, PTX)
+            high_bytes = half2.select_bytes(level_high, select, PTX)
+        total = tl.zeros([T, R, UNITS], tl.int32)
+        for j in tl.static_range(4):
+            word = (words >> (16 * j)).to(tl.int32) & 0xFFFF
+            pattern = half2.table_entry(p_table, (word >> 7) & (PATTERNS - 1), PTX)
+            signs = word & 127
+            if DOT:
+                level = (magnitudes >> (2 * j)) & 3 if PATTERNS == 512 else word >> 14
+                factor = (scale * tl.load(p_levels + level)) * (1 << 24)
+            chain = tl.zeros([T, R, UNITS], tl.int32)
+            for half in tl.static_range(2):
+                if half == 0:
+                    tops = (signs * 0x10204080) & TOPS
+                else:
+                    tops = (signs * 0x20408 + (half2.parity(signs, PTX) << 31)) & TOPS
+                entries = (pattern >> (32 * half)).to(tl.int32)
+                first = half2.permute_bytes(entries, tops, 0x5140, PTX)
+                second = half2.permute_bytes(entries, tops, 0x7362, PTX)
+                quad = tl.load(p_block + (2 * j + half) * UNITS)
+                if DOT:
+                    acc = half2.dot2(acc, first, factor, quad.to(tl.int32), BF16)
+                    acc = half2.dot2(acc, second, factor, (quad >> 32).to(tl.int32), BF16)
+                else:
+                    chain = half2.fma2(first, quad.to(tl.int32), chain, PTX)
+                    chain = half2.fma2(second, (quad >> 32).to(tl.int32), chain, PTX)
+            if not DOT:
+                if PATTERNS == 512:
+                    level = half2.permute_bytes(low_bytes, high_bytes, (j + 4) * 0x1010 + j * 0x101, PTX)
+                else:
+                    level = half2.select_half(level01, level23, word >> 14, PTX)
+                total = half2.fma2(chain, level, total, PTX)
+        if not DOT:
+            acc = tl.fma(half2.sum2(total), tl.load(p_x_scale + block * UNITS), acc)
+
+    if DOT:
+        out = tl.trans(acc)
+    else:
+        out = tl.sum(acc, 2) * tl.reshape(scale * (1 << 18), [1, R])  # 2^24 of the patterns over 64 of the levels
+    half2.store_product(p_out, out, o_row, tokens, rows, T)

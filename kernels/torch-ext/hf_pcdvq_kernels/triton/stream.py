@@ -1,0 +1,238 @@
+"""Decoding of the CCQ `stream` layout in Triton. The format is described in `hf_pcdvq/codecs/stream.py`.
+
+`matmul_kernel` takes pairs of inputs, and for each of them the bits of 8 or 16 output channels as one 64-bit value, so
+that all windows lie at shifts which are known when it is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..formats import STREAM_MULTIPLIER, STREAM_RING, StreamLayout
+from . import half2
+
+# Pairs of inputs that a thread adds up in float16 before it goes on in float32.
+CHAIN = tl.constexpr(16)
+SPAN = tl.constexpr(32 * 16)  # pairs of inputs whose activations have a scale in common
+
+
+def constants(layout: StreamLayout) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    cycle = len(layout.strides)
+    return {
+        "WINDOW": layout.window,
+        "CYCLE": cycle,  # channels after which the strides repeat
+        "CYCLE_BITS": sum(layout.strides),
+        "ENDS": sum(end << 8 * i for i, end in enumerate(layout.ends[:cycle])),  # of their windows, eight bits each
+        "MULTIPLIER": STREAM_MULTIPLIER - (1 << 32),  # as int32
+        "RING": STREAM_RING,
+    }
+
+
+def channels(constants: dict[str, Any]) -> int:
+    """Output channels whose windows fit a 64-bit value."""
+    return 16 if 4 * constants["CYCLE_BITS"] <= 12 * constants["CYCLE"] else 8
+
+
+@triton.jit
+def decode(
+    p_weight,  # int32 [words, K]
+    p_scale,  # float32 [N]
+    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    start,  # first column, a multiple of 64
+    columns,  # K
+    words,
+    COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CYCLE: tl.constexpr,
+    CYCLE_BITS: tl.constexpr,
+    ENDS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    RING: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Weights as float32 [ROWS, COLUMNS, 1]; columns beyond the last repeat others."""
+    RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
+    o_column = tl.minimum(start + tl.arange(0, COLUMNS), columns - 1)[None, :, None]
+    channel = row % RING
+    end = channel // CYCLE * CYCLE_BITS + ((ENDS >> (channel % CYCLE * 8)) & 255)
+    word = (end - 1) // 32
+    first = row // RING * RING_WORDS
+    ring_words = tl.minimum(RING_WORDS, words - first)
+    before = tl.where(word == 0, ring_words, word) - 1
+    low = tl.load(p_weight + (first + word).to(tl.int64) * columns + o_column)
+    high = tl.load(p_weight + (first + before).to(tl.int64) * columns + o_column)
+    window = _funnel(high, low, 32 * (word + 1) - end) & ((1 << WINDOW) - 1)
+    return half2.sum_bytes(window * MULTIPLIER, 0, PTX).to(tl.float32) * tl.load(p_scale + row)
+
+
+@triton.jit
+def matmul_kernel(
+    p_x,  # int32 [T, S SPAN], pairs of activations in their order, filled up to whole spans
+    p_x_scale,  # float32 [T, S]; not read where DOT
+    p_weight,  # int32 [words, K]
+    p_scale,  # float32 [N]
+    p_out,  # floating [SPLIT, T, N]
+    tokens,
+    rows,  # N
+    columns,  # K
+    words,
+    span,  # blocks of UNITS CHAIN pairs of inputs per split
+    WINDOW: tl.constexpr,
+    CYCLE: tl.constexpr,
+    CYCLE_BITS: tl.constexpr,
+    ENDS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    RING: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    CHANNELS: tl.constexpr,  # output channels whose bits fit a 64-bit value; R where not DOT
+    UNITS: tl.constexpr,
+    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs; wants UNITS 32
+    BF16: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    BITS: tl.constexpr = CHANNELS // CYCLE * CYCLE_BITS  # new bits of the channels
+    RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
+    o_channel = tl.arange(0, CHANNELS)[None, :, None]
+    shift = BITS - o_channel // CYCLE * CYCLE_BITS - ((ENDS >> (o_channel % CYCLE * 8)) & 255)
+
+    # For every set of channels the word in which they end, and the two before it in their ring.
+    start = (tl.program_id(0) * R + CHANNELS * tl.arange(0, R // CHANNELS))[:, None, None]
+    start = tl.minimum(start, (rows - 1) // CHANNELS * CHANNELS)
+    ring = start // RING
+    ring_words = tl.minimum(RING_WORDS, words - ring * RING_WORDS)
+    end = (start - ring * RING) // CYCLE * CYCLE_BITS + BITS
+    last = (end + 31) // 32 - 1
+    down = 32 * (last + 1) - end
+    pairs = columns // 2
+    p_ring = p_weight.to(tl.pointer_type(tl.int64)) + (ring * RING_WORDS).to(tl.int64) * pairs
+    p_word0 = p_ring + last.to(tl.int64) * pairs
+    p_word1 = p_ring + ((last + 2 * ring_words - 1) % ring_words).to(tl.int64) * pairs
+    p_word2 = p_ring + ((last + 2 * ring_words - 2) % ring_words).to(tl.int64) * pairs
+
+    spans = tl.cdiv(pairs, SPAN)
+    o_token = tl.minimum(tl.arange(0, T), tokens - 1)
+    o_token = o_token[None, :] if DOT else o_token[:, None, None]
+    p_x += o_token.to(tl.int64) * spans * SPAN
+    p_x_scale += o_token * spans
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    scale = tl.load(p_scale + tl.minimum(o_row, rows - 1)) * 8192
+
+    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    begin = tl.program_id(1) * span
+    stop = tl.minimum(begin + span, tl.cdiv(pairs, UNITS * CHAIN))
+    full = tl.minimum(stop, pairs // (UNITS * CHAIN))
+    # Blocks that are all there need no care at the border.
+    for block in range(begin, full):
+        acc = _add_block(
+            acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down, scale,
+            BITS, WINDOW, MULTIPLIER, T, R, UNITS, True, DOT, BF16, PTX,
+        )  # fmt: skip
+    for block in range(full, stop):
+        acc = _add_block(
+            acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down, scale,
+            BITS, WINDOW, MULTIPLIER, T, R, UNITS, False, DOT, BF16, PTX,
+        )  # fmt: skip
+
+    if DOT:
+        out = tl.trans(acc)
+    else:
+        out = tl.sum(acc, 2) * scale[None, :]
+    half2.store_product(p_out, out, o_row, tokens, rows, T)
+
+
+@triton.jit
+def _add_block(
+    acc,
+    p_x,
+    p_x_scale,
+    p_word0,
+    p_word1,
+    p_word2,
+    block,
+    pairs,
+    shift,
+    down,
+    scale,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    UNITS: tl.constexpr,
+    FULL: tl.constexpr,
+    DOT: tl.constexpr,
+    BF16: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """`acc` plus the products of `UNITS * CHAIN` pairs of inputs, all of which exist where `FULL`."""
+    # One at a time: a thread that took several neighbours would hold them in another order than the sums. A warp covers
+    # whole spans of activations, which have one scale.
+    o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
+    o_span = block * (UNITS // 32) + o_lane // 32
+    o_first = o_span * SPAN + o_lane % 32
+    o_span, o_x = o_span[None, None, :], o_first[:, None] if DOT else o_first[None, None, :]
+    o_first = o_first[None, None, :]
+    chain = tl.zeros([T, R, UNITS], tl.int32)
+    for i in tl.static_range(CHAIN):
+        o_pair = o_first + i * 32
+        if FULL:
+            x = tl.load(p_x + (o_x + i * 32))
+        else:  # the weights beyond the end repeat the last ones, and meet activations of zero
+            x = tl.load(p_x + (o_x + i * 32), mask=o_x + i * 32 < pairs, other=0)
+            o_pair = tl.minimum(o_pair, pairs - 1)
+        word0, word1 = tl.load(p_word0 + o_pair), tl.load(p_word1 + o_pair)
+        word2 = word1 if BITS == 32 else tl.load(p_word2 + o_pair)  # 32 bits end with a word
+        even = _values(
+            word0.to(tl.int32), word1.to(tl.int32), word2.to(tl.int32), down, shift, BITS, WINDOW, MULTIPLIER, PTX
+        )
+        word0, word1, word2 = word0 >> 32, word1 >> 32, word2 >> 32
+        odd = _values(
+            word0.to(tl.int32), word1.to(tl.int32), word2.to(tl.int32), down, shift, BITS, WINDOW, MULTIPLIER, PTX
+        )
+        weight = half2.permute_bytes(even, odd, 0x5410, PTX)
+        # From 1536 + value to value / 8192.
+        weight = half2.fma2(weight, half2.constant2(2.0**-13), half2.constant2(-1536 * 2.0**-13), PTX)
+        if DOT:
+            acc = half2.dot2(acc, tl.reshape(weight, [1, R, UNITS]), scale[None, :, None], x, BF16)
+        else:
+            chain = half2.fma2(weight, x, chain, PTX)
+    if not DOT:
+        x_scale = tl.load(p_x_scale + o_span, mask=o_span * SPAN < pairs, other=0.0)
+        acc = tl.fma(half2.sum2(chain), x_scale, acc)
+    return acc
+
+
+@triton.jit
+def _values(
+    word0,
+    word1,
+    word2,
+    down,
+    shift,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Int32 whose low halves are the float16 of 1536 plus the values of the windows.
+
+    They lie `shift` up in the bits that end `down` up in `word0` and begin in `word1` or `word2`, the words before.
+    """
+    if BITS == 32:
+        low, high = word0, word1
+    else:
+        low, high = _funnel(word1, word0, down), _funnel(word2, word1, down)
+    window = _funnel(high, low, shift) & ((1 << WINDOW) - 1)
+    return half2.sum_bytes(window * MULTIPLIER, 0x6600, PTX)
+
+
+@triton.jit
+def _funnel(high, low, down):
+    """The low 32 bits of `high` above `low`, shifted down."""
+    both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return (both >> down).to(tl.int32)

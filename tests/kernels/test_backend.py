@@ -1,0 +1,36 @@
+"""The choice between Triton and PyTorch, on a device that Triton has no kernels for."""
+
+import os
+
+import pytest
+import torch
+from packing import random_packed
+
+import hf_pcdvq
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    yield
+    hf_pcdvq.set_backend("auto")
+
+
+def product():
+    return torch.ops.hf_pcdvq_kernels.ccq_matmul(torch.ones(1, 64), *random_packed("ccq 2.5", 4, 64))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'reference', got 'cuda'"):
+        hf_pcdvq.set_backend("cuda")
+    assert hf_pcdvq.get_backend() == "auto"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs kernels on a CPU")
+def test_triton_on_a_cpu_is_refused_and_auto_takes_pytorch():
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    expected = product()
+    hf_pcdvq.set_backend("triton")
+    with pytest.raises(RuntimeError, match="set to 'triton', but Triton has no kernels for the device 'cpu'"):
+        product()
+    hf_pcdvq.set_backend("reference")
+    assert torch.equal(product(), expected)

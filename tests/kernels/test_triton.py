@@ -1,0 +1,209 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so without a GPU this file runs in a process of its own, which
+`test_triton_interpreted.py` starts.
+"""
+
+import os
+
+import hf_pcdvq_kernels as ops
+import pytest
+import torch
+from packing import SETTINGS, op_pair, random_packed, relative_error
+
+GPU = torch.cuda.is_available()
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
+
+from hf_pcdvq_kernels.triton import config, launch  # noqa: E402
+from hf_pcdvq_kernels.weights import CcqWeight, PcdvqWeight, StreamWeight  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+# Against the product of the unrounded weight in float64. bfloat16: weights, rotated activations and the result are rounded
+# to 8 bits; the reference itself errs by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ, are rounded
+# to 11 bits.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 2e-6}
+WEIGHTS = {"pcdvq": PcdvqWeight, "ccq": CcqWeight, "stream": StreamWeight}
+SIGNS = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(64)])
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """Every op runs as Triton kernels, and what they do not write is NaN."""
+    ops.set_backend("triton")
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        out = empty(*shape, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else -1)  # -1 is a NaN in every 16-bit float
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    ops.set_backend("auto")
+
+
+def on_device(packed):
+    return [item.to(DEVICE) if isinstance(item, torch.Tensor) else item for item in packed]
+
+
+def exact_weight(setting, packed):
+    ops.set_backend("reference")
+    weight = op_pair(setting)[0](*packed, torch.float64)
+    ops.set_backend("triton")
+    return weight
+
+
+def exact_rotation(x):
+    ops.set_backend("reference")
+    rotated = ops.hadamard(x.double(), SIGNS)
+    ops.set_backend("triton")
+    return rotated
+
+
+def activations(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16), (9, torch.float16)])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (37, 576)])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products(setting, shape, tokens, dtype):
+    packed = random_packed(setting, *shape)
+    x = activations(tokens, shape[1]).to(dtype)
+    expected = exact_rotation(x) @ exact_weight(setting, packed).T
+    out = op_pair(setting)[1](x.to(DEVICE), *on_device(packed), signs=SIGNS.to(DEVICE))
+    assert out.shape == expected.shape and out.dtype == dtype
+    assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
+def test_products_over_several_rings_and_blocks(setting):
+    """More output channels than a ring of 256, more inputs than a block, and no rotation."""
+    rows, columns = (270, 1088) if "stream" in setting else (20, 2112)
+    packed = random_packed(setting, rows, columns)
+    x = activations(2, columns).half()
+    out = op_pair(setting)[1](x.to(DEVICE), *on_device(packed))
+    assert relative_error(out.cpu(), x.double() @ exact_weight(setting, packed).T) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 20])
+@pytest.mark.parametrize("setting", ["pcdvq 2.0", "ccq 2.5", "stream 2.25"])
+def test_every_config_gives_the_same_product(setting, tokens):
+    """However a product is cut into programs; and the same bits every time."""
+    packed, x = random_packed(setting, 9, 2176), activations(tokens, 2176).half()
+    expected = x.double() @ exact_weight(setting, packed).T
+    weight = WEIGHTS[setting.split()[0]].checked("test", *on_device(packed))
+    shape = config.Shape(setting, config.tokens_per_program(tokens), 9, 2176)
+    choices = config.candidates(shape)
+    assert len({choice.splits for choice in choices}) > 1
+    for choice in choices:
+        out = launch.product(x.to(DEVICE), weight, None, choice)
+        assert relative_error(out.cpu(), expected) < TOLERANCE[torch.float16], choice
+    assert torch.equal(out, launch.product(x.to(DEVICE), weight, None, choice))
+
+
+@pytest.mark.parametrize("shape", [(5, 192), (123, 576)])
+@pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
+def test_weights_are_decoded_to_the_same_bits(setting, shape):
+    packed = random_packed(setting, *shape)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ops.set_backend("reference")
+        expected = op_pair(setting)[0](*packed, dtype)
+        ops.set_backend("triton")
+        out = op_pair(setting)[0](*on_device(packed), dtype).cpu()
+        if GPU or dtype != torch.bfloat16:
+            assert torch.equal(out, expected)
+        else:  # the interpreter cuts off where it should round to bfloat16
+            assert relative_error(out, expected.double()) < 2**-7
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_no_product_kernel_takes_is_decoded_first(setting):
+    """float32, more tokens than a kernel takes, a transposed product, and a gradient through the rotation."""
+    packed = random_packed(setting, 12, 192)
+    weight, device_packed = exact_weight(setting, packed), on_device(packed)
+    matmul = op_pair(setting)[1]
+    x = activations(3, 192)
+    assert relative_error(matmul(x.to(DEVICE), *device_packed).cpu(), x.double() @ weight.T) < 2e-6
+    x = activations(65, 192).half()
+    assert relative_error(matmul(x.to(DEVICE), *device_packed).cpu(), x.double() @ weight.T) < 1.5e-3
+    x = activations(2, 192).half().to(DEVICE).requires_grad_()
+    grad = activations(2, 12, seed=2).half()
+    matmul(x, *device_packed, signs=SIGNS.to(DEVICE)).backward(grad.to(DEVICE))
+    ops.set_backend("reference")
+    expected = ops.hadamard(grad.double() @ weight, SIGNS, inverse=True)
+    assert relative_error(x.grad.cpu(), expected) < TOLERANCE[torch.float16]
+
+
+def test_inputs_that_no_product_kernel_takes():
+    """72 inputs are 9 vectors, and a view may begin anywhere; neither can be read four words at a time."""
+    packed = random_packed("pcdvq 2.0", 6, 72)
+    x = activations(2, 72).half()
+    expected = x.double() @ exact_weight("pcdvq 2.0", packed).T
+    assert relative_error(ops.pcdvq_matmul(x.to(DEVICE), *on_device(packed)).cpu(), expected) < 1.5e-3
+    packed = random_packed("pcdvq 2.0", 7, 96)
+    weight = torch.cat([torch.zeros(1, dtype=torch.int16), packed[0].flatten()]).to(DEVICE)[1:].view(7, 12)
+    assert weight.data_ptr() % 8
+    x = activations(2, 96).half()
+    expected = x.double() @ exact_weight("pcdvq 2.0", packed).T
+    out = ops.pcdvq_matmul(x.to(DEVICE), weight, *on_device(packed[1:]))
+    assert relative_error(out.cpu(), expected) < 1.5e-3
+
+
+@pytest.mark.parametrize("setting", ["pcdvq 2.25", "ccq 2.5", "stream 2.0"])
+def test_activations_of_any_size(setting):
+    """Inside a product activations are float16; outliers, tiny numbers and zeros must survive it, and NaN must show."""
+    packed = random_packed(setting, 4, 192)
+    weight, device_packed = exact_weight(setting, packed), on_device(packed)
+    matmul = op_pair(setting)[1]
+    for factor in (1e-30, 1e30):
+        x = (activations(2, 192) * factor).bfloat16()
+        x[:, 7] *= 300
+        out = matmul(x.to(DEVICE), *device_packed)
+        assert relative_error(out.cpu(), x.double() @ weight.T) < TOLERANCE[torch.bfloat16]
+    x = torch.zeros(2, 192, dtype=torch.bfloat16)
+    assert torch.equal(matmul(x.to(DEVICE), *device_packed).cpu(), torch.zeros(2, 4, dtype=torch.bfloat16))
+    x[1, 5] = float("nan")
+    out = matmul(x.to(DEVICE), *device_packed).cpu()
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("block", [1, 8, 128, 512])
+def test_hadamard(block, inverse):
+    signs = SIGNS.repeat(8)[:block]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = activations(5, 3 * 512).to(dtype)
+        ops.set_backend("reference")
+        expected = ops.hadamard(x.double(), signs, inverse)
+        ops.set_backend("triton")
+        out = ops.hadamard(x.to(DEVICE), signs.to(DEVICE), inverse).cpu()
+        # Rounded once, with twice the error of bfloat16 where the interpreter cuts off; float32 adds those of the sums.
+        assert relative_error(out, expected) < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+
+
+def test_leading_dimensions_and_no_tokens():
+    packed = on_device(random_packed("ccq 2.75", 6, 128))
+    x = activations(2, 2, 128).half().to(DEVICE)
+    out = ops.ccq_matmul(x, *packed)
+    assert out.shape == (2, 2, 6) and torch.equal(out.view(4, 6), ops.ccq_matmul(x.view(4, 128), *packed))
+    assert ops.ccq_matmul(x[:0], *packed).shape == (0, 2, 6)
+
+
+def test_float64_is_refused_when_triton_is_asked_for():
+    with pytest.raises(RuntimeError, match="do not compute in float64"):
+        ops.ccq_matmul(activations(1, 64).double().to(DEVICE), *on_device(random_packed("ccq 2.5", 4, 64)))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_products_are_captured_in_a_cuda_graph(setting):
+    packed, matmul = on_device(random_packed(setting, 512, 2048)), op_pair(setting)[1]
+    x = activations(1, 2048).bfloat16().to(DEVICE)
+    expected = matmul(x, *packed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = matmul(x, *packed)
+    x.mul_(2)
+    graph.replay()
+    assert torch.equal(out, expected * 2)
