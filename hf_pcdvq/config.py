@@ -135,7 +135,8 @@ class PcdvqConfig(PackedConfig):
 
     Args:
         bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights) or 2.25 (2^16 directions).
-        magnitude: `"projection"` on the chosen direction (default; 2 % less squared error) or the paper's `"norm"`.
+        magnitude: the paper's `"norm"` (default; better text after calibration) or the `"projection"` on the chosen
+            direction (2 % less squared error of the weights).
         codebook: id of the shipped codebook; None takes the one for `bits`.
         codebook_sha256: set by the quantizer: hash of the codebook's contents, checked on load.
 
@@ -147,7 +148,7 @@ class PcdvqConfig(PackedConfig):
     def __init__(
         self,
         bits: float = 2.25,
-        magnitude: str = "projection",
+        magnitude: str = "norm",
         codebook: str | None = None,
         codebook_sha256: str | None = None,
         hadamard_block: int = 128,
@@ -174,7 +175,7 @@ class PcdvqConfig(PackedConfig):
             unknown=unknown,
         )
         self.bits = float(_one_of("PcdvqConfig", "bits", bits, tuple(CODEBOOKS)))
-        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("projection", "norm"))
+        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("norm", "projection"))
         self.codebook = CODEBOOKS[self.bits] if codebook is None else codebook
         self.codebook_sha256 = codebook_hash(self.codebook)
         if self.codec.bits != self.bits:

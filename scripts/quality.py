@@ -73,27 +73,30 @@ class Row(NamedTuple):
 
 FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
 PROBE = "pcdvq 2.25"  # the setting of the rows about seeds, text and options
+PROJECTION = {"magnitude": "projection"}
 ROWS = [
     *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS),
-    Row(PROBE, "wikitext2_train", LEAST),
-    Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}),
-    Row(PROBE, "wikitext2_train", LEAST, {}, {"magnitude": "norm"}),
-    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}),
-    Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}),
-    Row(PROBE, "wikitext2_train", LEAST, {"refit": False}),
+    *(Row(setting, "c4", FULL) for setting in SETTINGS),
     Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}),
-    Row(PROBE, "wikitext2_train", FULL, {}, {"magnitude": "norm"}),
-    Row(PROBE, "wikitext2_train", FULL, {"refit": False}),
-    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0, "refit": False}),
-    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}, {"magnitude": "norm"}),
-    Row("pcdvq 2.0", "wikitext2_train", FULL, {}, {"magnitude": "norm"}),
+    Row(PROBE, "wikitext2_train", FULL, {}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"refit": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0, "refit": False}, PROJECTION),
+    Row("pcdvq 2.0", "wikitext2_train", FULL, {}, PROJECTION),
     Row("ccq 2.75", "wikitext2_train", FULL, {"sweeps": 0}),
     Row("stream 2.0", "wikitext2_train", FULL, {"sweeps": 0}),
-    *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
-    Row(PROBE, None, LEAST),
+    Row(PROBE, "wikitext2_train", LEAST),
+    Row(PROBE, "wikitext2_train", LEAST, {}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"refit": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}, PROJECTION),
+    Row(PROBE, None, LEAST, {}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}),
-    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if setting != PROBE),
-    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
+    Row(PROBE, None, LEAST),
+    *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
+    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if not setting.startswith("pcdvq")),
 ]
 
 
