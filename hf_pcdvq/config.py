@@ -313,3 +313,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}
+
+
+def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
+    """The config of a named setting, with further fields.
+
+    Raises:
+        ValueError: there is no such setting, it is for overrides alone, or a field has a value that is not allowed.
+    """
+    names = tuple(name for name, (method, _) in SETTINGS.items() if method in CONFIGS)
+    method, own = SETTINGS[_one_of("config", "setting", setting, names)]
+    return CONFIGS[method](**own, **fields)

@@ -322,12 +322,12 @@ def layer_table(count: FolderCount) -> Table:
     return table
 
 
-def left_table(count: FolderCount) -> Table:
-    """What was left as it was, and why."""
+def left_table(left_unpacked: dict[str, str]) -> Table:
+    """Parameters that were left as they were, and why."""
     table = Table(title="Left as they were", title_justify="left")
     table.add_column("parameter", overflow="fold")
     table.add_column("reason", overflow="fold")
-    for name, reason in count.left_unpacked.items():
+    for name, reason in left_unpacked.items():
         table.add_row(name, reason)
     return table
 

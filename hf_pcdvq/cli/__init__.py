@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from .estimate import estimate
 from .generate import generate
 from .measure import evaluate_command, inspect
 from .quantize import quantize
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, inspect, evaluate_command, generate):
+for command in (quantize, estimate, inspect, evaluate_command, generate):
     main.add_command(command)

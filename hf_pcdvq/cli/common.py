@@ -62,6 +62,28 @@ def placement_options(command: Callable) -> Callable:
     return command
 
 
+def override_option(command: Callable) -> Callable:
+    """The option of every command that chooses settings by module."""
+    return click.option(
+        "--override",
+        multiple=True,
+        metavar="PATTERN=SETTING",
+        help="Another setting for the modules in whose names this regular expression is found, none to leave them as they "
+        r'are: "layers\.[0-6]\..*experts=stream-4.0". May be given several times; the first that is found counts.',
+    )(command)
+
+
+def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
+    """What `--override` says, as a config takes it."""
+    overrides: dict[str, str | None] = {}
+    for option in options:
+        pattern, _, setting = option.rpartition("=")
+        if not pattern:
+            raise click.BadParameter(f"{option!r} is not PATTERN=SETTING", param_hint="--override")
+        overrides[pattern] = None if setting == "none" else setting
+    return overrides
+
+
 def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
     """A causal language model, packed or not, on the accelerator if there is one and nothing else is asked for."""
     import torch

@@ -33,7 +33,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     if count.layers:
         console.print(layer_table(count))
     if count.left_unpacked:
-        console.print(left_table(count))
+        console.print(left_table(count.left_unpacked))
 
 
 @click.command("eval", cls=Command)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from .common import Command, load_model, note, placement_options
+from .common import Command, load_model, note, override_option, overrides_of, placement_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     metavar="PATTERN",
     help="Leave the modules of this name, suffix or regular expression as they are. May be given several times.",
 )
+@override_option
 @click.option(
     "--calibration",
     metavar="DATA",
@@ -80,6 +81,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 @click.option("--samples", type=click.IntRange(min=1), help="Windows of tokens to calibrate on. [default: 128]")
 @click.option("--length", type=click.IntRange(min=2), help="Tokens per window. [default: 1024]")
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the windows. [default: 0]")
+@click.option("--all-experts", is_flag=True, help="Calibrate every expert on all tokens, wherever they are routed.")
 @click.option(
     "--work-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -138,7 +140,10 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     config = {"pcdvq": PcdvqConfig, "ccq": CcqConfig}[method]
     calibration = _calibration(ctx)
     try:
-        return config(modules_to_not_convert=list(skip) or None, calibration=calibration, **chosen)
+        overrides = overrides_of(ctx.params["override"])
+        return config(
+            modules_to_not_convert=list(skip) or None, calibration=calibration, overrides=overrides, **chosen
+        )
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
 
@@ -148,12 +153,14 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     from .. import Calibration
 
     given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
+    if ctx.params["all_experts"]:
+        given["all_experts"] = True
     if ctx.params["calibration"] is not None:
         given["data"] = ctx.params["calibration"]
     if not ctx.params["no_calibration"]:
         return Calibration(**given)
     if given:
-        raise click.UsageError("--no-calibration excludes --calibration, --samples, --length and --seed", ctx)
+        raise click.UsageError("--no-calibration excludes --calibration, --samples, --length, --seed and --all-experts", ctx)
     return None
 
 
@@ -234,7 +241,7 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
 
     count = count_folder(out)
     console = Console()
-    console.print(left_table(count))
+    console.print(left_table(count.left_unpacked))
     console.print(size_table(count))
     _print_comparison(out)
     size = readable_size(count.file_bytes)

@@ -1,0 +1,52 @@
+"""`hf-pcdvq estimate`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+
+from .common import Command, override_option, overrides_of
+
+
+@click.command(cls=Command)
+@click.argument("model", metavar="CONFIG.json|MODEL")
+@click.option("--setting", default="pcdvq-2.25", show_default=True, metavar="NAME", help="How the layers are packed.")
+@override_option
+@click.option(
+    "--skip", multiple=True, metavar="PATTERN", help="Leave the modules of this name, suffix or regular expression."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=0),
+    default=4096,
+    show_default=True,
+    help="Tokens whose keys and values the memory must hold.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def estimate(
+    model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
+) -> None:
+    """Count what a model will take when it is packed, from its configuration alone.
+
+    Nothing is downloaded but the configuration, and no weights are allocated.
+
+    \b
+    Example:
+      hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
+    """
+    from ..config import config_of_setting
+    from ..estimate import estimate as run
+    from ..estimate import estimate_table, read_model_config
+    from ..report import left_table
+
+    options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
+    config = config_of_setting(setting, **options)
+    result = run(read_model_config(model), config, context)
+    if as_json:
+        click.echo(json.dumps({**result.to_dict(), "left_unpacked": config.left_unpacked}, indent=2))
+        return
+    console = Console()
+    console.print(left_table(config.left_unpacked))
+    console.print(estimate_table(result))

@@ -1,0 +1,171 @@
+"""How large a model will be, packed, from its configuration alone: it is built on the meta device, without weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .codecs.base import counted_bits
+from .config import PackedConfig
+from .modules import dense_weights, is_fused_experts
+from .registration import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PARTS = ("experts", "attention", "other layers", "embeddings", "output head", "left as they are")
+# What a product of many tokens decodes at a time, in 16-bit floats: see `triton/launch.py`.
+_WORKSPACE = 2 << 26
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a model.
+
+    Attributes:
+        parameters: number of dense parameters.
+        nbytes: what they take, packed or not.
+    """
+
+    parameters: int = 0
+    nbytes: int = 0
+
+    def plus(self, parameters: int, nbytes: int) -> Part:
+        return Part(self.parameters + parameters, self.nbytes + nbytes)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a model that is to be packed.
+
+    Attributes:
+        parts: by name, see `PARTS`. Experts are fused ones, attention is told by the module's name; both and
+            "other layers" are packed, the rest stays as it is.
+        cache_bytes: what the keys and values of one token take.
+        context: number of tokens that `memory_bytes` has room for.
+    """
+
+    parts: dict[str, Part]
+    cache_bytes: int
+    context: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the safetensors files, without their headers."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a GPU needs for weights, the cache of `context` tokens and the decoding of weights; no activations."""
+        return self.nbytes + self.cache_bytes * self.context + _WORKSPACE
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields."""
+        totals = {"parameters": self.parameters, "bytes": self.nbytes, "memory_bytes": self.memory_bytes}
+        return {**totals, **asdict(self)}
+
+
+def read_model_config(source: str) -> PreTrainedConfig:
+    """The configuration in a JSON file, or of a folder or model on the Hub.
+
+    Raises:
+        ValueError: the file names no `model_type` that Transformers knows.
+    """
+    if not Path(source).is_file():
+        return AutoConfig.from_pretrained(source)
+    fields = json.loads(Path(source).read_text(encoding="utf-8"))
+    if "model_type" not in fields:
+        raise ValueError(f"{source} has no model_type; expected a model's config.json")
+    return AutoConfig.for_model(**fields)
+
+
+def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int = 4096) -> Estimate:
+    """Sizes of a model with its layers packed as `config` says.
+
+    Args:
+        model_config: of a causal language model that is not quantized.
+        config: how it is to be packed; it is completed as by quantizing.
+        context: tokens whose keys and values the memory must hold.
+
+    Raises:
+        ValueError: nothing of the model can be packed.
+    """
+    model_config = AutoConfig.for_model(**{**model_config.to_dict(), "quantization_config": None})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16).eval()
+    quantizer = {known: quantizer for known, quantizer in METHODS}[type(config)](config, pre_quantized=False)
+    packed = {
+        id(weight): _packed_bytes(config, name, weight)
+        for name in quantizer.select(model)
+        for weight in dense_weights(model.get_submodule(name)).values()
+    }
+    parts = dict.fromkeys(PARTS, Part())
+    for path, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            nbytes = packed.get(id(weight), weight.numel() * weight.element_size())
+            part = _part(model, path, module, id(weight) in packed)
+            parts[part] = parts[part].plus(weight.numel(), nbytes)
+    if model.config.get_text_config().tie_word_embeddings:
+        parts["output head"] = Part()
+    return Estimate(parts, _cache_bytes(model), context)
+
+
+def _packed_bytes(config: PackedConfig, name: str, weight: nn.Parameter) -> int:
+    *_, rows, columns = weight.shape
+    bits = counted_bits(config.codec_of(name).specs(rows, columns), rows, columns)
+    return round(bits * weight.numel() / 8)
+
+
+def _part(model: PreTrainedModel, path: str, module: nn.Module, packed: bool) -> str:
+    if module is model.get_output_embeddings():
+        return "output head"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if not packed:
+        return "left as they are"
+    if is_fused_experts(module):
+        return "experts"
+    return "attention" if re.search(r"attn|attention", path) else "other layers"
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values per token: the model runs on one token, without computing anything."""
+    for module in model.modules():
+        if is_fused_experts(module):
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states  # no routing without numbers
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True).past_key_values
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def estimate_table(result: Estimate) -> Table:
+    """The parts, their sizes and bits, and what a GPU needs."""
+    table = Table(title=f"{result.parameters:,} parameters", title_justify="left")
+    table.add_column("part")
+    for heading in ("parameters", "bits per weight", "GB", "GiB"):
+        table.add_column(heading, justify="right")
+    total = Part(result.parameters, result.nbytes)
+    for name, part in [*result.parts.items(), ("packed model", total)]:
+        bits = f"{8 * part.nbytes / part.parameters:.3f}" if part.parameters else "-"
+        style = "bold" if part is total else None
+        table.add_row(name, f"{part.parameters:,}", bits, *_sizes(part.nbytes), style=style)
+    table.add_row(f"keys and values, {result.context:,} tokens", "", "", *_sizes(result.cache_bytes * result.context))
+    table.add_row("GPU memory, without activations", "", "", *_sizes(result.memory_bytes), style="bold")
+    return table
+
+
+def _sizes(nbytes: int) -> tuple[str, str]:
+    return f"{nbytes / 1e9:,.2f}", f"{nbytes / 2**30:,.2f}"
