@@ -172,9 +172,10 @@ class PackedHfQuantizer(HfQuantizer):
         self, weight_conversions: list[WeightTransform], model: nn.Module
     ) -> list[WeightTransform]:
         """What the model's files need on their way into its parameters, the experts of a layer one at a time."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
-            return [_one_expert_at_a_time(conversion) for conversion in conversions]
+            weight_conversions = [_one_expert_at_a_time(conversion) for conversion in weight_conversions]
+        # What merges dense experts stays as it is: packed ones are stored as stacks.
+        conversions = weight_conversions + self.get_weight_conversions()
         if self.quantization_config.dequantize:
             # Their names are given with the module's: a dense layer may be called gate_up_proj too.
             stacks = {

@@ -100,7 +100,9 @@ def quantize_experts(
     packed: dict[str, list[Packed]] = {stack: [] for stack in STACKS}
     records: list[LayerRecord] = []
     up, down = STACKS
-    for expert, (gate_up_proj, down_proj) in enumerate(zip(getattr(experts, up), getattr(experts, down))):
+    for expert, (gate_up_proj, down_proj) in enumerate(
+        zip(getattr(experts, up).detach(), getattr(experts, down).detach())
+    ):
         own, note = _tokens_of(expert, tokens, settings)
         inputs = _moments(own, gate_up_proj.device, _as_they_are)
         tensors, record = _quantize(f"{name}.{expert}.{up}", gate_up_proj, inputs, note, codec, settings)
@@ -157,6 +159,6 @@ def _quantize(
     name: str, weight: Tensor, moments: InputMoments | None, note: str | None, codec: Codec, settings: Calibration
 ) -> tuple[Packed, LayerRecord]:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     packed, (record,) = quantize_layers({name: layer}, moments, codec, settings)
     return packed[name], replace(record, note="; ".join(filter(None, (note, record.note))) or None)

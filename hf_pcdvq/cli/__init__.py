@@ -9,6 +9,7 @@ import click
 
 from .estimate import estimate
 from .generate import generate
+from .import_wint2 import import_wint2_command
 from .measure import evaluate_command, inspect
 from .quantize import quantize
 
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, estimate, inspect, evaluate_command, generate):
+for command in (quantize, estimate, import_wint2_command, inspect, evaluate_command, generate):
     main.add_command(command)

@@ -160,7 +160,9 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     if not ctx.params["no_calibration"]:
         return Calibration(**given)
     if given:
-        raise click.UsageError("--no-calibration excludes --calibration, --samples, --length, --seed and --all-experts", ctx)
+        raise click.UsageError(
+            "--no-calibration excludes --calibration, --samples, --length, --seed and --all-experts", ctx
+        )
     return None
 
 

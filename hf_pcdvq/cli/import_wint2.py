@@ -1,0 +1,53 @@
+"""`hf-pcdvq import-wint2`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from .common import Command, note
+
+# What lies beside the weights and says nothing about them.
+_COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generation_config.json", "LICENSE*")
+
+
+@click.command("import-wint2", cls=Command)
+@click.argument("source", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The model's config.json as Transformers reads it. [default: the one in DIR]",
+)
+@click.option("--force", is_flag=True, help="Replace the model that --out holds.")
+def import_wint2_command(source: Path, out: Path, config_file: Path | None, force: bool) -> None:
+    """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without quantizing it again.
+
+    Experts in WINT2 become packed experts, and all that is in floating point is taken as it is. What is stored in other
+    types, as 4-bit experts and 8-bit dense layers, is refused.
+
+    \b
+    Example:
+      hf-pcdvq import-wint2 ERNIE-4.5-300B-A47B-2Bits-Paddle --out ernie-2bit
+    """
+    from ..estimate import read_model_config
+    from ..folders import folder_in_place
+    from ..report import count_folder, size_table
+    from ..wint2 import import_wint2
+
+    out = out.resolve()
+    with folder_in_place(out, source, force) as folder:
+        model_config = read_model_config(str(config_file)) if config_file else None
+        unused = import_wint2(source, folder, model_config)
+        for pattern in _COMPANIONS:
+            for file in source.glob(pattern):
+                shutil.copy2(file, folder / file.name)
+    if unused:
+        note(
+            f"Warning: the model has no place for {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ..."
+        )
+    Console().print(size_table(count_folder(out)))
