@@ -18,9 +18,10 @@ import hashlib
 import json
 import os
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 from hf_pcdvq.folders import replace_folder
 
@@ -66,7 +67,11 @@ def check_target(out: Path, name: str) -> None:
         return
     made = [json.loads(file.read_text(encoding="utf-8")) for file in out.glob("build/*/metadata.json")]
     names = {item.name for item in out.iterdir()} if out.is_dir() else set()
-    if not made or any(metadata.get("name") != name for metadata in made) or names != {"LICENSE", "README.md", "build"}:
+    if (
+        not made
+        or any(metadata.get("name") != name for metadata in made)
+        or names != {"LICENSE", "README.md", "build"}
+    ):
         raise FileExistsError(f"{out} holds something else than an older build of {name}; choose another folder")
 
 

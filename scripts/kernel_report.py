@@ -60,10 +60,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=list(compiled.TARGETS), help="may be repeated; default: all")
-    parser.add_argument("--kernel", action="append", default=[], metavar="TEXT", help="only kernels with this in their name")
+    parser.add_argument(
+        "--target", action="append", choices=list(compiled.TARGETS), help="may be repeated; default: all"
+    )
+    parser.add_argument(
+        "--kernel", action="append", default=[], metavar="TEXT", help="only kernels with this in their name"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")

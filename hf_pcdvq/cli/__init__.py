@@ -10,6 +10,7 @@ import click
 from .generate import generate
 from .measure import evaluate_command, inspect
 from .quantize import quantize
+from .tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, inspect, evaluate_command, generate):
+for command in (quantize, inspect, evaluate_command, generate, tune):
     main.add_command(command)

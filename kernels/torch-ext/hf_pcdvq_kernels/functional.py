@@ -131,9 +131,7 @@ def ccq_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong layout, shape, device or stride.
     """
-    return OPS.ccq_matmul(
-        x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs
-    )
+    return OPS.ccq_matmul(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs)
 
 
 def stream_dequantize(weight: Tensor, scale: Tensor, bits: float, window: int, dtype: torch.dtype) -> Tensor:

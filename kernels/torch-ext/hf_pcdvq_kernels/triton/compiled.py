@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..formats import CCQ_LAYOUTS, STREAM_BITS, stream_layout
+from ..formats import CCQ_LAYOUTS, stream_layout
+from ..random_weights import CODECS
 from . import activations, ccq, config, launch, pcdvq, stream, tiles
 
 TARGETS = {
@@ -26,7 +27,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CODECS = ("pcdvq 2.0", "pcdvq 2.25", *(f"ccq {name}" for name in CCQ_LAYOUTS), *(f"stream {b}" for b in STREAM_BITS))
 # A large layer, so that the config is that of a device with much to do.
 ROWS, COLUMNS, PROCESSORS = 8192, 8192, 132
 
