@@ -70,13 +70,13 @@ def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
     try:
         yield partial
         check_destination(out, source, force)  # it may have been filled in the meantime
-        _replace(out, partial)
+        replace_folder(out, partial)
     finally:
         if partial.exists():
             shutil.rmtree(partial)
 
 
-def _replace(out: Path, partial: Path) -> None:
+def replace_folder(out: Path, partial: Path) -> None:
     """Rename `partial` to `out`. What was there is deleted afterwards, and put back if the renaming fails."""
     old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     if out.exists():

@@ -12,6 +12,7 @@ from .generate import generate
 from .import_wint2 import import_wint2_command
 from .measure import evaluate_command, inspect
 from .quantize import quantize
+from .tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, estimate, import_wint2_command, inspect, evaluate_command, generate):
+for command in (quantize, estimate, import_wint2_command, inspect, evaluate_command, generate, tune):
     main.add_command(command)

@@ -4,6 +4,7 @@ The interpreter is chosen when Triton is imported, so without a GPU this file ru
 `test_triton_interpreted.py` starts.
 """
 
+import dataclasses
 import os
 
 import hf_pcdvq_kernels as ops
@@ -15,7 +16,7 @@ GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
 
-from hf_pcdvq_kernels.triton import config, launch  # noqa: E402
+from hf_pcdvq_kernels.triton import config, launch, timing, tuned, tuning  # noqa: E402
 from hf_pcdvq_kernels.weights import CcqWeight, PcdvqWeight, StreamWeight  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -100,6 +101,29 @@ def test_every_config_gives_the_same_product(setting, tokens):
         out = launch.product(x.to(DEVICE), weight, None, choice)
         assert relative_error(out.cpu(), expected) < TOLERANCE[torch.float16], choice
     assert torch.equal(out, launch.product(x.to(DEVICE), weight, None, choice))
+
+
+def test_a_measured_config_is_used(tmp_path, monkeypatch):
+    """Measured for real, and written: the next product is cut into as many parts as the file says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of as many as no cache holds
+    monkeypatch.setattr(timing, "REPLAYS", 1)
+    shape = config.Shape("pcdvq 2.0", 1, 8, 1088)
+    packed, x = random_packed("pcdvq 2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
+    default = config.default(shape, config.processors(x.device))
+    measured = tuning.measure(shape, x.device)
+    assert measured.config in {default, *config.candidates(shape)}
+    assert 0 < measured.seconds <= measured.default_seconds
+    other = next(choice for choice in config.candidates(shape) if choice.splits != default.splits)
+    tuned.write(tuned.file_of(x.device), "a device", {shape: dataclasses.replace(measured, config=other)})
+    allocate, allocated = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kw: allocated.append(sizes) or allocate(*sizes, **kw))
+    out = op_pair("pcdvq 2.0")[1](x, *on_device(packed))
+    tuned.load.cache_clear()
+    assert (other.splits, 1, 8) in allocated and (default.splits, 1, 8) not in allocated
+    assert (
+        relative_error(out.cpu(), x.double().cpu() @ exact_weight("pcdvq 2.0", packed).T) < TOLERANCE[torch.float16]
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 192), (123, 576)])

@@ -17,7 +17,9 @@ from .reference import products
 from .reference.hadamard import hadamard as reference_hadamard
 from .weights import CcqWeight, PcdvqWeight, StreamWeight, Weight
 
-NAMESPACE = "hf_pcdvq_kernels"
+# The package's own name: copies that Hugging Face's `kernels` loads under names of their own live beside each other.
+NAMESPACE = __package__.replace(".", "_")
+OPS = getattr(torch.ops, NAMESPACE)
 
 # The packed tensors and numbers of every format, in the order of the arguments of `checked` of its class.
 _FORMATS: dict[str, tuple[str, Callable[..., Weight]]] = {
@@ -58,7 +60,7 @@ def _hadamard_setup(ctx, inputs, output):
 
 
 def _hadamard_backward(ctx, grad):
-    return torch.ops.hf_pcdvq_kernels.hadamard(grad, ctx.saved_tensors[0], not ctx.inverse), None, None
+    return OPS.hadamard(grad, ctx.saved_tensors[0], not ctx.inverse), None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
@@ -132,7 +134,7 @@ def _define_matmul(method: str) -> None:
 
 def _register_matmul_autograd(name: str) -> None:
     """The derivative in `x` of `x @ W.T` is `grad @ W`, which is the same op transposed; codes have none."""
-    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    op = getattr(OPS, name)
 
     def setup_context(ctx, inputs, output):
         _, *packed, ctx.transposed, signs = inputs

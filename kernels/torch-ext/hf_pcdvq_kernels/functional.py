@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (defines the ops)
+from ._ops import OPS
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
@@ -26,7 +26,7 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.hadamard(x, signs, inverse)
+    return OPS.hadamard(x, signs, inverse)
 
 
 def pcdvq_dequantize(
@@ -50,7 +50,7 @@ def pcdvq_dequantize(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.pcdvq_dequantize(weight, magnitude, scale, patterns, levels, dtype)
+    return OPS.pcdvq_dequantize(weight, magnitude, scale, patterns, levels, dtype)
 
 
 def pcdvq_matmul(
@@ -77,7 +77,7 @@ def pcdvq_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.pcdvq_matmul(x, weight, magnitude, scale, patterns, levels, transposed, signs)
+    return OPS.pcdvq_matmul(x, weight, magnitude, scale, patterns, levels, transposed, signs)
 
 
 def ccq_dequantize(
@@ -103,7 +103,7 @@ def ccq_dequantize(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong layout, shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.ccq_dequantize(weight, scale, local_scale, code_scale, code_zero, layout, dtype)
+    return OPS.ccq_dequantize(weight, scale, local_scale, code_scale, code_zero, layout, dtype)
 
 
 def ccq_matmul(
@@ -131,9 +131,7 @@ def ccq_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong layout, shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.ccq_matmul(
-        x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs
-    )
+    return OPS.ccq_matmul(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs)
 
 
 def stream_dequantize(weight: Tensor, scale: Tensor, bits: float, window: int, dtype: torch.dtype) -> Tensor:
@@ -149,7 +147,7 @@ def stream_dequantize(weight: Tensor, scale: Tensor, bits: float, window: int, d
     Raises:
         TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.stream_dequantize(weight, scale, bits, window, dtype)
+    return OPS.stream_dequantize(weight, scale, bits, window, dtype)
 
 
 def stream_matmul(
@@ -175,4 +173,4 @@ def stream_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
     """
-    return torch.ops.hf_pcdvq_kernels.stream_matmul(x, weight, scale, bits, window, transposed, signs)
+    return OPS.stream_matmul(x, weight, scale, bits, window, transposed, signs)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..formats import CCQ_LAYOUTS, STREAM_BITS, stream_layout
+from ..formats import CCQ_LAYOUTS, stream_layout
+from ..random_weights import CODECS
 from . import activations, ccq, config, launch, pcdvq, stream, tiles
 
 TARGETS = {
@@ -23,7 +27,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CODECS = ("pcdvq 2.0", "pcdvq 2.25", *(f"ccq {name}" for name in CCQ_LAYOUTS), *(f"stream {b}" for b in STREAM_BITS))
 # A large layer, so that the config is that of a device with much to do.
 ROWS, COLUMNS, PROCESSORS = 8192, 8192, 132
 
@@ -49,7 +52,7 @@ class Figures:
     instructions: float | None  # per decoded weight in the main loop, NVIDIA only
 
 
-def products(tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> Iterator[Variant]:
+def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
     """The kernels of products, bfloat16, with their default configs."""
     for codec in CODECS:
         for count in tokens:
@@ -110,6 +113,27 @@ def others() -> Iterator[Variant]:
         yield Variant(name, activations.prepare_kernel, types, constants, 4, 0)
     types = {"p_parts": "*fp32", "p_out": "*bf16", "numbers": "i32", "splits": "i32"}
     yield Variant("sum of the splits", tiles.sum_kernel, types, {"TILE": 512}, 4, 0)
+
+
+@cache
+def variants() -> dict[str, Variant]:
+    """Every kernel as it is launched by default, by its name."""
+    return {variant.name: variant for variant in (*products(), *others())}
+
+
+def measure_all(pairs: Iterable[tuple[str, str]], jobs: int) -> Iterator[tuple[tuple[str, str], Figures]]:
+    """Compile kernels for devices, both by name, in `jobs` processes; each pair with its figures when it is done."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_measure_named, *pair): pair for pair in pairs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _measure_named(name: str, target: str) -> Figures:
+    return measure(variants()[name], TARGETS[target])
 
 
 def measure(variant: Variant, target: GPUTarget) -> Figures:

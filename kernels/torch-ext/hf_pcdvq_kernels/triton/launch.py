@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..reference.sliced import sliced_dequantize, sliced_matmul
 from ..weights import CcqWeight, PcdvqWeight, Weight
-from . import activations, ccq, config, pcdvq, stream, tiles
+from . import activations, ccq, config, pcdvq, stream, tiles, tuned
 
 INTERPRETED = isinstance(tiles.dequantize_kernel, InterpretedFunction)
 # Weights decoded at a time where PyTorch multiplies: 128 MiB of 16-bit floats, and enough for a GPU's matrix product.
@@ -93,7 +93,7 @@ def product(x: Tensor, weight: Weight, signs: Tensor | None, choice: config.Conf
     packed = form(weight)
     tokens, columns = x.shape
     shape = config.Shape(packed.codec, config.tokens_per_program(tokens), weight.rows, columns)
-    choice = choice or config.default(shape, config.processors(x.device))
+    choice = choice or tuned.choose(shape, x.device)
     dot = shape.tokens > config.VECTOR_TOKENS
     units = 32 if dot else 32 * choice.warps
     is_stream = packed.codec.startswith("stream")

@@ -1,0 +1,80 @@
+"""`hf-pcdvq tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .common import Command, note
+
+if TYPE_CHECKING:
+    from hf_pcdvq_kernels.triton.config import Shape
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 64),
+    multiple=True,
+    default=(1, 2, 4, 8),
+    show_default=True,
+    help="Tokens that run at once: sequences in a batch. May be repeated.",
+)
+@click.option("--device", help="cuda, cuda:1, xpu, ... [default: the accelerator]")
+@click.option("--force", is_flag=True, help="Measure again what was measured before.")
+def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool) -> None:
+    """Measure on this GPU how to launch the kernels of the packed model in DIR, which is run without it too.
+
+    Takes some seconds for every size of layer. The result is kept in a file per kind of GPU, whose path is printed, and
+    holds for all models with layers of these sizes; deleting it brings the defaults back. What is in the file is not
+    measured again, so that a run that was interrupted goes on where it stopped.
+
+    \b
+    Example:
+      hf-pcdvq tune qwen-2bit --tokens 1
+    """
+    import torch
+
+    if device is None and not torch.accelerator.is_available():
+        raise click.ClickException("launch configs are measured on a GPU, and PyTorch finds none here")
+    where = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
+    if where.type == "cpu":
+        raise click.ClickException("--device cpu: launch configs are measured on a GPU")
+
+    from hf_pcdvq_kernels.triton import tuned, tuning
+    from tqdm import tqdm
+
+    shapes = _shapes(folder, tokens)
+    wanted = [shape for shape in shapes if force or shape not in tuned.load(where)]
+    note(f"{len(wanted)} products to measure, {len(shapes) - len(wanted)} measured before")
+    table = Table("codec", "tokens", "outputs", "inputs", "rows", "warps", "splits", "µs", "default µs")
+    for shape, found in tqdm(tuning.tune(wanted, where), total=len(wanted), unit="product"):
+        times = f"{found.seconds * 1e6:.1f}", f"{found.default_seconds * 1e6:.1f}"
+        sizes = (shape.tokens, shape.rows, shape.columns, found.config.rows, found.config.warps, found.config.splits)
+        table.add_row(shape.codec, *map(str, sizes), *times)
+    if wanted:
+        Console().print(table)
+    click.echo(tuned.file_of(where))
+
+
+def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
+    """The products of a packed model, each once."""
+    from hf_pcdvq_kernels.triton.config import Shape, tokens_per_program
+
+    from ..report import count_folder
+
+    count = count_folder(folder)
+    if not count.layers:
+        raise ValueError(f"{folder} holds no packed layers; give the folder of a packed model")
+    fields = count.config.to_dict()
+    layout = fields.get("layout", "stream")
+    setting = fields["bits"] if layout == "stream" else layout
+    codec = f"{'stream' if fields.get('layout') == 'stream' else count.config.method} {setting}"
+    powers = sorted({tokens_per_program(number) for number in tokens})
+    sizes = dict.fromkeys((layer.out_features, layer.in_features) for layer in count.layers)
+    return [Shape(codec, power, *size) for size in sizes for power in powers]

@@ -1,0 +1,62 @@
+"""Time of a call on a device, with weights that come from memory and not from a cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+COLD = 1 << 29  # bytes of weights between two uses of the same one: ten times the second-level cache of an H200
+MOST_COPIES = 256
+REPLAYS = 10
+
+
+def copies(nbytes: int) -> int:
+    """How many copies of a weight of this size to go through in turn."""
+    return max(1, min(MOST_COPIES, -(-COLD // nbytes)))
+
+
+def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Median time of one of `calls`, which run one after the other, each on a weight of its own.
+
+    On NVIDIA and AMD all of them are captured in one CUDA graph, so that launching from Python does not count; on a CPU
+    it is wall-clock time.
+    """
+    if device.type == "cpu":
+        calls[0]()
+        return statistics.median(_wall(calls) for _ in range(REPLAYS)) / len(calls)
+    module = torch.get_device_module(device)
+    with module.device(device):
+        run = _captured(calls) if device.type == "cuda" else lambda: [call() for call in calls]
+        times = []
+        for _ in range(REPLAYS + 2):  # the first ones warm up
+            start, stop = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            start.record()
+            run()
+            stop.record()
+            module.synchronize()
+            times.append(start.elapsed_time(stop) / 1000)
+    return statistics.median(times[2:]) / len(calls)
+
+
+def _wall(calls: Sequence[Callable[[], object]]) -> float:
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - started
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels are compiled and cuBLAS is set up before the capture
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay

@@ -1,0 +1,113 @@
+"""Launch configs that were measured on a device: the file that holds them, and the choice of one for a product.
+
+One file per kind of device, `<user's cache folder>/hf_pcdvq/<device>.json`, written by `tuning.py` and read once per
+process. Without it, or after it was deleted, the defaults of `config.py` hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from . import config
+from .config import Config, Shape
+
+FORMAT = 1  # raised with every change to the kernels that makes old measurements worthless
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The fastest config of a product."""
+
+    config: Config
+    seconds: float
+    default_seconds: float  # of the config that holds without measuring
+
+
+def choose(shape: Shape, device: torch.device) -> Config:
+    """The measured config for a product on a device, or else the default one."""
+    measured = load(device).get(shape)
+    return config.default(shape, config.processors(device)) if measured is None else measured.config
+
+
+@cache
+def load(device: torch.device) -> Mapping[Shape, Measured]:
+    """What was measured for this kind of device; nothing, with a warning, where the file cannot be used."""
+    file = file_of(device)
+    if not file.is_file():
+        return {}
+    try:
+        return read(file, config.processors(device))
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"hf_pcdvq ignores the measured launch configs in {file}: {error}. Delete it, or measure again with "
+            "`hf-pcdvq tune`",
+            stacklevel=2,
+        )
+        return {}
+
+
+def file_of(device: torch.device) -> Path:
+    """Where the configs measured on this kind of device are."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "hf_pcdvq" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name(device)).strip('-')}.json"
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200` and the like; `cpu` for Triton's interpreter."""
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+
+
+def read(file: Path, processors: int) -> dict[Shape, Measured]:
+    """The configs in a file.
+
+    Raises:
+        ValueError: it is damaged, of another format or Triton, or has a config that the kernels do not take.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))  # its error is a ValueError
+    try:
+        versions = content["format"], content["triton"]
+        rows = [(Shape(**row["shape"]), Config(**row["config"]), row) for row in content["products"]]
+        found = {shape: Measured(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is not laid out as expected ({type(error).__name__}: {error})") from None
+    if versions != (FORMAT, triton.__version__):
+        raise ValueError(
+            f"it is of format {versions[0]} and Triton {versions[1]}, needed are {FORMAT} and {triton.__version__}"
+        )
+    for shape, measured in found.items():
+        try:
+            known = {*config.candidates(shape), config.default(shape, processors)}
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"there is no product like {shape}") from None
+        if measured.config not in known:
+            raise ValueError(f"{measured.config} is no config of {shape}")
+    return found
+
+
+def write(file: Path, device: str, measured: Mapping[Shape, Measured]) -> None:
+    """Write the file whole or not at all; products that run later in this process use it."""
+    products = [
+        {
+            "shape": asdict(shape),
+            "config": asdict(found.config),
+            "seconds": found.seconds,
+            "default_seconds": found.default_seconds,
+        }
+        for shape, found in measured.items()
+    ]
+    content = {"format": FORMAT, "triton": triton.__version__, "device": device, "products": products}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
+    load.cache_clear()

@@ -1,0 +1,45 @@
+"""Measures which launch config is fastest on a device. Called by `hf-pcdvq tune`, never while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+
+from ..random_weights import random_weight
+from . import config, launch, timing, tuned
+from .config import Shape
+from .tuned import Measured
+
+
+def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape, Measured]]:
+    """Measure one product after the other, and add each to the device's file when it is done.
+
+    Raises:
+        RuntimeError: the device is no GPU.
+    """
+    if device.type == "cpu":
+        raise RuntimeError("launch configs are measured on a GPU, and PyTorch finds none here")
+    file = tuned.file_of(device)
+    for shape in shapes:
+        found = measure(shape, device)
+        tuned.write(file, tuned.device_name(device), {**tuned.load(device), shape: found})
+        yield shape, found
+
+
+def measure(shape: Shape, device: torch.device) -> Measured:
+    """The fastest config of a product of bfloat16, with a rotation of its activations as layers have it."""
+    first = random_weight(shape.codec, shape.rows, shape.columns, device=device)
+    nbytes = first.weight.numel() * first.weight.element_size()
+    seeds = range(1, timing.copies(nbytes))
+    weights = [first, *(random_weight(shape.codec, shape.rows, shape.columns, seed, device) for seed in seeds)]
+    x = torch.randn(shape.tokens, shape.columns, device=device, dtype=torch.bfloat16)
+    signs = torch.ones(min(128, shape.columns & -shape.columns), device=device)
+    default = config.default(shape, config.processors(device))
+    times = {}
+    for choice in {default: None, **dict.fromkeys(config.candidates(shape))}:
+        calls = [partial(launch.product, x, weight, signs, choice) for weight in weights]
+        times[choice] = timing.seconds_per_call(calls, device)
+    best = min(times, key=times.__getitem__)
+    return Measured(best, times[best], times[default])

@@ -1,0 +1,91 @@
+"""The file of measured launch configs: written, read, chosen from, and ignored with a warning where it does not fit."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from hf_pcdvq_kernels.triton import config, tuned, tuning  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPE = config.Shape("pcdvq 2.25", 1, 4096, 8192)
+OTHER = config.Shape("stream 2.0", 8, 4096, 8192)
+DEFAULT = config.default(SHAPE, config.processors(CPU))
+CONFIG = next(choice for choice in config.candidates(SHAPE) if choice != DEFAULT)
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.load.cache_clear()
+    yield tmp_path / "hf_pcdvq/cpu.json"
+    tuned.load.cache_clear()
+
+
+@pytest.fixture
+def written(file):
+    tuned.write(file, "a device", {SHAPE: tuned.Measured(CONFIG, 1e-6, 2e-6)})
+    return file
+
+
+def test_what_was_measured_is_chosen_and_deleting_the_file_brings_the_default_back(written):
+    assert tuned.file_of(CPU) == written
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.choose(SHAPE, CPU) == CONFIG
+        assert tuned.choose(OTHER, CPU) == config.default(OTHER, config.processors(CPU))
+        written.unlink()
+        tuned.load.cache_clear()  # as in a new process
+        assert tuned.choose(SHAPE, CPU) == DEFAULT
+
+
+def test_written_files_are_read_back_whole(written):
+    measured = {**tuned.load(CPU), OTHER: tuned.Measured(config.candidates(OTHER)[-1], 3e-6, 3e-6)}
+    tuned.write(written, "a device", measured)
+    assert tuned.load(CPU) == measured and tuned.read(written, 1) == measured
+    assert list(written.parent.iterdir()) == [written]
+
+
+def changed(**fields):
+    return lambda content: {**content, **fields}
+
+
+def product(**fields):
+    return lambda content: {**content, "products": [{**content["products"][0], **fields}]}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (changed(format=0), "it is of format 0"),
+        (changed(triton="2.0.0"), "and Triton 2.0.0, needed are"),
+        (changed(products=[{"shape": {}}]), "not laid out as expected"),
+        (
+            product(config={"rows": 3, "warps": 1, "splits": 1}),
+            r"Config\(rows=3, warps=1, splits=1\) is no config of",
+        ),
+        (product(shape={"codec": "qtip 2", "tokens": 1, "rows": 8, "columns": 64}), "there is no product like"),
+        (lambda content: [], "not laid out as expected"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_ignored_with_one_warning(written, change, reason):
+    written.write_text(json.dumps(change(json.loads(written.read_text()))))
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert tuned.choose(SHAPE, CPU) == DEFAULT
+        assert tuned.choose(OTHER, CPU) == config.default(OTHER, config.processors(CPU))
+    assert len(caught) == 1 and str(written) in str(caught[0].message)
+
+
+def test_a_damaged_file_is_ignored_with_a_warning(written):
+    written.write_text(written.read_text()[:-20])
+    with pytest.warns(UserWarning, match="ignores the measured launch configs in .*cpu.json"):
+        assert tuned.choose(SHAPE, CPU) == DEFAULT
+
+
+def test_nothing_is_measured_without_a_gpu(file):
+    with pytest.raises(RuntimeError, match="measured on a GPU"):
+        list(tuning.tune([SHAPE], CPU))
+    assert not file.exists()
