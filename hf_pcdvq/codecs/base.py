@@ -121,6 +121,18 @@ class Codec(ABC):
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
         """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives."""
 
+    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
+        """`x[g] @ W[experts[g]].T` for stacks of packed tensors, without waiting for the device.
+
+        Args:
+            x: `[G, T, K]`.
+            experts: int32 `[G]`; the product is zero where it is negative.
+
+        Returns:
+            `[G, T, N]` in the dtype of `x`; None if the format has no op for it.
+        """
+        return None
+
     def code_tables(self) -> Packed:
         """Constants that decoding reads, on the CPU; none unless the format has a codebook."""
         return {}

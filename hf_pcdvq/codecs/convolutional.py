@@ -114,6 +114,10 @@ class ConvolutionalCodec(Codec):
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
         return ops.ccq_matmul(x, *self._arguments(packed), self.layout, signs=tables.get("signs"))
 
+    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
+        arguments = [*self._arguments(packed), self.layout]
+        return ops.grouped_matmul("ccq", x, experts, arguments, tables.get("signs"))
+
     @staticmethod
     def _arguments(packed: Packed) -> tuple[Tensor | None, ...]:
         return tuple(packed.get(suffix) for suffix in ("", "scale", "local_scale", "code_scale", "code_zero"))

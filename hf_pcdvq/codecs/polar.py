@@ -30,6 +30,7 @@ least-squares choice and takes 2 % off the squared error, though not off the per
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import hf_pcdvq_kernels as ops
 import torch
@@ -118,8 +119,15 @@ class PolarCodec(Codec):
         )
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        tensors = packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]
-        return ops.pcdvq_matmul(x, *tensors, signs=tables.get("signs"))
+        return ops.pcdvq_matmul(x, *_arguments(packed, tables), signs=tables.get("signs"))
+
+    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
+        return ops.grouped_matmul("pcdvq", x, experts, _arguments(packed, tables), tables.get("signs"))
+
+
+def _arguments(packed: Packed, tables: Packed) -> list[Any]:
+    """Of the ops, in their order."""
+    return [packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]]
 
 
 class PolarEncoder(UnitEncoder):

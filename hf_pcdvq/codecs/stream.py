@@ -120,6 +120,10 @@ class StreamCodec(Codec):
             x, packed[""], packed["scale"], self.stream_bits, self.window, signs=tables.get("signs")
         )
 
+    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
+        arguments = [packed[""], packed["scale"], self.stream_bits, self.window]
+        return ops.grouped_matmul("stream", x, experts, arguments, tables.get("signs"))
+
 
 class StreamEncoder(UnitEncoder):
     """Encodes one input at a time: all its rings. The code of a weight is its window, of which the new bits are stored.

@@ -8,12 +8,15 @@ a slice of every tensor.
 from __future__ import annotations
 
 import torch
+from hf_pcdvq_kernels.backend import use_triton
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
 
 STACKS = ("gate_up_proj", "down_proj")
+_SINGLE_PAIRS = 64  # up to so many pairs of a token and an expert, each is a product of its own
+_TILES = (16, 64)  # pairs of one expert that are multiplied together, where there are more
 # What the decorator `use_experts_implementation` of Transformers says about experts, as far as packing needs it so.
 _NEEDED = {
     "is_transposed": (False, "its weights are transposed"),
@@ -97,15 +100,51 @@ class QuantExperts(PackedModule):
         Returns:
             `[T, H]` in the dtype of `hidden_states`. Summed in float32.
         """
+        if self._has_grouped_kernels(hidden_states):
+            return self._forward_in_tiles(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
-        number = self.packed_parameters["down_proj"].shape[0]
         for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < number:
+            if not 0 <= expert < self._number:
                 continue
             token, place = torch.where(top_k_index == expert)
             result = self.run_expert(expert, hidden_states[token])
             out = out.index_add(0, token, result * top_k_weights[token, place, None].float())
         return out.to(hidden_states.dtype)
+
+    @property
+    def _number(self) -> int:
+        return self.packed_parameters["down_proj"].shape[0]
+
+    def _has_grouped_kernels(self, hidden_states: Tensor) -> bool:
+        """They have no derivative, and none of them takes float32."""
+        kept = torch.is_grad_enabled() and hidden_states.requires_grad
+        device, dtype = hidden_states.device, hidden_states.dtype
+        return not kept and dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
+
+    def _forward_in_tiles(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The same with one launch for all experts, shapes that depend on nothing but shapes, and no waiting."""
+        tokens, k = top_k_index.shape
+        experts, place, size = tiles_of_tokens(top_k_index.flatten(), self._number)
+        x = hidden_states.new_zeros(len(experts) * size, hidden_states.shape[1])
+        x[place] = hidden_states.repeat_interleave(k, 0)
+        x = x.view(len(experts), size, -1)
+        out = self._multiply_groups(
+            "down_proj", experts, self.gate(self._multiply_groups("gate_up_proj", experts, x))
+        )
+        chosen = out.flatten(0, 1)[place].view(tokens, k, -1)
+        return (chosen.float() * top_k_weights[..., None].float()).sum(1).to(hidden_states.dtype)
+
+    def _multiply_groups(self, stack: str, experts: Tensor, x: Tensor) -> Tensor:
+        packed, tables = self.packed_tensors(stack), self.tables_of(stack)
+        out = self.codec.grouped_matmul(x, experts, packed, tables)
+        if out is not None:
+            return out
+        # One product for each expert in turn: slower, but it waits for nothing either.
+        out = x.new_zeros(*x.shape[:-1], self.packed_parameters[stack].shape[1])
+        for expert in range(self._number):
+            mine = (experts == expert)[:, None, None]
+            out = torch.where(mine, self._multiply(stack, expert, x), out)
+        return out
 
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
         """What one expert makes of tokens `[t, H]`."""
@@ -131,6 +170,42 @@ class QuantExperts(PackedModule):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(entry.shape)}" for name, entry in self.packed_parameters.items())
         return f"{shapes}, codec={self.codec}"
+
+
+def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
+    """Arrange pairs of a token and an expert in tiles of one expert each, for kernels that multiply tile by tile.
+
+    Few pairs have a tile each. Of many, those of an expert fill tiles of 16 or 64, the last of them in part; there are as
+    many tiles as there could have to be.
+
+    Args:
+        index: the expert of every pair, integer `[S]`; what is not an expert's number gets tiles of no expert.
+        number: of experts.
+
+    Returns:
+        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among all places of the tiles, int64
+        `[S]`; and the number of places in a tile.
+    """
+    index = torch.where((index >= 0) & (index < number), index, number)  # experts of other devices: one more
+    pairs = len(index)
+    if pairs <= _SINGLE_PAIRS:
+        experts = torch.where(index < number, index, -1).to(torch.int32)
+        return experts, torch.arange(pairs, device=index.device), 1
+    size = _TILES[0] if pairs <= _TILES[0] * number else _TILES[1]
+    order = index.argsort(stable=True)
+    count = torch.zeros(number + 1, dtype=torch.int64, device=index.device).scatter_add_(
+        0, index, torch.ones_like(index)
+    )
+    needed = -(-count // size)
+    first_tile, first_pair = needed.cumsum(0) - needed, count.cumsum(0) - count
+    sorted_index = index[order]
+    position = torch.arange(pairs, device=index.device) - first_pair[sorted_index]
+    tile = first_tile[sorted_index] + position // size
+    place = torch.empty_like(order)
+    place[order] = tile * size + position % size
+    experts = torch.full((pairs // size + number + 1,), -1, dtype=torch.int32, device=index.device)
+    experts[tile] = torch.where(sorted_index < number, sorted_index, -1).to(torch.int32)
+    return experts, place, size
 
 
 def _take_over(source: nn.Module, target: nn.Module) -> None:

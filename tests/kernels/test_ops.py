@@ -196,3 +196,32 @@ def test_wrong_rotations_are_refused():
         ops.hadamard(torch.randn(2, 8), torch.ones(8, dtype=torch.int8))
     with pytest.raises(TypeError, match="x must be one of"):
         ops.hadamard(torch.ones(2, 8, dtype=torch.int32), torch.ones(8))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_grouped_products(setting):
+    """Against one product after the other, and PyTorch's checks of the op."""
+    method, shared = setting.split()[0], 2 if setting.startswith("pcdvq") else 0
+    packed = [random_packed(setting, 24, 64, seed) for seed in range(3)]
+    for one in packed if shared else ():
+        one[-2:] = packed[0][-2:]
+    stacked = [
+        torch.stack(items) if isinstance(items[0], torch.Tensor) and number < len(packed[0]) - shared else items[0]
+        for number, items in enumerate(zip(*packed))
+    ]
+    experts = torch.tensor([1, -1, 2, 1], dtype=torch.int32)
+    x = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
+    out = ops.grouped_matmul(method, x, experts, stacked)
+    for group, expert in enumerate(experts.tolist()):
+        expected = op_pair(setting)[1](x[group], *packed[expert]) if expert >= 0 else torch.zeros(3, 24)
+        assert torch.equal(out[group], expected)
+    op = getattr(torch.ops.hf_pcdvq_kernels, f"{method}_grouped_matmul")
+    torch.library.opcheck(op.default, (x, experts, *stacked), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(TypeError, match="experts must be torch.int32"):
+        ops.grouped_matmul(method, x, experts.long(), stacked)
+    with pytest.raises(ValueError, match=r"x must be \[G, T, 64\]"):
+        ops.grouped_matmul(method, x[0], experts, stacked)
+    with pytest.raises(ValueError, match="contiguous stacks"):
+        ops.grouped_matmul(method, x, experts, packed[0])
+    with pytest.raises(ValueError, match="method must be"):
+        ops.grouped_matmul("gptq", x, experts, stacked)

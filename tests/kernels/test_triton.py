@@ -98,9 +98,37 @@ def test_every_config_gives_the_same_product(setting, tokens):
     choices = config.candidates(shape)
     assert len({choice.splits for choice in choices}) > 1
     for choice in choices:
-        out = launch.product(x.to(DEVICE), weight, None, choice)
+        (out,) = launch.product(x.to(DEVICE)[None], weight, None, choice, None)
         assert relative_error(out.cpu(), expected) < TOLERANCE[torch.float16], choice
-    assert torch.equal(out, launch.product(x.to(DEVICE), weight, None, choice))
+    assert torch.equal(out, launch.product(x.to(DEVICE)[None], weight, None, choice, None)[0])
+
+
+@pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (5, torch.float16), (16, torch.float16)])
+@pytest.mark.parametrize(
+    "setting", ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.0625", "stream 2.0", "stream 2.25"]
+)
+def test_products_with_weights_of_a_stack(setting, tokens, dtype):
+    """Groups take experts in any order, some the same one, and a group without one gets zeros."""
+    packed = [random_packed(setting, 37, 192, seed) for seed in range(4)]
+    experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
+    x = activations(len(experts), tokens, 192).to(dtype)
+    shared = 2 if setting.startswith("pcdvq") else 0  # patterns and levels are not stacked
+    stacked = []
+    for number, items in enumerate(zip(*packed)):
+        stack = isinstance(items[0], torch.Tensor) and number < len(packed[0]) - shared
+        stacked.append(torch.stack(items) if stack else items[0])
+    for one in packed if shared else ():
+        one[-2:] = packed[0][-2:]
+    out = ops.grouped_matmul(
+        setting.split()[0], x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE)
+    )
+    assert out.shape == (len(experts), tokens, 37) and out.dtype == dtype
+    for group, expert in enumerate(experts.tolist()):
+        if expert < 0:
+            assert not out[group].any()
+            continue
+        expected = exact_rotation(x[group]) @ exact_weight(setting, packed[expert]).T
+        assert relative_error(out[group].cpu(), expected) < TOLERANCE[dtype]
 
 
 def test_a_measured_config_is_used(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from .formats import CCQ_LAYOUTS, STREAM_BITS, STREAM_WINDOWS, CcqLayout, Stream
 from .functional import (
     ccq_dequantize,
     ccq_matmul,
+    grouped_matmul,
     hadamard,
     pcdvq_dequantize,
     pcdvq_matmul,
@@ -21,6 +22,7 @@ __all__ = [
     "ccq_dequantize",
     "ccq_matmul",
     "get_backend",
+    "grouped_matmul",
     "hadamard",
     "pcdvq_dequantize",
     "pcdvq_matmul",

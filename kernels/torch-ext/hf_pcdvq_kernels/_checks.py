@@ -55,6 +55,23 @@ def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, rows: int, colum
         raise ValueError(f"{op}: x is on {x.device}, weight on {weight.device}; move one of them")
 
 
+def check_stack(op: str, stack: list[torch.Tensor | None]) -> None:
+    """Packed tensors of several weights: one more dimension, the same number of weights in each."""
+    experts = stack[0].shape[0] if stack[0].ndim == 3 else 0
+    for tensor in stack:
+        if tensor is not None and (not experts or tensor.shape[:1] != (experts,) or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{op}: packed tensors must be contiguous stacks of as many weights, weight [E, N, words] and so on, got "
+                f"{list(stack[0].shape)} and {list(tensor.shape)}"
+            )
+
+
+def check_groups(op: str, x: torch.Tensor, experts: torch.Tensor, columns: int) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"{op}: x must be [G, T, {columns}], got {list(x.shape)}")
+    check_tensor(op, "experts", experts, torch.int32, (x.shape[0],), x.device)
+
+
 def check_signs(op: str, signs: torch.Tensor, columns: int, device: torch.device) -> None:
     """Signs of a rotation of `columns` numbers."""
     block = signs.numel()

@@ -151,6 +151,60 @@ def _register_matmul_autograd(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
 
+# ------------------------------------------------------------------------------------------ grouped matmul
+
+# How many of the first arguments of a format belong to one weight, so that a stack of weights has stacks of them.
+_STACKED = {"pcdvq": 3, "ccq": 5, "stream": 2}
+
+
+def _define_grouped_matmul(method: str) -> None:
+    name = f"{method}_grouped_matmul"
+    arguments, checked = _FORMATS[method]
+    torch.library.define(
+        f"{NAMESPACE}::{name}", f"(Tensor x, Tensor experts, {arguments}, Tensor? signs=None) -> Tensor"
+    )
+    count = arguments.count(",") + 1
+
+    def one(packed, expert: int) -> Weight:
+        stacked = [item if item is None else item[expert] for item in packed[: _STACKED[method]]]
+        return checked(name, *stacked, *packed[_STACKED[method] :])
+
+    def check(x, experts, packed, signs):
+        packed, last = packed[:count], packed[count:]
+        signs = last[0] if last else signs
+        checks.check_stack(name, packed[: _STACKED[method]])
+        first = one(packed, 0)
+        checks.check_groups(name, x, experts, first.columns)
+        checks.check_input(name, x, first.weight, first.rows, first.columns, False)
+        if signs is not None:
+            checks.check_signs(name, signs, first.columns, x.device)
+        return first, packed, signs
+
+    def fake(x, experts, *packed, signs=None):
+        first, _, _ = check(x, experts, packed, signs)
+        return x.new_empty(*x.shape[:-1], first.rows)
+
+    def implementation(x, experts, *packed, signs=None):
+        first, packed, signs = check(x, experts, packed, signs)
+        multiply = products.matmul
+        if use_triton(x.device, x.dtype):
+            from .triton import launch
+
+            out = launch.grouped_matmul(x, experts, first, signs)
+            if out is not None:
+                return out
+            multiply = launch.matmul
+        out = x.new_zeros(*x.shape[:-1], first.rows)
+        for group, expert in enumerate(experts.tolist()):
+            if expert >= 0:
+                out[group] = multiply(x[group], one(packed, expert), False, signs)
+        return out
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", implementation)
+
+
 for _method in _FORMATS:
     _define_dequantize(_method)
     _define_matmul(_method)
+    _define_grouped_matmul(_method)

@@ -174,3 +174,30 @@ def stream_matmul(
         TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
     """
     return OPS.stream_matmul(x, weight, scale, bits, window, transposed, signs)
+
+
+def grouped_matmul(
+    method: str, x: Tensor, experts: Tensor, packed: list[Tensor | float | str | None], signs: Tensor | None = None
+) -> Tensor:
+    """`x[g] @ W[experts[g]].T` for every group `g` of tokens and a stack of weights `W`. Not differentiable.
+
+    As one Triton kernel where there is one: 16-bit `x`, at most 64 tokens a group. Nothing then waits for the device.
+
+    Args:
+        method: `"pcdvq"`, `"ccq"` or `"stream"`.
+        x: `[G, T, K]`, floating.
+        experts: int32 `[G]`, which weight a group takes; the product of a group is zero where it is negative. Must be
+            smaller than the number of weights, which is not checked on a GPU.
+        packed: the other arguments of `<method>_matmul`, in their order, the packed tensors of each weight stacked along a
+            new first dimension. `patterns` and `levels` are shared, and not stacked.
+        signs: of a rotation, see `hadamard`: the product is then `hadamard(x[g]) @ W[experts[g]].T`.
+
+    Returns:
+        `[G, T, N]` in the dtype of `x`.
+
+    Raises:
+        TypeError: a wrong dtype. ValueError: a wrong method, shape, device or stride.
+    """
+    if method not in ("pcdvq", "ccq", "stream"):
+        raise ValueError(f"grouped_matmul: method must be 'pcdvq', 'ccq' or 'stream', got {method!r}")
+    return getattr(OPS, f"{method}_grouped_matmul")(x, experts, *packed, signs=signs)

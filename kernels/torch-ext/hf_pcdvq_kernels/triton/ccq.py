@@ -58,15 +58,16 @@ def decode(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int64 [T, U / UNITS, QUADS, UNITS], see `activations.py`
-    p_x_scale,  # float32 [T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_x,  # int64 [G T, U / UNITS, QUADS, UNITS], see `activations.py`
+    p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
     p_weight,  # packed [N, ...]
     p_scale,  # float32 [N]
     p_local,  # uint8 [N, ceil(U / 2)], where SCALE_BITS is 0
     p_code_scale,  # float32 [N], where SCALE_BITS is 0
     p_code_zero,  # float32 [N], where SCALE_BITS is 0
-    p_out,  # floating [SPLIT, T, N]
-    tokens,
+    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_out,  # floating [SPLIT, G, T, N]
+    tokens,  # of a group
     rows,  # N
     units,  # U = K / 64 groups
     span,  # blocks of UNITS groups per split
@@ -81,6 +82,7 @@ def matmul_kernel(
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
 ):
     CLUSTERED: tl.constexpr = SCALE_BITS == 0
     # Bits that a thread loads at once: what the size of a group is a multiple of.
@@ -91,7 +93,8 @@ def matmul_kernel(
     WORD: tl.constexpr = tl.int16 if LOAD == 16 else (tl.int32 if LOAD == 32 else tl.int64)
 
     o_row = tl.program_id(0) * R + tl.arange(0, R)
-    row = tl.minimum(o_row, rows - 1).to(tl.int64)[None, :, None]
+    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One at a time: a thread that took several neighbours would hold them in another order than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
@@ -105,7 +108,10 @@ def matmul_kernel(
 
     acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
     begin = tl.program_id(1) * span
-    for block in range(begin, tl.minimum(begin + span, blocks)):
+    stop = tl.minimum(begin + span, blocks)
+    if GROUPED:
+        stop = tl.where(wanted, stop, begin)
+    for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
         if CLUSTERED:
             group_scale = (tl.load(p_local + o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15

@@ -60,7 +60,15 @@ def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
             yield product(codec, count, config.default(shape, PROCESSORS))
 
 
-def product(codec: str, tokens: int, choice: config.Config) -> Variant:
+def grouped_products() -> Iterator[Variant]:
+    """The kernels of products with weights of a stack, of one token each and of many."""
+    for codec in CODECS:
+        for count in (1, 16, 64):
+            shape = config.Shape(codec, count, ROWS, COLUMNS)
+            yield product(codec, count, config.default(shape, 1), grouped=True)
+
+
+def product(codec: str, tokens: int, choice: config.Config, grouped: bool = False) -> Variant:
     """The kernel of a product of bfloat16."""
     method = codec.split()[0]
     dot = tokens > config.VECTOR_TOKENS
@@ -73,6 +81,7 @@ def product(codec: str, tokens: int, choice: config.Config) -> Variant:
         "DOT": dot,
         "BF16": True,
         "PTX": True,
+        "GROUPED": grouped,
     }
     x = {"p_x": "*i32" if method == "stream" else "*i64", "p_x_scale": "*fp32"}
     sizes = ["tokens", "rows", "columns", "words", "span"]
@@ -85,9 +94,10 @@ def product(codec: str, tokens: int, choice: config.Config) -> Variant:
     else:
         kernel = stream.matmul_kernel
         constants["CHANNELS"] = stream.channels(constants) if dot else choice.rows
-    types = {**x, **_packed(codec), "p_out": "*bf16", **dict.fromkeys(sizes, "i32")}
+    types = {**x, **_packed(codec), "p_experts": "*i32", "p_out": "*bf16", **dict.fromkeys(sizes, "i32")}
     weights = choice.rows * units * config.LANE_INPUTS[method] / (32 * choice.warps)
-    return Variant(f"{codec}, {tokens} tokens", kernel, types, constants, choice.warps, weights)
+    name = f"{codec}, {tokens} tokens{' of experts' if grouped else ''}"
+    return Variant(name, kernel, types, constants, choice.warps, weights)
 
 
 def others() -> Iterator[Variant]:
@@ -118,7 +128,7 @@ def others() -> Iterator[Variant]:
 @cache
 def variants() -> dict[str, Variant]:
     """Every kernel as it is launched by default, by its name."""
-    return {variant.name: variant for variant in (*products(), *others())}
+    return {variant.name: variant for variant in (*products(), *grouped_products(), *others())}
 
 
 def measure_all(pairs: Iterable[tuple[str, str]], jobs: int) -> Iterator[tuple[tuple[str, str], Figures]]:

@@ -226,13 +226,29 @@ def per_lane_zero(like, PTX: tl.constexpr):
 
 
 @triton.jit
+def group_token(tokens, T: tl.constexpr):
+    """Numbers of the tokens of this program's group, [T]; beyond the last it repeats."""
+    return tl.program_id(2) * tokens + tl.minimum(tl.arange(0, T), tokens - 1)
+
+
+@triton.jit
+def group_expert(p_experts, GROUPED: tl.constexpr):
+    """The weight of a stack that this program's group takes, and whether there is one: the first, if there is no stack."""
+    if GROUPED:
+        expert = tl.load(p_experts + tl.program_id(2))
+    else:
+        expert = tl.full([], 0, tl.int32)
+    return tl.maximum(expert, 0).to(tl.int64), expert >= 0
+
+
+@triton.jit
 def activation_pointers(
     p_x, p_x_scale, tokens, blocks, QUADS: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr
 ):
-    """To the first quads of the tokens and to their scales; the shape is [T, 1, UNITS], or [UNITS, T] where `DOT`."""
+    """To the first quads of this group's tokens and to their scales: [T, 1, UNITS], or [UNITS, T] where `DOT`."""
     # One at a time: a thread that took several neighbours would hold them in another order than the weights.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
-    o_token = tl.minimum(tl.arange(0, T), tokens - 1)
+    o_token = group_token(tokens, T)
     if DOT:
         o_lane, o_token = o_lane[:, None], o_token[None, :]
     else:
@@ -244,7 +260,8 @@ def activation_pointers(
 
 @triton.jit
 def store_product(p_out, out, o_row, tokens, rows, T: tl.constexpr):
-    """Store `out` [T, R] as this split's part of [SPLIT, tokens, rows]."""
+    """Store `out` [T, R] as this split's and this group's part of [SPLIT, G, tokens, rows]."""
     o_token, o_row = tl.arange(0, T)[:, None], o_row[None, :]
-    p_out += (tl.program_id(1).to(tl.int64) * tokens + o_token) * rows + o_row
+    group = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    p_out += (group * tokens + o_token) * rows + o_row
     tl.store(p_out, out, mask=(o_token < tokens) & (o_row < rows))

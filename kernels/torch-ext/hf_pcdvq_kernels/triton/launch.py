@@ -66,13 +66,26 @@ def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None) ->
     """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
     flat = x.reshape(-1, x.shape[-1])
     if not transposed and _has_kernel(weight, len(flat), x.dtype):
-        return product(flat.contiguous(), weight, signs, None).reshape(*x.shape[:-1], weight.rows)
+        return product(flat.contiguous()[None], weight, signs, None, None).reshape(*x.shape[:-1], weight.rows)
     if signs is not None and not transposed:
         x = hadamard(x, signs, False)
     out = sliced_matmul(
         x, weight.rows, weight.columns, _rows(weight, x.dtype), transposed, weight.row_multiple, SLICE
     )
     return hadamard(out, signs, True) if signs is not None and transposed else out
+
+
+def grouped_matmul(x: Tensor, experts: Tensor, first: Weight, signs: Tensor | None) -> Tensor | None:
+    """The product of every `x[g]` with weight `experts[g]` of a stack; None if there is no kernel for it.
+
+    Args:
+        x: `[G, T, K]`.
+        experts: int32 `[G]`; the product is zero where it is negative.
+        first: the first weight of the stack, where its tensors begin.
+    """
+    if not _has_kernel(first, x.shape[1], x.dtype):
+        return None
+    return product(x.contiguous(), first, signs, None, experts)
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
@@ -88,30 +101,40 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     return out
 
 
-def product(x: Tensor, weight: Weight, signs: Tensor | None, choice: config.Config | None) -> Tensor:
-    """`hadamard(x) @ W.T` for up to `DOT_TOKENS` rows of 16-bit `x`; `choice` overrides how it is cut into programs."""
+def product(
+    x: Tensor, weight: Weight, signs: Tensor | None, choice: config.Config | None, experts: Tensor | None
+) -> Tensor:
+    """`hadamard(x) @ W.T` for 16-bit `x` `[G, T, K]` of up to `DOT_TOKENS` rows; G is 1 without `experts`.
+
+    `choice` overrides how it is cut into programs. `experts` is described in `grouped_matmul`.
+    """
     packed = form(weight)
-    tokens, columns = x.shape
+    groups, tokens, columns = x.shape
     shape = config.Shape(packed.codec, config.tokens_per_program(tokens), weight.rows, columns)
-    choice = choice or tuned.choose(shape, x.device)
+    if choice is None and experts is None:
+        choice = tuned.choose(shape, x.device)
+    elif choice is None:  # groups keep the device busy, so that there is less to split
+        choice = config.default(shape, -(-config.processors(x.device) // groups))
     dot = shape.tokens > config.VECTOR_TOKENS
     units = 32 if dot else 32 * choice.warps
     is_stream = packed.codec.startswith("stream")
     order = activations.Order(packed.unit, packed.slots, 1 if is_stream else units)
     with _on(x.device):
-        quads, x_scale = _prepare(x, signs, order, scale=not dot)
+        quads, x_scale = _prepare(x.flatten(0, 1), signs, order, scale=not dot)
         # A block is what the kernel's loop takes at a time; of a stream it is UNITS * CHAIN pairs.
         blocks = triton.cdiv(columns, 2 * units * stream.CHAIN.value) if is_stream else order.blocks(columns)
         span = triton.cdiv(blocks, min(choice.splits, blocks))
         splits = triton.cdiv(blocks, span)
         out_dtype = x.dtype if splits == 1 else torch.float32
-        out = torch.empty(splits, tokens, weight.rows, dtype=out_dtype, device=x.device)
+        out = torch.empty(splits, groups, tokens, weight.rows, dtype=out_dtype, device=x.device)
         constants = {**packed.constants, "T": shape.tokens, "R": choice.rows, "UNITS": units}
         constants |= {"DOT": dot, "BF16": x.dtype == torch.bfloat16, "PTX": _ptx(x.device)}
+        constants["GROUPED"] = experts is not None
         kernel, arguments = _kernel(packed, constants)
-        kernel[(triton.cdiv(weight.rows, choice.rows), splits)](
+        kernel[(triton.cdiv(weight.rows, choice.rows), splits, groups)](
             *(quads.view(torch.int32) if is_stream else quads, x_scale),
             *arguments,
+            x if experts is None else experts,
             out,
             tokens,
             weight.rows,

@@ -48,15 +48,16 @@ def decode(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int64 [T, U / UNITS, 8, UNITS], see `activations.py`
-    p_x_scale,  # float32 [T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_x,  # int64 [G T, U / UNITS, 8, UNITS], see `activations.py`
+    p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
     p_weight,  # int16 [N, 4 U]
     p_magnitude,  # uint8 [N, U], where PATTERNS is 512
     p_scale,  # float32 [N]
     p_patterns,  # int8 [PATTERNS, 8]
     p_levels,  # float32 [4]
-    p_out,  # floating [SPLIT, T, N]
-    tokens,
+    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_out,  # floating [SPLIT, G, T, N]
+    tokens,  # of a group
     rows,  # N
     units,  # U = K / 32, four vectors each
     span,  # blocks of UNITS units per split
@@ -67,9 +68,11 @@ def matmul_kernel(
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
 ):
     o_row = tl.program_id(0) * R + tl.arange(0, R)
-    row = tl.minimum(o_row, rows - 1).to(tl.int64)[None, :, None]
+    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One at a time: a thread that took several neighbours would hold them in another order than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
@@ -88,7 +91,10 @@ def matmul_kernel(
 
     acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
     begin = tl.program_id(1) * span
-    for block in range(begin, tl.minimum(begin + span, blocks)):
+    stop = tl.minimum(begin + span, blocks)
+    if GROUPED:
+        stop = tl.where(wanted, stop, begin)
+    for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
         p_block = p_x + block * (8 * UNITS)
         words = tl.load(p_words + o_unit)

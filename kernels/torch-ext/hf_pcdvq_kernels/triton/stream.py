@@ -71,12 +71,13 @@ def decode(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int32 [T, S SPAN], pairs of activations in their order, filled up to whole spans
-    p_x_scale,  # float32 [T, S]; not read where DOT
+    p_x,  # int32 [G T, S SPAN], pairs of activations in their order, filled up to whole spans
+    p_x_scale,  # float32 [G T, S]; not read where DOT
     p_weight,  # int32 [words, K]
     p_scale,  # float32 [N]
-    p_out,  # floating [SPLIT, T, N]
-    tokens,
+    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_out,  # floating [SPLIT, G, T, N]
+    tokens,  # of a group
     rows,  # N
     columns,  # K
     words,
@@ -94,6 +95,7 @@ def matmul_kernel(
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs; wants UNITS 32
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
 ):
     BITS: tl.constexpr = CHANNELS // CYCLE * CYCLE_BITS  # new bits of the channels
     RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
@@ -109,13 +111,16 @@ def matmul_kernel(
     last = (end + 31) // 32 - 1
     down = 32 * (last + 1) - end
     pairs = columns // 2
+    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    p_weight += expert * words * columns
+    p_scale += expert * rows
     p_ring = p_weight.to(tl.pointer_type(tl.int64)) + (ring * RING_WORDS).to(tl.int64) * pairs
     p_word0 = p_ring + last.to(tl.int64) * pairs
     p_word1 = p_ring + ((last + 2 * ring_words - 1) % ring_words).to(tl.int64) * pairs
     p_word2 = p_ring + ((last + 2 * ring_words - 2) % ring_words).to(tl.int64) * pairs
 
     spans = tl.cdiv(pairs, SPAN)
-    o_token = tl.minimum(tl.arange(0, T), tokens - 1)
+    o_token = half2.group_token(tokens, T)
     o_token = o_token[None, :] if DOT else o_token[:, None, None]
     p_x += o_token.to(tl.int64) * spans * SPAN
     p_x_scale += o_token * spans
@@ -125,6 +130,8 @@ def matmul_kernel(
     acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, tl.cdiv(pairs, UNITS * CHAIN))
+    if GROUPED:
+        stop = tl.where(wanted, stop, begin)
     full = tl.minimum(stop, pairs // (UNITS * CHAIN))
     # Blocks that are all there need no care at the border.
     for block in range(begin, full):

@@ -39,7 +39,7 @@ def measure(shape: Shape, device: torch.device) -> Measured:
     default = config.default(shape, config.processors(device))
     times = {}
     for choice in {default: None, **dict.fromkeys(config.candidates(shape))}:
-        calls = [partial(launch.product, x, weight, signs, choice) for weight in weights]
+        calls = [partial(launch.product, x[None], weight, signs, choice, None) for weight in weights]
         times[choice] = timing.seconds_per_call(calls, device)
     best = min(times, key=times.__getitem__)
     return Measured(best, times[best], times[default])
