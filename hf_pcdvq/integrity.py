@@ -107,9 +107,11 @@ def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < len(tokenizer.all_special_tokens):
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"the tokenizer in {folder} knows special tokens only: its vocabulary file is missing")
+    # Added tokens may lie beyond the embeddings: a text model keeps the image token of its family.
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    highest = max((index for token, index in vocabulary.items() if token not in added), default=-1)
     if highest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has the token id {highest}, but the model knows {config.vocab_size} tokens; "

@@ -1,4 +1,4 @@
-"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it.
+"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it, publish it.
 
 Exit codes: 0 done, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
 """
@@ -9,6 +9,7 @@ import click
 
 from .generate import generate
 from .measure import evaluate_command, inspect
+from .push import card, check, push
 from .quantize import quantize
 
 
@@ -25,8 +26,9 @@ def main() -> None:
       hf-pcdvq inspect qwen-2bit
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt
       hf-pcdvq generate qwen-2bit --prompt "What is a codebook?"
+      hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit
     """
 
 
-for command in (quantize, inspect, evaluate_command, generate):
+for command in (quantize, inspect, evaluate_command, generate, check, card, push):
     main.add_command(command)
