@@ -56,7 +56,12 @@ def model_card(
         base_model_relation="quantized" if base_model else None,
         library_name="transformers",
         pipeline_tag=_pipeline_tag(settings),
-        tags=["hf_pcdvq", count.config.method, f"{int(count.config.codec.bits)}-bit", *(["conversational"] if chat else [])],
+        tags=[
+            "hf_pcdvq",
+            count.config.method,
+            f"{int(count.config.codec.bits)}-bit",
+            *(["conversational"] if chat else []),
+        ],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(measured) or None,
         **{**provenance.inherited, **(metadata or {})},
@@ -207,14 +212,17 @@ def unmeasured_figures(card: ModelCard, generated: ModelCard) -> list[str]:
     A figure is a number with a decimal point or a unit; also every value in the `model-index`.
     """
     known = {number for number, _ in _figures(generated.text)}
-    values = [str(result.metric_value) for result in card.data.eval_results or []]
-    known_values = {str(result.metric_value) for result in generated.data.eval_results or []}
-    unknown = [value for value in values if value not in known_values]
+    known_values = _metric_values(generated)
+    unknown = [value for value in _metric_values(card) if value not in known_values]
     for number, shown in _figures(card.text):
         decimals = len(number.partition(".")[2])
         if not any(round(float(other), decimals) == float(number) for other in known):
             unknown.append(shown)
     return list(dict.fromkeys(unknown))
+
+
+def _metric_values(card: ModelCard) -> list[str]:
+    return [str(result.metric_value) for result in card.data.get("eval_results") or []]
 
 
 def _figures(text: str) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _FOLDERS = {"additional_chat_templates"}
 # Where a push leaves these out, those of the model before must not stay.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
-_REPLACED += [f"{REPORT}.*", EVALUATION, SPEED, f"{MODULE}.py"]
+_REPLACED += [f"{REPORT}.*", "evaluation.*", SPEED, f"{MODULE}.py"]
 _GENERATED = "<!-- Written by hf_pcdvq from the files beside it"
 
 
@@ -172,8 +172,7 @@ def push_folder(
     metadata = dict(metadata or {})
     with told_plainly(repo_id):
         inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
-    options = {"base_model": base_model, "metadata": {**inherited, **metadata}, "loader_stub": loader_stub}
-    with _staged(folder, repo_id, **options) as (staging, publication):
+    with _staged(folder, repo_id, base_model, {**inherited, **metadata}, loader_stub) as (staging, publication):
         if publication.card.data.get("license") is None:
             logger.warning("the card of %s states no licence: give one with metadata={'license': ...}", repo_id)
         api = HfApi(token=token)
@@ -259,7 +258,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _selection(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the files that belong to a model, and of the others."""
-    chosen, left_out = [], []
+    chosen: list[str] = []
+    left_out: list[str] = []
     for path in _files(folder):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
@@ -301,11 +301,15 @@ def _prepared_branch(
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         if create_pr:
-            raise PushError(f"{repo_id} does not exist, or the token may not see it; push without create_pr") from None
+            raise PushError(
+                f"{repo_id} does not exist, or the token may not see it; push without create_pr"
+            ) from None
         api.create_repo(repo_id, private=private)
         info = api.model_info(repo_id)
     if private and not info.private:
-        raise ValueError(f"{repo_id} exists and is public. Make it private in its settings on the Hub, then push again")
+        raise ValueError(
+            f"{repo_id} exists and is public. Make it private in its settings on the Hub, then push again"
+        )
     if create_pr:
         return None
     if revision is not None:

@@ -84,7 +84,9 @@ def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> An
         else:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
-    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=[str(f) for f in files])
+    quantizer.preprocess_model(
+        model=model, dtype=model.dtype, device_map=None, checkpoint_files=[str(f) for f in files]
+    )
     return model
 
 
@@ -96,7 +98,9 @@ def _check_finite(count: FolderCount) -> None:
                 continue
             with safe_open(tensor.file, "pt") as file:
                 if not file.get_tensor(tensor.name).isfinite().all():
-                    raise ValueError(f"{tensor.file}: {tensor.name} holds infinite or NaN values; the file is damaged")
+                    raise ValueError(
+                        f"{tensor.file}: {tensor.name} holds infinite or NaN values; the file is damaged"
+                    )
 
 
 def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:

@@ -57,7 +57,9 @@ def add_loader_stub(config: dict, folder: Path) -> None:
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(f"a loader stub is for causal language models of Transformers; this is {architecture}")
     if "auto_map" in config:
-        raise ValueError(f"the model has code of its own, {config['auto_map']}; add `import hf_pcdvq` to that instead")
+        raise ValueError(
+            f"the model has code of its own, {config['auto_map']}; add `import hf_pcdvq` to that instead"
+        )
     config["auto_map"] = {_AUTO_CLASS: f"{MODULE}.Packed{architecture}"}
     write_text(folder / f"{MODULE}.py", _SOURCE.format(architecture=architecture))
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -47,7 +47,7 @@ class Measured:
             _check_report(folder / f"{REPORT}.json", report, count)
         evaluation = _read(folder / EVALUATION)
         if evaluation is not None:
-            _check_evaluation(folder / EVALUATION, evaluation)
+            _check_evaluation(folder / EVALUATION, evaluation, count)
         speed = _read(folder / SPEED)
         if speed is not None:
             _check_format(folder / SPEED, speed)
@@ -63,7 +63,11 @@ class Measured:
         evaluation, noise, speed = None, None, None
         if self.evaluation is not None:
             record = self.evaluation
-            scope = {"text": f"`{Path(record['text']).name}`", "device": record["device"], "command": record["command"]}
+            scope = {
+                "text": f"`{Path(record['text']).name}`",
+                "device": record["device"],
+                "command": record["command"],
+            }
             evaluation = {**record["metrics"], **scope, "held_out": False}
             if record["noise_floor"]:
                 noise = {"dtype": record["noise_floor"]["dtype"], **record["noise_floor"]["metrics"]}
@@ -73,7 +77,16 @@ class Measured:
         if self.speed is not None:
             peak = self.speed["peak_memory_bytes"]
             speed = {**self.speed, "peak_memory": readable_size(peak) if peak else None}
-        return {"evaluation": evaluation, "noise": noise, "tasks": self.tasks, "speed": speed}
+        return {"evaluation": evaluation, "noise": noise, "tasks": [_task_row(t) for t in self.tasks], "speed": speed}
+
+
+def _task_row(task: dict[str, Any]) -> dict[str, Any]:
+    """A task with its two results as text; lm-eval knows no error of some metrics."""
+    shown = {}
+    for name in ("original", "packed"):
+        error = task[f"{name}_stderr"]
+        shown[name] = f"{task[name]:.4f}" if error is None else f"{task[name]:.4f} ± {error:.4f}"
+    return {**task, **shown}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -102,16 +115,23 @@ def _check_report(file: Path, report: dict[str, Any], count: FolderCount) -> Non
         )
 
 
-def _check_evaluation(file: Path, record: dict[str, Any]) -> None:
+def _check_evaluation(file: Path, record: dict[str, Any], count: FolderCount) -> None:
     _check_format(file, record)
     missing = {"text", "metrics", "noise_floor", "tasks", "device", "command"} - record.keys()
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; write it with hf-pcdvq eval")
+    if record.get("bits_per_packed_weight") not in (None, count.bits_per_packed_weight):
+        raise ValueError(
+            f"{file} belongs to another model, of {record['bits_per_packed_weight']:.3f} bits per packed weight; the files "
+            f"beside it have {count.bits_per_packed_weight:.3f}. Delete it, or measure again with hf-pcdvq eval"
+        )
     _check_metrics(file, record["metrics"])
     if record["noise_floor"]:
         _check_metrics(file, record["noise_floor"]["metrics"])
     for task in record["tasks"] or []:
-        if not all(isinstance(task[name], (int, float)) and math.isfinite(task[name]) for name in ("original", "packed")):
+        if not all(
+            isinstance(task[name], (int, float)) and math.isfinite(task[name]) for name in ("original", "packed")
+        ):
             raise ValueError(f"{file}: task {task['task']!r} has no finite results; measure again")
 
 
@@ -130,4 +150,6 @@ def _check_metrics(file: Path, metrics: dict[str, Any]) -> None:
         and result.predictions == result.windows * (result.context_length - 1)
     )
     if not plausible:
-        raise ValueError(f"{file} holds metrics that no evaluation gives: {metrics}. Measure again with hf-pcdvq eval")
+        raise ValueError(
+            f"{file} holds metrics that no evaluation gives: {metrics}. Measure again with hf-pcdvq eval"
+        )

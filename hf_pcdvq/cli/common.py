@@ -26,7 +26,7 @@ class Command(click.Command):
         self.params.append(click.Option(["--debug"], is_flag=True, help="On an error, show the Python traceback."))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[_COMMAND_LINE] = shlex.join(["hf-pcdvq", *filter(None, [ctx.info_name]), *args])
+        ctx.meta[_COMMAND_LINE] = shlex.join(["hf-pcdvq", ctx.info_name, *args])
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -42,7 +42,7 @@ class Command(click.Command):
 
 
 def command_line(ctx: click.Context) -> str:
-    """The command as it was typed, for the records of what it made."""
+    """What was typed, quoted for a shell."""
     return ctx.meta[_COMMAND_LINE]
 
 

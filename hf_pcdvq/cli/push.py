@@ -27,7 +27,9 @@ def _card_options(command: Callable) -> Callable:
             help="Add a module with which trust_remote_code=True loads the model without `import hf_pcdvq`.",
         ),
         click.option("--language", multiple=True, metavar="CODE", help="Of the model. [default: the original's]"),
-        click.option("--license", metavar="ID", help="As the Hub knows it: apache-2.0, ... [default: the original's]"),
+        click.option(
+            "--license", metavar="ID", help="As the Hub knows it: apache-2.0, ... [default: the original's]"
+        ),
         click.option(
             "--base-model",
             metavar="NAME",
@@ -38,7 +40,9 @@ def _card_options(command: Callable) -> Callable:
     return command
 
 
-def _card_arguments(base_model: str | None, license: str | None, language: tuple[str, ...], loader_stub: bool) -> dict:
+def _card_arguments(
+    base_model: str | None, license: str | None, language: tuple[str, ...], loader_stub: bool
+) -> dict:
     metadata: dict[str, Any] = {"license": license} if license else {}
     if language:
         metadata["language"] = list(language)
@@ -49,7 +53,9 @@ def _card_arguments(base_model: str | None, license: str | None, language: tuple
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.argument("repo", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--revision", metavar="BRANCH", help="Push to this branch; it is made if it is missing. [default: main]")
+@click.option(
+    "--revision", metavar="BRANCH", help="Push to this branch; it is made if it is missing. [default: main]"
+)
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
 @click.option("--token", help="Access token. [default: the one that `hf auth login` stored]")
 @click.option("--dry-run", is_flag=True, help="Only check, and list what would be sent. Needs no network.")
@@ -137,7 +143,9 @@ def check(folder: Path) -> None:
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.argument("repo", metavar="REPO")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file. [default: print it]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file. [default: print it]"
+)
 @_card_options
 def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
     """Write the model card with which the packed model in DIR would be published as REPO.

@@ -193,7 +193,11 @@ class _Handler(BaseHTTPRequestHandler):
     def validate_yaml(self, body: bytes) -> None:
         match = _YAML.match(json.loads(body)["content"])
         metadata = yaml.safe_load(match[1]) if match else {}
-        problems = [f"{name} must be a string" for name in ("license", "pipeline_tag") if not isinstance(metadata.get(name, ""), str)]
+        problems = [
+            f"{name} must be a string"
+            for name in ("license", "pipeline_tag")
+            if not isinstance(metadata.get(name, ""), str)
+        ]
         self.answer({"errors": [{"message": text} for text in problems], "warnings": []}, 400 if problems else 200)
 
     def model_info(self, body: bytes, name: str, revision: str = "main") -> None:
