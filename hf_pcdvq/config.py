@@ -7,6 +7,7 @@ wrote is refused, with that version named, rather than read with its unknown fie
 from __future__ import annotations
 
 import copy
+import re
 from abc import abstractmethod
 from typing import Any
 
@@ -18,6 +19,7 @@ from .codecs.base import Codec
 from .codecs.codebook import codebook_hash
 from .codecs.convolutional import ConvolutionalCodec
 from .codecs.polar import CODEBOOKS, PolarCodec
+from .codecs.scalar import ScalarCodec
 from .codecs.stream import StreamCodec
 from .version import FORMAT_VERSION
 
@@ -44,8 +46,23 @@ def _integer(owner: str, field: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def _overrides(owner: str, value: Any) -> dict[str, str | None]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: overrides must map patterns to settings, got {value!r}")
+    for pattern, setting in value.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{owner}: overrides: {pattern!r} is not a regular expression: {error}") from error
+        if setting is not None:
+            _one_of(owner, f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
+    return dict(value)
+
+
 class PackedConfig(QuantizationConfigMixin):
-    """The fields that both methods share. Use `PcdvqConfig` or `CcqConfig`.
+    r"""The fields that both methods share. Use `PcdvqConfig` or `CcqConfig`.
 
     Args:
         hadamard_block: largest block of the input rotation, a power of two from 8 to 1024; the block of a layer is
@@ -60,7 +77,10 @@ class PackedConfig(QuantizationConfigMixin):
             None rounds to the nearest codes. In a packed model it records how the model was made.
         tokenizer: for calibration while a model loads: a tokenizer, or a name or folder to load it from; None takes
             the one that lies beside the model. Not saved.
-        dequantize: when loading a packed model, decode it into ordinary `nn.Linear` layers.
+        overrides: other settings for some modules: from regular expressions, searched in the module's name, to the name of
+            a setting (see `SETTINGS`), or to None, which leaves the modules as they are. The first that is found counts.
+            `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`
+        dequantize: when loading a packed model, decode it into ordinary dense layers.
         left_unpacked: set by the quantizer, not by the user: parameters that stayed as they were, with the reason.
         format_version: version of the packed format.
 
@@ -79,6 +99,7 @@ class PackedConfig(QuantizationConfigMixin):
         modules_to_convert: list[str] | None,
         calibration: Calibration | dict[str, Any] | str | None,
         tokenizer: Any,
+        overrides: dict[str, str | None] | None,
         dequantize: bool,
         left_unpacked: dict[str, str] | None,
         format_version: int,
@@ -96,6 +117,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.modules_to_convert = _names(owner, "modules_to_convert", modules_to_convert)
         self.calibration = Calibration.of(calibration)
         self.tokenizer = tokenizer
+        self.overrides = _overrides(owner, overrides)
         self.dequantize = _one_of(owner, "dequantize", dequantize, (False, True))
         self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
 
@@ -117,7 +139,27 @@ class PackedConfig(QuantizationConfigMixin):
     @property
     @abstractmethod
     def codec(self) -> Codec:
-        """The codec that this config describes."""
+        """The codec that this config describes, for modules without an override."""
+
+    def codec_of(self, module: str) -> Codec | None:
+        """The codec of a module, by its name; None if it is to be left as it is."""
+        for pattern, setting in self.overrides.items():
+            if re.search(pattern, module):
+                return None if setting is None else self._codec_of_setting(setting)
+        return self.codec
+
+    def _codec_of_setting(self, setting: str) -> Codec:
+        kind, fields = SETTINGS[setting]
+        if kind == "int8":
+            return ScalarCodec(self.hadamard_block, self.hadamard_seed)
+        rotation: dict[str, Any] = {"hadamard_block": self.hadamard_block, "hadamard_seed": self.hadamard_seed}
+        return CONFIGS[kind](**fields, **rotation).codec
+
+    @property
+    def codecs(self) -> list[Codec]:
+        """Every codec that modules may have."""
+        settings = [setting for setting in self.overrides.values() if setting is not None]
+        return [self.codec, *(self._codec_of_setting(setting) for setting in dict.fromkeys(settings))]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Fields that a config given to `from_pretrained` may set for a model that is packed already."""
@@ -135,7 +177,8 @@ class PcdvqConfig(PackedConfig):
 
     Args:
         bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights) or 2.25 (2^16 directions).
-        magnitude: `"projection"` on the chosen direction (default; 2 % less squared error) or the paper's `"norm"`.
+        magnitude: the paper's `"norm"` (default; better text after calibration) or the `"projection"` on the chosen
+            direction (2 % less squared error of the weights).
         codebook: id of the shipped codebook; None takes the one for `bits`.
         codebook_sha256: set by the quantizer: hash of the codebook's contents, checked on load.
 
@@ -147,7 +190,7 @@ class PcdvqConfig(PackedConfig):
     def __init__(
         self,
         bits: float = 2.25,
-        magnitude: str = "projection",
+        magnitude: str = "norm",
         codebook: str | None = None,
         codebook_sha256: str | None = None,
         hadamard_block: int = 128,
@@ -156,6 +199,7 @@ class PcdvqConfig(PackedConfig):
         modules_to_convert: list[str] | None = None,
         calibration: Calibration | dict[str, Any] | str | None = None,
         tokenizer: Any = None,
+        overrides: dict[str, str | None] | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -168,13 +212,14 @@ class PcdvqConfig(PackedConfig):
             modules_to_convert=modules_to_convert,
             calibration=calibration,
             tokenizer=tokenizer,
+            overrides=overrides,
             dequantize=dequantize,
             left_unpacked=left_unpacked,
             format_version=format_version,
             unknown=unknown,
         )
         self.bits = float(_one_of("PcdvqConfig", "bits", bits, tuple(CODEBOOKS)))
-        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("projection", "norm"))
+        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("norm", "projection"))
         self.codebook = CODEBOOKS[self.bits] if codebook is None else codebook
         self.codebook_sha256 = codebook_hash(self.codebook)
         if self.codec.bits != self.bits:
@@ -220,6 +265,7 @@ class CcqConfig(PackedConfig):
         modules_to_convert: list[str] | None = None,
         calibration: Calibration | dict[str, Any] | str | None = None,
         tokenizer: Any = None,
+        overrides: dict[str, str | None] | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -232,6 +278,7 @@ class CcqConfig(PackedConfig):
             modules_to_convert=modules_to_convert,
             calibration=calibration,
             tokenizer=tokenizer,
+            overrides=overrides,
             dequantize=dequantize,
             left_unpacked=left_unpacked,
             format_version=format_version,
@@ -255,5 +302,14 @@ class CcqConfig(PackedConfig):
             return StreamCodec(block, self.hadamard_seed, self.bits, self.window)
         return ConvolutionalCodec(block, self.hadamard_seed, self.layout)
 
+
+# Settings by name: the method, and the fields of its config. "int8" is for overrides alone (`codecs/scalar.py`).
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"pcdvq-{bits}": ("pcdvq", {"bits": bits}) for bits in CODEBOOKS},
+    **{f"ccq-{layout}": ("ccq", {"layout": layout}) for layout in CCQ_LAYOUTS},
+    **{f"ccq-{layout}-published": ("ccq", {"layout": layout, "hadamard": False}) for layout in CCQ_LAYOUTS},
+    **{f"stream-{bits}": ("ccq", {"layout": "stream", "bits": bits}) for bits in STREAM_BITS},
+    "int8": ("int8", {}),
+}
 
 CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}

@@ -8,8 +8,8 @@ goes through `Quantize`, one at a time. Pre-packed: the same swap, the packed te
 from __future__ import annotations
 
 import logging
+import re
 import time
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightTransform,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
@@ -27,89 +34,13 @@ from .calibration.run import CalibratedRun
 from .calibration.store import BlockStore, fingerprint, keep_windows
 from .checkpoint import check_stored
 from .config import PackedConfig
-from .modules import QuantLinear, parameter_name
+from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
+from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name
 from .quantization_report import QuantizationReport
 from .select import select_layers
 from .version import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
-
-
-class PassThrough(ConversionOps):
-    """Leaves tensors as they are. The packed tensors are saved under their own names, so nothing is to be reverted."""
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
-
-class LoadOperation(ConversionOps):
-    """An op that runs while a parameter loads and can fail by name.
-
-    Transformers catches what an op raises, goes on with the next parameter and ends in an error that names neither
-    tensor nor reason. So the first failure is kept, the remaining work is skipped, and the hook after loading raises it.
-    """
-
-    def __init__(self, hf_quantizer: PackedHfQuantizer):
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LoadOperation:
-        # Transformers copies the op for every parameter; the failure must reach the one quantizer.
-        return type(self)(self.hf_quantizer)
-
-    def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        if self.hf_quantizer.failure is not None:
-            return {}
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        try:
-            return self.apply(tensors, full_layer_name, get_module_from_name(model, full_layer_name)[0])
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            self.hf_quantizer.failure = f"{full_layer_name}: {kind}{error}"
-            return {}
-
-    @abstractmethod
-    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Turn what the checkpoint holds of the parameter `name` of `module` into parameters of the model."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return PassThrough()
-
-
-class Quantize(LoadOperation):
-    """One dense weight -> the packed tensors of its layer."""
-
-    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
-        (weight,) = tensors.values()
-        packed = module.codec.encode(weight)
-        self.hf_quantizer.report_progress(name, module.codec.relative_error(weight, packed))
-        stem = name.removesuffix("weight")
-        return {stem + parameter_name(suffix): tensor for suffix, tensor in packed.items()}
-
-
-class Dequantize(LoadOperation):
-    """The packed tensors of a layer -> its dense weight; any other parameter called `weight` passes through.
-
-    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
-    """
-
-    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
-        codec = self.hf_quantizer.quantization_config.codec
-        names = {suffix: parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)}
-        missing = [key for key in names.values() if key not in tensors]
-        if len(missing) == len(names) - 1 and tensors["weight"].is_floating_point():
-            return {name: tensors["weight"].to(module.weight.dtype)}
-        if missing:
-            raise ValueError(f"{', '.join(missing)} not in the checkpoint")
-        packed = {suffix: tensors[key] for suffix, key in names.items()}
-        tables = {key: table.to(packed[""].device) for key, table in codec.tables(module.in_features).items()}
-        return {name: codec.decode(packed, tables, module.weight.dtype)}
 
 
 class PackedHfQuantizer(HfQuantizer):
@@ -120,9 +51,7 @@ class PackedHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        codec = quantization_config.codec
-        names = [parameter_name(suffix) for suffix in codec.specs(codec.multiple, codec.multiple)]
-        self.serialized_names = {"weight": names}
+        self.serialized_names = {"weight": self._stored_names("weight")}
         self.failure: str | None = None
         self.report: QuantizationReport | None = None
         self._progress: tqdm | None = None
@@ -153,13 +82,19 @@ class PackedHfQuantizer(HfQuantizer):
         if not self.pre_quantized and self.quantization_config.calibration is not None:
             self._to_calibrate = selected  # once they have their weights
             return
+        matrices = 0
         for name in selected:
-            model.set_submodule(name, self._empty_layer(model.get_submodule(name)))
+            module = model.get_submodule(name)
+            matrices += sum(1 if weight.ndim == 2 else len(weight) for weight in dense_weights(module).values())
+            empty = packed_type(module).empty_like(module, self.quantization_config.codec_of(name))
+            # Transformers would try to draw missing integers from a normal distribution; they are checked instead.
+            empty._is_hf_initialized = True
+            model.set_submodule(name, empty)
         if self.pre_quantized:
             self._check_checkpoint(model, checkpoint_files)
         else:
             self._progress = tqdm(
-                total=len(selected), desc="Quantizing", unit="layer", disable=not is_progress_bar_enabled()
+                total=matrices, desc="Quantizing", unit="weight", disable=not is_progress_bar_enabled()
             )
 
     def select(self, model: nn.Module) -> list[str]:
@@ -172,7 +107,7 @@ class PackedHfQuantizer(HfQuantizer):
         skip = self._modules_to_skip(model)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         selected, left = select_layers(
-            model, config.codec, skip, config.modules_to_convert, tied, model.base_model_prefix
+            model, config.codec_of, skip, config.modules_to_convert, tied, model.base_model_prefix
         )
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
@@ -193,22 +128,13 @@ class PackedHfQuantizer(HfQuantizer):
             return asked + [name for name, module in model.named_modules() if head is not None and module is head]
         return self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
 
-    def _empty_layer(self, linear: nn.Linear) -> QuantLinear:
-        bias = linear.bias is not None
-        dtype = linear.bias.dtype if bias else None
-        layer = QuantLinear(
-            linear.in_features, linear.out_features, bias, self.quantization_config.codec, dtype, "meta"
-        )
-        # Transformers would try to draw missing integers from a normal distribution; they are checked instead.
-        layer._is_hf_initialized = True
-        return layer
-
     def _check_checkpoint(self, model: nn.Module, files: list[str] | None) -> None:
         if files and all(str(file).endswith(".safetensors") for file in files):
             expected = {
                 name: (tuple(parameter.shape), parameter.dtype)
-                for name, parameter in model.named_parameters()
-                if isinstance(get_module_from_name(model, name)[0], QuantLinear) and not name.endswith(".bias")
+                for path, module in _packed_modules(model).items()
+                for name, parameter in module.named_parameters(path, recurse=False)
+                if not name.endswith(".bias")
             }
             check_stored(expected, files, model.base_model_prefix)
 
@@ -225,13 +151,41 @@ class PackedHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, QuantLinear) and name == "weight"
+        return not self.pre_quantized and isinstance(module, PackedModule) and name in module.packed_parameters
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         return {"dequantize": Dequantize}
+
+    def _stored_names(self, parameter: str) -> list[str]:
+        """The tensors that may stand for a dense parameter, whatever the codec of its module."""
+        suffixes = {
+            suffix: None
+            for codec in self.quantization_config.codecs
+            for suffix in codec.specs(codec.row_multiple, codec.multiple)
+        }
+        return [parameter_name(suffix, parameter) for suffix in suffixes]
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: nn.Module
+    ) -> list[WeightTransform]:
+        """What the model's files need on their way into its parameters, the experts of a layer one at a time."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            return [_one_expert_at_a_time(conversion) for conversion in conversions]
+        if self.quantization_config.dequantize:
+            # Their names are given with the module's: a dense layer may be called gate_up_proj too.
+            stacks = {
+                f"{name.rpartition('.')[2]}.{stack}"
+                for name, module in model.named_modules()
+                if is_fused_experts(module)
+                for stack in dense_weights(module)
+            }
+            for stack in sorted(stacks):
+                conversions.append(WeightConverter(self._stored_names(stack), stack, [Dequantize(self)]))
+        return conversions
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.pre_quantized:
@@ -240,7 +194,7 @@ class PackedHfQuantizer(HfQuantizer):
         return [WeightConverter("weight", "weight", [PassThrough()])]
 
     def report_progress(self, name: str, error: float) -> None:
-        """Advance the progress bar by the layer whose weight is called `name`, with its relative squared error."""
+        """Advance the progress bar by one matrix of the parameter `name`, with its relative squared error."""
         if self._progress is not None:
             self._progress.set_postfix_str(f"{name.removesuffix('.weight')} error {error:.4f}", refresh=False)
             self._progress.update()
@@ -256,7 +210,7 @@ class PackedHfQuantizer(HfQuantizer):
         if self._to_calibrate:
             data, tokenizer = self.quantization_config.calibration.data, self._tokenizer(model)
             self.calibrate(model, self._to_calibrate, data, tokenizer, progress=is_progress_bar_enabled())
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layers = _packed_modules(model)
         missing = [
             f"{name}.{parameter}"
             for name, layer in layers.items()
@@ -270,8 +224,30 @@ class PackedHfQuantizer(HfQuantizer):
             )
         for layer in layers.values():
             layer.reset_tables()
+        self._settle_conversions(model)
         if not self.pre_quantized:
             self._print_summary(len(layers))
+
+    def _settle_conversions(self, model: nn.Module) -> None:
+        """Have `save_pretrained` write packed experts as the stacks they are, and dense ones as the model's files do."""
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:
+            conversions = [
+                entry
+                for entry in get_model_conversion_mapping(model, add_legacy=False)
+                if not isinstance(entry, PrefixChange)  # only loading could tell whether there was a prefix
+            ]
+        elif self.quantization_config.dequantize:
+            stock = get_model_conversion_mapping(model, add_legacy=False)
+            conversions = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+            conversions += [entry for entry in stock if isinstance(entry, WeightConverter)]
+        packed = [
+            f"{name}.{stack}"
+            for name, module in _packed_modules(model).items()
+            for stack in module.packed_parameters
+            if stack != "weight"
+        ]
+        model._weight_conversions = [entry for entry in conversions if not _merges_into(entry, packed)]
 
     def _tokenizer(self, model: nn.Module) -> Any:
         """The tokenizer that the config gives or names, or else the model's own; None if no text is to be read."""
@@ -311,7 +287,7 @@ class PackedHfQuantizer(HfQuantizer):
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else placed.pop()
         run = CalibratedRun(
-            model, selected, config.codec, config.calibration, windows, holdout, device, store, progress
+            model, selected, config.codec_of, config.calibration, windows, holdout, device, store, progress
         )
         run.run()
         model.train(training)
@@ -349,12 +325,13 @@ class PackedHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config may hold its name
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        layers = _packed_modules(model)
         for name, layer in layers.items():
-            if layer.weight.device.type == "meta":
+            if next(layer.parameters()).device.type == "meta":
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
         for name, layer in layers.items():
             model.set_submodule(name, layer.dequantize(dtype))
+        model._weight_conversions = None  # those of the architecture, which may want to unstack experts again
         return model
 
     def is_serializable(self) -> bool:
@@ -383,3 +360,22 @@ def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
         return getattr(tensor, "_is_hf_initialized", False)
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     return weights is not None and name in weights
+
+
+def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:
+    first = conversion.operations[0] if isinstance(conversion, WeightConverter) else None
+    if isinstance(first, MergeModulelist) and first.dim == 0:
+        return OneExpertAtATime.of(conversion)
+    return conversion
+
+
+def _merges_into(conversion: WeightTransform, names: list[str]) -> bool:
+    """Whether a conversion makes one of these parameters out of several tensors."""
+    if not isinstance(conversion, WeightConverter) or isinstance(conversion.operations[0], PassThrough):
+        return False
+    patterns = [re.compile(target.replace(r"\1", ".*") + "$") for target in conversion.target_patterns]
+    return any(pattern.search(name) for pattern in patterns for name in names)

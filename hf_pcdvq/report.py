@@ -18,7 +18,7 @@ from .checkpoint import StoredTensor, checkpoint_files, read_headers
 from .codecs.base import Codec
 from .config import CONFIGS, PackedConfig
 from .evaluate import Evaluation
-from .modules import parameter_name
+from .modules import STACKS, parameter_name
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,22 @@ class LayerCount:
     """One packed layer as its file stores it.
 
     Attributes:
-        name: name of the module.
+        name: name of the module; of fused experts, with the name of the stack.
         out_features, in_features: size of the weight that the codes stand for.
         tensors: its packed tensors, codes first, companions after them. A bias is not among them.
+        experts: number of weights of that size: 1, or those of a stack.
     """
 
     name: str
     out_features: int
     in_features: int
     tensors: tuple[StoredTensor, ...]
+    experts: int = 1
 
     @property
     def weights(self) -> int:
         """Number of weights that the codes stand for."""
-        return self.out_features * self.in_features
+        return self.experts * self.out_features * self.in_features
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +59,7 @@ class LayerCount:
             "name": self.name,
             "out_features": self.out_features,
             "in_features": self.in_features,
+            "experts": self.experts,
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.nbytes,
             "tensors": [
@@ -164,7 +167,7 @@ def count_folder(folder: Path) -> FolderCount:
     files = checkpoint_files(folder)
     stored = read_headers(files)
     config = _packed_config(settings.get("quantization_config"), folder)
-    layers = _packed_layers(stored, config.codec) if config else ()
+    layers = _packed_layers(stored, config) if config else ()
     packed = {tensor.name for layer in layers for tensor in layer.tensors}
     dense = [tensor for name, tensor in stored.items() if name not in packed]
     embeddings, heads = _vocabulary_tensors(dense, settings)
@@ -194,44 +197,50 @@ def _packed_config(fields: dict[str, Any] | None, folder: Path) -> PackedConfig 
     return CONFIGS[method].from_dict(fields)
 
 
-def _packed_layers(stored: dict[str, StoredTensor], codec: Codec) -> tuple[LayerCount, ...]:
-    """The packed layers: every module that has packed words, or a companion of some."""
-    specs = codec.specs(1, codec.multiple)
-    names: set[str] = set()
-    for name, tensor in stored.items():
-        module, _, parameter = name.rpartition(".")
-        for suffix, (_, dtype) in specs.items():
-            # A dense weight has the packed one's name, but never its integer dtype.
-            if parameter == parameter_name(suffix) and (suffix or tensor.dtype == dtype):
-                names.add(module)
-    return tuple(_packed_layer(name, stored, codec) for name in sorted(names, key=_natural))
+def _packed_layers(stored: dict[str, StoredTensor], config: PackedConfig) -> tuple[LayerCount, ...]:
+    """The packed weights: every parameter that has packed words, or a companion of some."""
+    found: dict[str, str] = {}
+    for module in {name.rpartition(".")[0] for name in stored}:
+        codec = config.codec_of(module)
+        for parameter in ("weight", *STACKS) if codec else ():
+            for suffix, (_, dtype) in codec.specs(codec.row_multiple, codec.multiple).items():
+                tensor = stored.get(f"{module}.{parameter_name(suffix, parameter)}")
+                # A dense weight has the packed one's name, but never its integer dtype.
+                if tensor is not None and (suffix or tensor.dtype == dtype):
+                    found[f"{module}.{parameter}"] = module
+    names = sorted(found, key=_natural)
+    return tuple(_packed_layer(name, stored, config.codec_of(found[name])) for name in names)
 
 
 def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> LayerCount:
-    """One layer, checked against the codec. The number of inputs follows from the number of packed words."""
-    unit = codec.specs(1, codec.multiple)
-    tensors = {suffix: stored.get(f"{name}.{parameter_name(suffix)}") for suffix in unit}
-    missing = [f"{name}.{parameter_name(suffix)}" for suffix, tensor in tensors.items() if tensor is None]
+    """One weight or stack, checked against the codec. The number of inputs follows from that of packed words."""
+    module, _, parameter = name.rpartition(".")
+    label = module if parameter == "weight" else name
+    unit = codec.specs(codec.row_multiple, codec.multiple)
+    names = {suffix: f"{module}.{parameter_name(suffix, parameter)}" for suffix in unit}
+    tensors = {suffix: stored.get(key) for suffix, key in names.items()}
+    missing = [names[suffix] for suffix, tensor in tensors.items() if tensor is None]
     if missing:
-        raise ValueError(f"packed layer {name!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
+        raise ValueError(f"packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
     words, scale = tensors[""], tensors["scale"]
-    per_unit = unit[""][0][1]
-    if len(words.shape) != 2 or words.shape[1] % per_unit:
+    per_unit, dimensions = unit[""][0][1], 2 if parameter == "weight" else 3
+    if len(words.shape) != dimensions or words.shape[-1] % per_unit:
         raise ValueError(
-            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words, the second dimension a multiple "
-            f"of {per_unit}"
+            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
+            f"last a multiple of {per_unit}"
         )
-    if len(scale.shape) != 1:
+    if len(scale.shape) != dimensions - 1:
         raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
-    out_features, in_features = scale.shape[0], words.shape[1] // per_unit * codec.multiple
+    *stack, out_features = scale.shape
+    in_features = words.shape[-1] // per_unit * codec.multiple
     for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():
         found = tensors[suffix]
-        if found.shape != tuple(shape) or found.dtype != dtype:
+        if found.shape != (*stack, *shape) or found.dtype != dtype:
             raise ValueError(
                 f"{found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
-                f"{in_features} inputs has {dtype} {list(shape)} there; file and config.json do not belong together"
+                f"{in_features} inputs has {dtype} {[*stack, *shape]} there; file and config.json do not belong together"
             )
-    return LayerCount(name, out_features, in_features, tuple(tensors.values()))
+    return LayerCount(label, out_features, in_features, tuple(tensors.values()), stack[0] if stack else 1)
 
 
 def _vocabulary_tensors(
@@ -314,7 +323,7 @@ def layer_table(count: FolderCount) -> Table:
     for (name, out_features, in_features), layers in layer_groups(count).items():
         size = readable_size(sum(layer.nbytes for layer in layers))
         bits = f"{layers[0].bits_per_weight:.3f}"
-        table.add_row(name, str(len(layers)), f"{out_features} x {in_features}", bits, size)
+        table.add_row(name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size)
     return table
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .codecs.base import Codec, counted_bits
+from .modules import dense_weights, experts_obstacle, is_fused_experts
 
 
 def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
@@ -25,7 +27,7 @@ def matches(name: str, patterns: list[str], base_prefix: str) -> bool:
 
 def select_layers(
     model: nn.Module,
-    codec: Codec,
+    codec_of: Callable[[str], Codec | None],
     skip: list[str],
     only: list[str] | None,
     tied: set[str],
@@ -35,7 +37,7 @@ def select_layers(
 
     Args:
         model: the model, possibly on the meta device.
-        codec: the packed format, which limits the number of inputs.
+        codec_of: the packed format of a module by its name, which limits the number of inputs; None leaves it alone.
         skip: patterns of modules to leave alone.
         only: patterns of the modules to pack, or None for all; then `skip` does not matter.
         tied: names of parameters that share their storage with another.
@@ -50,11 +52,18 @@ def select_layers(
     """
     packed: list[str] = []
     reasons: dict[str, str] = {}
+    routers = _routers(model)
     for name, module in model.named_modules():
         matrices = [key for key, tensor in module.named_parameters(name, recurse=False) if tensor.ndim > 1]
         if not matrices:
             continue
-        reason = "tied to another weight" if tied.intersection(matrices) else _obstacle(module, codec)
+        codec = codec_of(name)
+        if tied.intersection(matrices):
+            reason = "tied to another weight"
+        elif module in routers:
+            reason = "router of experts"
+        else:
+            reason = "left alone by overrides" if codec is None else _obstacle(module, codec)
         if reason and only and set(only).intersection(_spellings(name, base_prefix)):
             raise ValueError(f"modules_to_convert asks for {name!r}, which cannot be packed: {reason}")
         if only is not None and not matches(name, only, base_prefix):
@@ -71,20 +80,40 @@ def select_layers(
     return packed, _fold(reasons)
 
 
+def _routers(model: nn.Module) -> set[nn.Module]:
+    """Linear layers beside fused experts, which weigh experts; those within, as of a shared expert, are not meant."""
+    return {
+        sibling
+        for parent in model.modules()
+        if any(is_fused_experts(child) for child in parent.children())
+        for sibling in parent.children()
+        if isinstance(sibling, nn.Linear)
+    }
+
+
 def _obstacle(module: nn.Module, codec: Codec) -> str | None:
     """Why a module cannot be packed, or None if it can."""
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if type(module) is not nn.Linear:
+    if is_fused_experts(module):
+        obstacle = experts_obstacle(module)
+        if obstacle:
+            return f"experts that cannot be packed: {obstacle}"
+    elif type(module) is not nn.Linear:
         shapes = [list(tensor.shape) for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
         return f"{type(module).__name__} {shapes} is not nn.Linear"
-    if not module.weight.is_floating_point() or module.weight.dtype.itemsize == 1:
-        return f"weights are {module.weight.dtype}"
-    if module.in_features % codec.multiple:
-        return f"{module.in_features} input features are not a multiple of {codec.multiple}"
-    bits = counted_bits(codec.specs(module.out_features, module.in_features), module.out_features, module.in_features)
-    if bits >= 8 * module.weight.dtype.itemsize:
-        return f"packed, {module.out_features} output features would take {bits:.1f} bits per weight"
+    return next(filter(None, (_weight_obstacle(weight, codec) for weight in dense_weights(module).values())), None)
+
+
+def _weight_obstacle(weight: nn.Parameter, codec: Codec) -> str | None:
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return f"weights are {weight.dtype}"
+    *_, outputs, inputs = weight.shape
+    if inputs % codec.multiple:
+        return f"{inputs} input features are not a multiple of {codec.multiple}"
+    bits = counted_bits(codec.specs(outputs, inputs), outputs, inputs)
+    if bits >= 8 * weight.dtype.itemsize:
+        return f"packed, {outputs} output features would take {bits:.1f} bits per weight"
     return None
 
 

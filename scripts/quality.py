@@ -29,7 +29,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.config import PackedConfig
@@ -64,36 +64,42 @@ class Row(NamedTuple):
     samples: int
     options: dict[str, Any] = {}  # fields of Calibration
     config: dict[str, Any] = {}  # fields of the config
+    experts: int = 0  # cut every MLP into so many experts; 0 leaves the model dense
 
     @property
     def name(self) -> str:
         changes = [f"{key} {value}" for key, value in {**self.options, **self.config}.items()]
+        changes += [f"as {self.experts} experts"] if self.experts else []
         return ", ".join([self.setting, self.text or "own text", f"{self.samples} windows", *changes])
 
 
 FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
 PROBE = "pcdvq 2.25"  # the setting of the rows about seeds, text and options
+PROJECTION = {"magnitude": "projection"}
 ROWS = [
     *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS),
-    Row(PROBE, "wikitext2_train", LEAST),
-    Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}),
-    Row(PROBE, "wikitext2_train", LEAST, {}, {"magnitude": "norm"}),
-    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}),
-    Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}),
-    Row(PROBE, "wikitext2_train", LEAST, {"refit": False}),
+    *(Row(setting, "c4", FULL) for setting in SETTINGS),
     Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}),
-    Row(PROBE, "wikitext2_train", FULL, {}, {"magnitude": "norm"}),
-    Row(PROBE, "wikitext2_train", FULL, {"refit": False}),
-    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0, "refit": False}),
-    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}, {"magnitude": "norm"}),
-    Row("pcdvq 2.0", "wikitext2_train", FULL, {}, {"magnitude": "norm"}),
+    Row(PROBE, "wikitext2_train", FULL, {}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"refit": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0, "refit": False}, PROJECTION),
+    Row("pcdvq 2.0", "wikitext2_train", FULL, {}, PROJECTION),
     Row("ccq 2.75", "wikitext2_train", FULL, {"sweeps": 0}),
     Row("stream 2.0", "wikitext2_train", FULL, {"sweeps": 0}),
-    *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
-    Row(PROBE, None, LEAST),
+    Row(PROBE, "wikitext2_train", LEAST),
+    Row(PROBE, "wikitext2_train", LEAST, {}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"refit": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}, PROJECTION),
+    Row(PROBE, None, LEAST, {}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}),
-    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if setting != PROBE),
-    *(Row(setting, "c4", LEAST) for setting in SETTINGS),
+    Row(PROBE, None, LEAST),
+    Row(PROBE, "wikitext2_train", LEAST, experts=8),
+    *(Row(setting, "wikitext2_train", LEAST) for setting in UNROTATED),
+    *(Row(setting, "wikitext2_train", LESS) for setting in SETTINGS if not setting.startswith("pcdvq")),
 ]
 
 
@@ -124,6 +130,28 @@ class Reference:
             yield torch.load(self._logits / f"{number}.pt")
 
 
+def as_mixture(model: PreTrainedModel, experts: int) -> MixtralForCausalLM:
+    """The same function in Mixtral's layout: each MLP's neurons dealt out to experts that all tokens go through.
+
+    The router is zero, so that every expert has the weight 1 / experts, which the down projections make up for.
+    """
+    fields = {key: getattr(model.config, key, None) for key in MixtralConfig().to_dict()}
+    sizes = {"intermediate_size": model.config.intermediate_size // experts}
+    routing = {"num_local_experts": experts, "num_experts_per_tok": experts, "architectures": ["MixtralForCausalLM"]}
+    kept = {key: value for key, value in fields.items() if value is not None and key != "model_type"}
+    mixture = MixtralForCausalLM(MixtralConfig(**{**kept, **sizes, **routing})).to(model.dtype).eval()
+    weights = {key: value for key, value in model.state_dict().items() if ".mlp." not in key}
+    for number, layer in enumerate(model.model.layers):
+        name = f"model.layers.{number}.mlp"
+        gate, up, down = (getattr(layer.mlp, part).weight for part in ("gate_proj", "up_proj", "down_proj"))
+        halves = [half.view(experts, -1, half.shape[1]) for half in (gate, up)]
+        weights[f"{name}.gate.weight"] = torch.zeros(experts, gate.shape[1], dtype=model.dtype)
+        weights[f"{name}.experts.gate_up_proj"] = torch.cat(halves, dim=1)
+        weights[f"{name}.experts.down_proj"] = experts * down.view(len(down), experts, -1).transpose(0, 1)
+    mixture.load_state_dict(weights)
+    return mixture
+
+
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Logits `[L - 1, vocabulary]` of every window, in the model's dtype; they are compared in float32."""
@@ -137,6 +165,8 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
     calibration = Calibration(samples=row.samples, length=CONTEXT, holdout=0, **row.options)
     data = None if row.text is None else SHARED / "calibration" / f"{row.text}.txt"
     model = reference.load()
+    if row.experts:
+        model = as_mixture(model, row.experts)
     start = time.perf_counter()
     quantize_model(model, reference.tokenizer, config(**options, **row.config, calibration=calibration), data)
     seconds = time.perf_counter() - start

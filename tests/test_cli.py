@@ -83,7 +83,7 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fields"),
     [
-        (["--bits", "2.0", "--magnitude", "norm"], {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm"}),
+        (["--bits", "2.0", "--magnitude", "projection"], {"bits": 2.0, "magnitude": "projection"}),
         (["--method", "ccq", "--layout", "2.75", "--no-hadamard"], {"layout": "2.75", "hadamard": False}),
         (["--method", "ccq", "--layout", "stream", "--bits", "2.5"], {"layout": "stream", "bits": 2.5}),
     ],

@@ -9,11 +9,11 @@ from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig
 
 @pytest.mark.parametrize("bits", [2.0, 2.25, 2])
 def test_pcdvq_survives_json(bits):
-    config = PcdvqConfig(bits=bits, magnitude="norm", modules_to_not_convert=["mlp"], hadamard_seed=7)
+    config = PcdvqConfig(bits=bits, magnitude="projection", modules_to_not_convert=["mlp"], hadamard_seed=7)
     again = PcdvqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert again.codec == config.codec
-    assert again.codec.bits == bits and again.codec.seed == 7 and again.codec.magnitude == "norm"
+    assert again.codec.bits == bits and again.codec.seed == 7 and again.codec.magnitude == "projection"
 
 
 @pytest.mark.parametrize("layout", ["2.75", "2.5", "2.0625"])
@@ -42,7 +42,7 @@ def test_published_layouts_have_their_own_bits():
 REFUSED = [
     (PcdvqConfig, {"bits": 3}, r"bits must be one of 2.0, 2.25, got 3"),
     (PcdvqConfig, {"bits": "2.0"}, r"bits must be one of 2.0, 2.25, got '2.0'"),
-    (PcdvqConfig, {"magnitude": "median"}, r"magnitude must be one of 'projection', 'norm', got 'median'"),
+    (PcdvqConfig, {"magnitude": "median"}, r"magnitude must be one of 'norm', 'projection', got 'median'"),
     (PcdvqConfig, {"codebook": "e8p"}, r"unknown codebook 'e8p'.* pcdvq-a14-v1"),
     (PcdvqConfig, {"bits": 2.0, "codebook": "pcdvq-a16-v1"}, r"'pcdvq-a16-v1' is for 2.25 bits, but bits is 2.0"),
     (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode other weights"),

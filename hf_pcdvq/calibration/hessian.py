@@ -33,8 +33,8 @@ class InputMoments:
         """Count the tokens of one window, `[..., K]` of any floating dtype.
 
         Args:
-            original: the same tokens in the original model. Of experts, which may get other tokens than there, nothing
-                is compared: their inputs are not `[batch, tokens, K]`.
+            original: the same tokens in the original model. Of experts that are modules of their own, and may get other
+                tokens than there, nothing is compared: their inputs are not `[batch, tokens, K]`.
         """
         x = inputs.flatten(0, -2).float()
         band = -(-x.shape[1] // _BANDS)

@@ -63,6 +63,10 @@ class OriginalInputs:
         kept = {leader: inputs[leader].cpu() for leader in leaders.values()} if self._keep else {}
         self.windows.append(kept)
 
+    def of(self, name: str, window: int) -> Tensor | None:
+        """The kept input of a layer for a window; None if there is none."""
+        return self.windows[window].get(self._leader[name])
+
     def groups(self) -> list[list[str]]:
         """Layers that share their input, in the order in which they run."""
         groups: dict[str, list[str]] = {}

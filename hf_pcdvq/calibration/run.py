@@ -12,7 +12,7 @@ windows and the original inputs of one block's layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -22,14 +22,17 @@ from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
 from ..evaluate import Evaluation, compare_logits
-from ..modules import QuantLinear
+from ..modules import dense_weights, packed_type
 from .blocks import Call, Shortcuts, capture, find_blocks, logits_of, run_block
+from .experts import quantize_experts, routed_tokens
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord
 from .settings import Calibration
 from .store import BlockStore
+
+PackedLayers = dict[str, dict[str, Packed]]  # by module and by parameter
 
 # Above this many groups of layers in a block, as of experts that are modules of their own, the groups are not quantized
 # one after the other but together: a partial forward pass for each would take too long.
@@ -49,7 +52,8 @@ class _Block:
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
-        self.shortcuts = Shortcuts(self.module, self.layers, self.hidden[0].to(self.device), self.call)
+        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
+        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call)
 
     def forward(self, index: int) -> Tensor:
         """The hidden states behind the block as it is now, on the CPU."""
@@ -62,8 +66,8 @@ class CalibratedRun:
 
     Args:
         model: a dense model on one device. Its layers are replaced as the run goes.
-        names: the layers to quantize, all `nn.Linear`.
-        codec: the packed format.
+        names: the modules to quantize: linear layers and fused experts.
+        codec_of: the packed format of a module, by its name.
         settings: which options are on.
         windows: token ids int64 `[n, L]` to calibrate on.
         holdout: further ones, `[m, L]`, on which the two models are compared; m may be 0.
@@ -81,7 +85,7 @@ class CalibratedRun:
         self,
         model: nn.Module,
         names: list[str],
-        codec: Codec,
+        codec_of: Callable[[str], Codec],
         settings: Calibration,
         windows: Tensor,
         holdout: Tensor,
@@ -92,9 +96,11 @@ class CalibratedRun:
         self.layers: list[LayerRecord] = []
         self.blocks: list[BlockRecord] = []
         self.comparison: Evaluation | None = None
-        self._model, self._names, self._codec, self._settings = model, names, codec, settings
+        self._model, self._names, self._codec_of, self._settings = model, names, codec_of, settings
         self._windows, self._holdout, self.device, self._store = windows, holdout, device, store
-        self._bar = tqdm(total=len(names), desc="Calibrating", unit="layer", smoothing=0, disable=not progress)
+        stacks = [weight for name in names for weight in dense_weights(model.get_submodule(name)).values()]
+        matrices = sum(1 if weight.ndim == 2 else len(weight) for weight in stacks)
+        self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -132,7 +138,7 @@ class CalibratedRun:
         for index in range(len(block.hidden)):
             block.hidden[index] = block.forward(index)
         for name, layer in block.layers.items():
-            self._model.set_submodule(name, QuantLinear.from_packed(layer, self._codec, packed[name]))
+            self._replace(name, layer, packed[name])
 
     def _advance_original(self, block: _Block, keep: bool) -> OriginalInputs:
         """Run the dense block on the original's hidden states, which are replaced by those behind it.
@@ -149,23 +155,27 @@ class CalibratedRun:
                 inputs.clear()
         return found
 
-    def _quantize_block(self, block: _Block, inputs: OriginalInputs) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    def _quantize_block(self, block: _Block, inputs: OriginalInputs) -> tuple[PackedLayers, list[LayerRecord]]:
         """Quantize a block's layers in the order in which they run, each with what those before it have become.
 
         Returns:
-            The packed tensors and the record of every layer. The layers themselves are left with decoded weights.
+            The packed tensors and the records of every layer. The layers themselves are left with decoded weights.
         """
-        packed: dict[str, Packed] = {}
+        packed: PackedLayers = {}
         records: list[LayerRecord] = []
-        groups = inputs.groups()
-        stages = [[group] for group in groups] if len(groups) <= _MAX_STAGES else [groups]
         block.find_shortcuts()
-        for stage in stages:
+        for stage in _stages(inputs.groups(), block.layers):
+            if len(stage) == 1 and not isinstance(block.layers[stage[0][0]], nn.Linear):
+                self._quantize_experts(block, stage[0][0], inputs, packed, records)
+                continue
             moments = self._moments(block, stage, inputs)
             for names in stage:
                 self._quantize_group(block.layers, names, moments[names[0]], packed, records)
         for name in inputs.idle():
-            self._quantize_group(block.layers, [name], None, packed, records)
+            if isinstance(block.layers[name], nn.Linear):
+                self._quantize_group(block.layers, [name], None, packed, records)
+            else:
+                self._quantize_experts(block, name, None, packed, records)
         return packed, records
 
     def _moments(self, block: _Block, stage: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
@@ -178,7 +188,7 @@ class CalibratedRun:
                 with suppress(Stop):
                     block.forward(index)
                 for name, tensor in now.items():
-                    moments[name].add(tensor, inputs.windows[index].get(name))
+                    moments[name].add(tensor, inputs.of(name, index))
                     if last is not None:  # else other layers of this stage may change it yet
                         block.shortcuts.keep(name, index, tensor)
                 now.clear()
@@ -189,22 +199,58 @@ class CalibratedRun:
         layers: dict[str, nn.Module],
         names: list[str],
         moments: InputMoments | None,
-        packed: dict[str, Packed],
+        packed: PackedLayers,
         records: list[LayerRecord],
     ) -> None:
         """Quantize layers with a common input; results go into `packed` and `records`, decoded weights into the layers."""
-        group = {name: layers[name] for name in names}
-        tensors, found = quantize_layers(group, moments, self._codec, self._settings)
-        self._install(group, tensors)
+        by_codec: dict[Codec, list[str]] = {}
+        for name in names:
+            by_codec.setdefault(self._codec_of(name), []).append(name)
+        for codec, some in by_codec.items():
+            tensors, found = quantize_layers({name: layers[name] for name in some}, moments, codec, self._settings)
+            self._finish(layers, {name: {"weight": tensors[name]} for name in some}, found, packed, records)
+
+    def _quantize_experts(
+        self,
+        block: _Block,
+        name: str,
+        inputs: OriginalInputs | None,
+        packed: PackedLayers,
+        records: list[LayerRecord],
+    ) -> None:
+        """The same for fused experts, which no token has reached if `inputs` is None."""
+        experts = block.layers[name]
+        tokens = None
+        if inputs is not None:
+            originals = [inputs.of(name, index) for index in range(len(self._windows))]
+            tokens = routed_tokens(experts, range(len(self._windows)), block.forward, originals)
+        tensors, found = quantize_experts(name, experts, tokens, self._codec_of(name), self._settings)
+        self._finish(block.layers, {name: tensors}, found, packed, records)
+
+    def _finish(
+        self,
+        layers: dict[str, nn.Module],
+        tensors: PackedLayers,
+        found: list[LayerRecord],
+        packed: PackedLayers,
+        records: list[LayerRecord],
+    ) -> None:
+        self._install({name: layers[name] for name in tensors}, tensors)
         self._take_down(found)
         packed.update(tensors)
         records += found
 
-    def _install(self, layers: dict[str, nn.Module], packed: dict[str, Packed]) -> None:
+    def _install(self, layers: dict[str, nn.Module], packed: PackedLayers) -> None:
         """Give dense layers the weights that the codes stand for: packed ones would be decoded for every window."""
         for name, layer in layers.items():
-            decoded = QuantLinear.from_packed(layer, self._codec, packed[name]).dequantize(layer.weight.dtype)
-            layer.weight = nn.Parameter(decoded.weight, requires_grad=False)
+            decoder = packed_type(layer).from_packed(layer, self._codec_of(name), packed[name])
+            for parameter, weight in dense_weights(layer).items():
+                decoded = decoder.decoded(parameter, weight.dtype)
+                setattr(layer, parameter, nn.Parameter(decoded, requires_grad=False))
+
+    def _replace(self, name: str, layer: nn.Module, packed: dict[str, Packed]) -> None:
+        """Put the packed module in the place of a dense one."""
+        self._model.set_submodule(name, packed_type(layer).from_packed(layer, self._codec_of(name), packed))
 
     def _take_down(self, records: list[LayerRecord]) -> None:
         """Keep the records of finished layers, and show them."""
@@ -218,9 +264,9 @@ class CalibratedRun:
         """Layers outside the decoder blocks, which have no Hessian."""
         for name in names:
             layer = self._model.get_submodule(name)
-            packed: dict[str, Packed] = {}
+            packed: PackedLayers = {}
             self._quantize_group({name: layer}, [name], None, packed, [])
-            self._model.set_submodule(name, QuantLinear.from_packed(layer, self._codec, packed[name]))
+            self._replace(name, layer, packed[name])
 
     def _compare(self, blocks: nn.ModuleList, original: list[Tensor], hidden: list[Tensor]) -> Evaluation:
         """Both models' predictions on the windows held out, from the hidden states behind the last block."""
@@ -230,6 +276,16 @@ class CalibratedRun:
             for window, both in zip(self._holdout, zip(original[start:], hidden[start:]))
         )
         return compare_logits(pairs, self._holdout, progress=not self._bar.disable)
+
+
+def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[list[str]]]:
+    """Groups of linear layers with a common input, to be quantized one stage after the other; experts by themselves."""
+    stages: list[list[list[str]]] = []
+    for group in groups:
+        linear = [name for name in group if isinstance(layers[name], nn.Linear)]
+        stages += [[linear]] if linear else []
+        stages += [[[name]] for name in group if name not in linear]
+    return stages if len(stages) <= _MAX_STAGES else [[names for (names,) in stages]]
 
 
 def _inside(name: str, module: str) -> bool:

@@ -13,6 +13,7 @@ _INTEGERS = (
     ("holdout", 0, 1 << 20),
     ("seed", 0, (1 << 31) - 1),
     ("sweeps", 0, 100),
+    ("expert_tokens", 1, 1 << 30),
 )
 _NUMBERS = (("damping", 1e-8, 10.0), ("correction", 0.0, 1.0))
 
@@ -33,6 +34,8 @@ class Calibration:
         ordered: quantize the inputs of most energy first.
         sweeps: passes of coordinate descent over the codes after error feedback.
         refit: fit the scales to the codes in the metric of the Hessian.
+        expert_tokens: an expert that fewer tokens are routed to is calibrated on all tokens of its layer.
+        all_experts: calibrate every expert on all tokens of its layer, wherever they are routed.
 
     Raises:
         ValueError: a field has a value that is not allowed.
@@ -48,6 +51,8 @@ class Calibration:
     ordered: bool = True
     sweeps: int = 1
     refit: bool = True
+    expert_tokens: int = 128
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:
@@ -58,7 +63,7 @@ class Calibration:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ValueError(f"Calibration: {name} must be a number from {least} to {most}, got {value!r}")
-        for name in ("ordered", "refit"):
+        for name in ("ordered", "refit", "all_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Calibration: {name} must be True or False, got {getattr(self, name)!r}")
         if self.data is not None and not (isinstance(self.data, str) and self.data):

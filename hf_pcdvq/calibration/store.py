@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..codecs.base import Packed
+from ..modules import dense_weights
 from .records import LayerRecord
 
 _BLOCKS, _WINDOWS = "block-*.safetensors", "windows.safetensors"
-_SEPARATOR = "//"  # between a layer's name and a tensor's suffix, which may be empty
+_SEPARATOR = "//"  # between the names of a module and a parameter and a tensor's suffix, which may be empty
 
 
 class BlockStore:
@@ -39,25 +40,26 @@ class BlockStore:
         for file in sorted(folder.glob(_BLOCKS)):
             _check_owner(file, fingerprint)
 
-    def load(self, number: int) -> tuple[dict[str, Packed], list[LayerRecord]] | None:
-        """Packed tensors and records of a block's layers, or None if it is not finished."""
+    def load(self, number: int) -> tuple[dict[str, dict[str, Packed]], list[LayerRecord]] | None:
+        """Packed tensors by module and parameter, and the records of a block's layers; None if it is not finished."""
         file = self._file(number)
         if not file.is_file():
             return None
-        packed: dict[str, Packed] = {}
+        packed: dict[str, dict[str, Packed]] = {}
         with safe_open(file, "pt") as content:
             for key in content.keys():
-                name, suffix = key.split(_SEPARATOR)
-                packed.setdefault(name, {})[suffix] = content.get_tensor(key)
+                name, parameter, suffix = key.split(_SEPARATOR)
+                packed.setdefault(name, {}).setdefault(parameter, {})[suffix] = content.get_tensor(key)
             records = json.loads(content.metadata()["records"])
         return packed, [LayerRecord(**record) for record in records]
 
-    def save(self, number: int, packed: dict[str, Packed], records: list[LayerRecord]) -> None:
+    def save(self, number: int, packed: dict[str, dict[str, Packed]], records: list[LayerRecord]) -> None:
         """Keep a finished block."""
         tensors = {
-            f"{name}{_SEPARATOR}{suffix}": tensor.cpu().contiguous()
+            _SEPARATOR.join((name, parameter, suffix)): tensor.cpu().contiguous()
             for name, layer in packed.items()
-            for suffix, tensor in layer.items()
+            for parameter, tensors in layer.items()
+            for suffix, tensor in tensors.items()
         }
         metadata = {"fingerprint": self._fingerprint, "records": json.dumps([asdict(record) for record in records])}
         _save_whole(tensors, self._file(number), metadata)
@@ -115,7 +117,7 @@ def fingerprint(model: nn.Module, names: list[str], settings: dict[str, Any], wi
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     sha.update(windows.numpy().tobytes())
     for name in names:
-        weight = model.get_submodule(name).weight
-        sha.update(f"{name} {list(weight.shape)}".encode())
-        sha.update(weight[0].detach().double().cpu().numpy().tobytes())
+        for parameter, weight in dense_weights(model.get_submodule(name)).items():
+            sha.update(f"{name}.{parameter} {list(weight.shape)}".encode())
+            sha.update(weight[0].detach().double().cpu().numpy().tobytes())
     return sha.hexdigest()

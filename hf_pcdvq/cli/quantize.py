@@ -48,7 +48,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     type=float,
     help="Bits per weight. pcdvq: 2.0 or 2.25 (default). ccq with --layout stream: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.",
 )
-@click.option("--magnitude", type=click.Choice(["projection", "norm"]), help="pcdvq only. [default: projection]")
+@click.option("--magnitude", type=click.Choice(["norm", "projection"]), help="pcdvq only. [default: norm]")
 @click.option(
     "--layout",
     type=click.Choice(["2.75", "2.5", "2.0625", "stream"]),

@@ -23,7 +23,8 @@ with bit 7 of the signs the parity of bits 0-6. `patterns` (int8, norm about 127
 come from the codebook that the config names (see `codebook.py`).
 
 The magnitude is either the paper's `"norm"` |v|, or the `"projection"` <v, d> on the chosen direction, which is the
-least-squares choice and takes 2 % off the squared error; they differ in encoding and in `levels`, not in layout.
+least-squares choice and takes 2 % off the squared error, though not off the perplexity of a calibrated model
+(docs/quality.md). They differ in encoding and in `levels`, not in layout.
 """
 
 from __future__ import annotations

@@ -1,5 +1,35 @@
-"""Layers that hold packed tensors."""
+"""Modules that hold packed weights in place of dense ones."""
 
-from .linear import QuantLinear, parameter_name
+from torch import nn
 
-__all__ = ["QuantLinear", "parameter_name"]
+from .experts import STACKS, QuantExperts, experts_obstacle, is_fused_experts
+from .linear import QuantLinear
+from .packed import PackedModule, decode_stack, encode_stack, parameter_name, stack_packed, unstack_packed
+
+
+def packed_type(module: nn.Module) -> type[QuantLinear] | type[QuantExperts]:
+    """The class that takes the place of a dense module."""
+    return QuantLinear if isinstance(module, nn.Linear) else QuantExperts
+
+
+def dense_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a dense module that are packed: a linear layer's `weight`, or the stacks of fused experts."""
+    names = ("weight",) if isinstance(module, nn.Linear) else STACKS
+    return {name: getattr(module, name) for name in names}
+
+
+__all__ = [
+    "STACKS",
+    "PackedModule",
+    "QuantExperts",
+    "QuantLinear",
+    "decode_stack",
+    "dense_weights",
+    "encode_stack",
+    "experts_obstacle",
+    "is_fused_experts",
+    "packed_type",
+    "parameter_name",
+    "stack_packed",
+    "unstack_packed",
+]

@@ -10,7 +10,7 @@ from hf_pcdvq.codecs.base import UnitEncoder
 
 CODECS = {
     "pcdvq 2.0": PcdvqConfig(bits=2.0).codec,
-    "pcdvq 2.25 norm": PcdvqConfig(bits=2.25, magnitude="norm").codec,
+    "pcdvq 2.25 projection": PcdvqConfig(bits=2.25, magnitude="projection").codec,
     "ccq 2.75": CcqConfig(layout="2.75").codec,
     "ccq 2.5": CcqConfig(layout="2.5").codec,
     "ccq 2.0625": CcqConfig(layout="2.0625").codec,

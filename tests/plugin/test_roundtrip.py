@@ -16,7 +16,7 @@ from hf_pcdvq.modules import QuantLinear
 SETTINGS = {
     "pcdvq-2.0": PcdvqConfig(bits=2.0),
     "pcdvq-2.25": PcdvqConfig(bits=2.25),
-    "pcdvq-2.25-norm": PcdvqConfig(bits=2.25, magnitude="norm"),
+    "pcdvq-2.25-projection": PcdvqConfig(bits=2.25, magnitude="projection"),
     "ccq-2.75": CcqConfig(layout="2.75"),
     "ccq-2.5": CcqConfig(layout="2.5"),
     "ccq-2.5-published": CcqConfig(layout="2.5", hadamard=False),

@@ -1,0 +1,162 @@
+"""Quantizing fused experts: each with the moments of the tokens that its router sends it.
+
+Tokens are routed as the model quantized so far routes them, in the original's hidden states too, so that both can be
+compared token by token. One expert's moments are in memory at a time, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..codecs.base import Codec, Packed
+from ..modules import STACKS, stack_packed
+from .hessian import InputMoments
+from .inputs import Stop
+from .layers import quantize_layers
+from .records import LayerRecord
+from .settings import Calibration
+
+_CHUNK = 1 << 13  # tokens whose activations are computed at a time
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What reaches the experts of a layer.
+
+    Attributes:
+        hidden: hidden states of all tokens, `[T, H]`, on the CPU.
+        original: the same tokens in the original model; None if they were not kept.
+        index: experts of every token, int64 `[T, k]`.
+    """
+
+    hidden: Tensor
+    original: Tensor | None
+    index: Tensor
+
+    def of(self, expert: int) -> RoutedTokens:
+        """The tokens of one expert."""
+        return self.chosen((self.index == expert).any(1).nonzero()[:, 0])
+
+    def chosen(self, token: Tensor) -> RoutedTokens:
+        original = None if self.original is None else self.original[token]
+        return RoutedTokens(self.hidden[token], original, self.index[token])
+
+
+def routed_tokens(
+    experts: nn.Module, windows: Iterable[int], forward: Callable[[int], Tensor], originals: list[Tensor | None]
+) -> RoutedTokens:
+    """Run the block around experts up to them, for all windows.
+
+    Args:
+        experts: the dense module.
+        windows: numbers of the windows.
+        forward: runs the block for a window.
+        originals: hidden states that the experts get in the original model, window by window.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
+        calls.append((named["hidden_states"].cpu(), named["top_k_index"].cpu()))
+        raise Stop
+
+    handle = experts.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        for window in windows:
+            with suppress(Stop):
+                forward(window)
+    finally:
+        handle.remove()
+    hidden, index = (torch.cat(parts) for parts in zip(*calls))
+    kept = None if any(tensor is None for tensor in originals) else torch.cat(originals)
+    return RoutedTokens(hidden, kept, index)
+
+
+def quantize_experts(
+    name: str, experts: nn.Module, tokens: RoutedTokens | None, codec: Codec, settings: Calibration
+) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    """Quantize all experts of a layer, which are left as they are.
+
+    An expert that saw fewer than `settings.expert_tokens` tokens is calibrated on all tokens of the layer instead, and
+    its records say so.
+
+    Args:
+        name: of the module.
+        experts: the dense module, on the device to work on.
+        tokens: None if the layer did not run: everything is rounded to the nearest codes.
+
+    Returns:
+        The packed stacks by parameter, and two records for each expert.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    packed: dict[str, list[Packed]] = {stack: [] for stack in STACKS}
+    records: list[LayerRecord] = []
+    up, down = STACKS
+    for expert, (gate_up_proj, down_proj) in enumerate(zip(getattr(experts, up), getattr(experts, down))):
+        own, note = _tokens_of(expert, tokens, settings)
+        inputs = _moments(own, gate_up_proj.device, _as_they_are)
+        tensors, record = _quantize(f"{name}.{expert}.{up}", gate_up_proj, inputs, note, codec, settings)
+        packed[up].append(tensors)
+        records.append(record)
+        between = _gated(experts, gate_up_proj, codec, tensors)
+        inputs = _moments(own, down_proj.device, between)
+        tensors, record = _quantize(f"{name}.{expert}.{down}", down_proj, inputs, note, codec, settings)
+        packed[down].append(tensors)
+        records.append(record)
+    return {stack: stack_packed(parts) for stack, parts in packed.items()}, records
+
+
+def _tokens_of(
+    expert: int, tokens: RoutedTokens | None, settings: Calibration
+) -> tuple[RoutedTokens | None, str | None]:
+    """The tokens to calibrate an expert on, and what is unusual about them."""
+    if tokens is None or settings.all_experts:
+        return tokens, None
+    own = tokens.of(expert)
+    if len(own.hidden) >= settings.expert_tokens:
+        return own, None
+    return tokens, f"only {len(own.hidden)} tokens were routed to it: calibrated on all tokens of the layer"
+
+
+def _as_they_are(hidden: Tensor, original: bool) -> Tensor:
+    return hidden
+
+
+def _gated(experts: nn.Module, dense: Tensor, codec: Codec, packed: Packed) -> Callable[[Tensor, bool], Tensor]:
+    """What is between the two stacks of an expert, with its dense weight in the original and with the packed one."""
+    tables = {key: table.to(dense.device) for key, table in codec.tables(dense.shape[1]).items()}
+    decoded = codec.decode(packed, tables, dense.dtype)
+    return lambda hidden, original: experts._apply_gate(functional.linear(hidden, dense if original else decoded))
+
+
+def _moments(
+    tokens: RoutedTokens | None, device: torch.device, inputs: Callable[[Tensor, bool], Tensor]
+) -> InputMoments | None:
+    """Moments of what `inputs` makes of the hidden states; it is told whether they are the original's."""
+    if tokens is None:
+        return None
+    moments = None
+    for start in range(0, len(tokens.hidden), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        found = inputs(tokens.hidden[rows].to(device), False)
+        before = None if tokens.original is None else inputs(tokens.original[rows].to(device), True)[None]
+        moments = moments or InputMoments(found.shape[1], device)
+        moments.add(found[None], before)
+    return moments
+
+
+def _quantize(
+    name: str, weight: Tensor, moments: InputMoments | None, note: str | None, codec: Codec, settings: Calibration
+) -> tuple[Packed, LayerRecord]:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    packed, (record,) = quantize_layers({name: layer}, moments, codec, settings)
+    return packed[name], replace(record, note="; ".join(filter(None, (note, record.note))) or None)

@@ -1,0 +1,143 @@
+"""What happens to single parameters while Transformers loads a model: packing, and decoding of packed ones."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from .modules import decode_stack, encode_stack, parameter_name
+
+if TYPE_CHECKING:
+    from .quantizer import PackedHfQuantizer
+
+
+class PassThrough(ConversionOps):
+    """Leaves tensors as they are. The packed tensors are saved under their own names, so nothing is to be reverted."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+class LoadOperation(ConversionOps):
+    """An op that runs while a parameter loads and can fail by name.
+
+    Transformers catches what an op raises, goes on with the next parameter and ends in an error that names neither
+    tensor nor reason. So the first failure is kept, the remaining work is skipped, and the hook after loading raises it.
+    """
+
+    def __init__(self, hf_quantizer: PackedHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadOperation:
+        # Transformers copies the op for every parameter; the failure must reach the one quantizer.
+        return type(self)(self.hf_quantizer)
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if self.hf_quantizer.failure is not None:
+            return {}
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        try:
+            return self.apply(tensors, full_layer_name, get_module_from_name(model, full_layer_name)[0])
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self.hf_quantizer.failure = f"{full_layer_name}: {kind}{error}"
+            return {}
+
+    @abstractmethod
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Turn what the checkpoint holds of the parameter `name` of `module` into parameters of the model."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()
+
+
+class Quantize(LoadOperation):
+    """One dense weight, or a stack of them -> the packed tensors of its module."""
+
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        (weight,) = tensors.values()
+        packed = encode_stack(module.codec, weight)
+        for matrix in range(len(weight)) if weight.ndim == 3 else [...]:
+            part = {suffix: tensor[matrix] for suffix, tensor in packed.items()}
+            self.hf_quantizer.report_progress(name, module.codec.relative_error(weight[matrix], part))
+        path, _, parameter = name.rpartition(".")
+        return {f"{path}.{parameter_name(suffix, parameter)}": tensor for suffix, tensor in packed.items()}
+
+
+class Dequantize(LoadOperation):
+    """The packed tensors of a weight or a stack -> the dense one; any other parameter of its name passes through.
+
+    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
+    """
+
+    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
+        path, _, parameter = name.rpartition(".")
+        dense = getattr(module, parameter)
+        found = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+        codec = self.hf_quantizer.quantization_config.codec_of(path)
+        if found.keys() == {parameter} and found[parameter].is_floating_point():
+            return {name: found[parameter].to(dense.dtype)}
+        if codec is None:
+            raise ValueError("is packed, but the config's overrides leave it alone")
+        names = {suffix: parameter_name(suffix, parameter) for suffix in codec.specs(codec.multiple, codec.multiple)}
+        missing = [key for key in names.values() if key not in found]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} not in the checkpoint")
+        packed = {suffix: found[key] for suffix, key in names.items()}
+        tables = {key: table.to(packed[""].device) for key, table in codec.tables(dense.shape[-1]).items()}
+        return {name: decode_stack(codec, packed, tables, dense.dtype)}
+
+
+class OneExpertAtATime(WeightConverter):
+    """A converter that merges the weights of experts into a stack, and packs each expert as soon as it is read.
+
+    The converter that it takes the place of reads and stacks the dense weights of all experts of a layer first: 15 GB
+    of DeepSeek-V3. It needs no memory but for one expert and for what is packed already.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, converter: WeightConverter) -> OneExpertAtATime:
+        """With the patterns, scope and operations of a converter of Transformers."""
+        made = cls(
+            converter._original_source_patterns,
+            converter._original_target_patterns,
+            list(converter.operations),
+            converter.force_cpu,
+        )
+        made.scope_prefix, made.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        return made
+
+    def convert(self, layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        """Packed parameters by their full names; of experts that are not to be packed, what the converter would give."""
+        sources = dict(self.collected_tensors)
+        counts = {len(tensors) for tensors in sources.values()}
+        if self.quantization_operation is None or len(counts) != 1:
+            return super().convert(layer_name, **kwargs)
+        parts: list[dict[str, Tensor]] = []
+        for expert in range(counts.pop()):
+            self.collected_tensors.clear()
+            for pattern, tensors in sources.items():
+                self.collected_tensors[pattern] = [tensors[expert]]
+                tensors[expert] = None
+            parts.append(super().convert(layer_name, **kwargs))
+        if any(part.keys() != parts[0].keys() for part in parts):
+            return {}  # one of them has failed, which the operation has taken down
+        return {name: torch.cat([_single(part[name]) for part in parts]) for name in parts[0]}
+
+
+def _single(value: Tensor | list[Tensor]) -> Tensor:
+    return value[0] if isinstance(value, list) else value

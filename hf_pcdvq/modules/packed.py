@@ -1,0 +1,134 @@
+"""What packed modules share: packed tensors as parameters, and the tables that decoding reads as buffers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs.base import Codec, Packed
+
+
+def parameter_name(suffix: str, parameter: str = "weight") -> str:
+    """Name under which a packed tensor is stored: that of the dense parameter itself, or `<parameter>_<suffix>`."""
+    return f"{parameter}_{suffix}" if suffix else parameter
+
+
+class PackedParameter(NamedTuple):
+    """What stands for one dense parameter: names of parameters by suffix, and of buffers by table."""
+
+    shape: tuple[int, ...]  # of the dense parameter
+    tensors: dict[str, str]
+    tables: dict[str, str]
+
+
+class PackedModule(nn.Module):
+    """A module some of whose parameters are packed.
+
+    Where a dense module has a parameter `weight` `[N, K]`, this one has `weight` (packed words, integer) and
+    `weight_<suffix>` as the codec's `specs` say; for a stack of weights `[E, N, K]` they are stacked. The tables that
+    decoding reads (codebook, rotation signs) are buffers that are not saved: they follow from the config, and
+    `reset_tables` fills them in after loading.
+
+    Args:
+        codec: the packed format.
+
+    Attributes:
+        packed_parameters: by the name of the dense parameter.
+    """
+
+    def __init__(self, codec: Codec):
+        nn.Module.__init__(self)  # and none in between: nn.Linear would allocate the dense weight
+        self.codec = codec
+        self.packed_parameters: dict[str, PackedParameter] = {}
+
+    def register_packed(self, parameter: str, shape: tuple[int, ...], device: torch.device | str | None) -> None:
+        """Allocate the packed tensors and the tables of a dense parameter `[..., N, K]`.
+
+        Raises:
+            ValueError: `K` is not a multiple of `codec.multiple`.
+        """
+        *stack, rows, columns = shape
+        if columns % self.codec.multiple:
+            raise ValueError(
+                f"in_features must be a multiple of {self.codec.multiple} for {self.codec}, got {columns}"
+            )
+        tensors, names = {}, {}
+        for suffix, (packed_shape, dtype) in self.codec.specs(rows, columns).items():
+            tensors[suffix] = parameter_name(suffix, parameter)
+            packed = torch.empty((*stack, *packed_shape), dtype=dtype, device=device)
+            self.register_parameter(tensors[suffix], nn.Parameter(packed, requires_grad=False))
+        for table, value in self.codec.tables(columns).items():
+            names[table] = table if parameter == "weight" else f"{parameter}_{table}"
+            self.register_buffer(names[table], value.to(device), persistent=False)
+        self.packed_parameters[parameter] = PackedParameter(tuple(shape), tensors, names)
+
+    def packed_tensors(self, parameter: str) -> Packed:
+        """The packed tensors of a dense parameter, by suffix."""
+        return {suffix: getattr(self, name) for suffix, name in self.packed_parameters[parameter].tensors.items()}
+
+    def tables_of(self, parameter: str) -> Packed:
+        """The constants that decoding a dense parameter reads."""
+        return {table: getattr(self, name) for table, name in self.packed_parameters[parameter].tables.items()}
+
+    def set_packed(self, parameter: str, packed: Packed) -> None:
+        """Replace the packed tensors of a dense parameter; they come to the module's device."""
+        for suffix, name in self.packed_parameters[parameter].tensors.items():
+            target = getattr(self, name)
+            target.data = packed[suffix].to(target.device)
+
+    def reset_tables(self) -> None:
+        """Fill the table buffers, which loading leaves uninitialized, in place on their device."""
+        for parameter, (shape, _, names) in self.packed_parameters.items():
+            home = getattr(self, parameter).device
+            for table, value in self.codec.tables(shape[-1]).items():
+                device = getattr(self, names[table]).device
+                self.register_buffer(names[table], value.to(home if device.type == "meta" else device), False)
+
+    def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
+        """A dense parameter as its codes have it, in `dtype`, on the same device."""
+        return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `.to(dtype)` would round scales and levels to it. Moves are kept, changes of dtype are undone. Detached, because
+        # nn.Module changes parameters in place.
+        fixed = [name for entry in self.packed_parameters.values() for names in entry[1:] for name in names.values()]
+        before = {name: getattr(self, name).detach() for name in fixed}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                restored = tensor.to(moved.device)
+                if name in self._parameters:
+                    self._parameters[name] = nn.Parameter(restored, requires_grad=False)
+                else:
+                    self._buffers[name] = restored
+        return self
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")
+
+
+def encode_stack(codec: Codec, weight: Tensor) -> Packed:
+    """Round a weight `[N, K]`, or every one of a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
+    if weight.ndim == 2:
+        return codec.encode(weight)
+    return stack_packed([codec.encode(matrix) for matrix in weight])
+
+
+def decode_stack(codec: Codec, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight, or stack of weights, that packed tensors stand for."""
+    if packed[""].ndim == 2:
+        return codec.decode(packed, tables, dtype)
+    return torch.stack([codec.decode(part, tables, dtype) for part in unstack_packed(packed)])
+
+
+def stack_packed(parts: list[Packed]) -> Packed:
+    """Packed tensors of several weights of one shape, stacked."""
+    return {suffix: torch.stack([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def unstack_packed(packed: Packed) -> list[Packed]:
+    """The packed tensors of every weight of a stack: views."""
+    return [{suffix: tensor[index] for suffix, tensor in packed.items()} for index in range(len(packed[""]))]
