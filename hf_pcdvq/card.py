@@ -105,10 +105,10 @@ def _size_facts(count: FolderCount) -> dict[str, Any]:
     packed_parts = [
         {
             "name": name,
-            "count": len(layers),
+            "count": sum(layer.experts for layer in layers),
             "outputs": outputs,
             "inputs": inputs,
-            "bits": layers[0].bits_per_weight,
+            "bits": 8 * sum(layer.nbytes for layer in layers) / sum(layer.weights for layer in layers),
             "size": readable_size(sum(layer.nbytes for layer in layers)),
         }
         for (name, outputs, inputs), layers in layer_groups(count).items()

@@ -84,9 +84,9 @@ def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> An
         else:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
-    quantizer.preprocess_model(
-        model=model, dtype=model.dtype, device_map=None, checkpoint_files=[str(f) for f in files]
-    )
+    names = [str(file) for file in files]
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=names)
+    quantizer._settle_conversions(model)  # as after loading: packed experts are saved as the stacks they are
     return model
 
 

@@ -36,12 +36,17 @@ def load(name):
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     return model, model(torch.arange(2, 40)[None]).logits
 
-sys.modules["hf_pcdvq"] = None  # as if it were not installed
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "hf_pcdvq":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())  # as if it were not installed
 try:
     load(sys.argv[1])
 except ImportError as error:
     print("missing:", error)
-del sys.modules["hf_pcdvq"]
+del sys.meta_path[0]
 model, logits = load(sys.argv[1])
 torch.save(logits, sys.argv[2])
 print("class:", type(model).__name__)
