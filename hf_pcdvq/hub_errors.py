@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -35,6 +36,7 @@ _FAILURES = (
     ConnectionError,
     TimeoutError,
     json.JSONDecodeError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
 )
 
@@ -85,4 +87,4 @@ def _explanation(error: BaseException) -> str:
 
 def _short(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return lines[0] if lines else type(error).__name__

@@ -24,7 +24,7 @@ _YAML = re.compile(r"^---\n(.*?)\n---\n", re.DOTALL)
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of this method whose path matches.
+    """What goes wrong with the next `times` requests of this method whose path matches, after `skip` of them.
 
     `status` is answered in place of the real answer; None cuts the connection in the middle of the request's body.
     """
@@ -34,6 +34,7 @@ class Fault:
     status: int | None
     times: int = 1
     message: str = ""
+    skip: int = 0
 
 
 @dataclass
@@ -50,6 +51,12 @@ class Repo:
         self.branches[branch] = oid
         self.messages.append(message)
         return oid
+
+    def open_pull_request(self) -> str:
+        self.pull_requests += 1
+        name = f"refs/pr/{self.pull_requests}"
+        self.branches[name] = self.branches["main"]
+        return name
 
     def head(self, revision: str) -> str | None:
         oid = self.branches.get(revision, revision)
@@ -89,6 +96,9 @@ class FakeHub:
         """The fault that this request meets, used up by it."""
         for fault in self.faults:
             if fault.times > 0 and fault.method == method and re.search(fault.path, path):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
                 fault.times -= 1
                 return fault
         return None
@@ -249,8 +259,12 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise _Refusal(400, f"unknown operation {line['key']}")
+        answer = {"success": True}
+        if "create_pr=1" in urlsplit(self.path).query:
+            revision = repo.open_pull_request()
+            answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{repo.pull_requests}"
         oid = repo.commit(revision, files, message)
-        self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True})
+        self.answer({**answer, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
     def tree(self, body: bytes, name: str, revision: str, folder: str = "") -> None:
         repo = self.repo(name)
@@ -289,8 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
     def open_pull_request(self, body: bytes, name: str) -> None:
         self.require_write()
         repo = self.repo(name)
-        repo.pull_requests += 1
-        repo.branches[f"refs/pr/{repo.pull_requests}"] = repo.branches["main"]
+        repo.open_pull_request()
         self.answer({"num": repo.pull_requests})
 
     def pull_request(self, body: bytes, name: str, number: str) -> None:

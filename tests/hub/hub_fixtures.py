@@ -69,7 +69,9 @@ def packed(evaluated_once, tmp_path) -> Path:
 def hub(monkeypatch, tmp_path):
     """The stand-in, to which this process speaks in place of the Hub, without Xet and without waiting between retries."""
     with FakeHub(lfs=True) as fake:
+        template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)

@@ -4,10 +4,10 @@ import re
 
 import torch
 from fake_hub import FakeHub
-from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, pipeline
 
 import hf_pcdvq
+from hf_pcdvq.hub import push_folder
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -75,7 +75,7 @@ def test_pushed_model_loads_in_a_new_process_bit_identically(evaluated_once, run
     assert f"pipeline {local}" in shown
 
 
-def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_model_dir, run_with, tmp_path):
+def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_model_dir, hub, run_with, tmp_path):
     """With a mixture of experts, whose weights Transformers would not rename for a class of custom code."""
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 64}
@@ -85,13 +85,11 @@ def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=hf_pcdvq.PcdvqConfig())
     model.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
-    with FakeHub() as hub:
-        run_with(hub, PUSH, "push", tmp_path / "packed", REPO, "--loader-stub")
-        shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
-        card = ModelCard(hub.repos[REPO].files()["README.md"].decode())
+    push_folder(tmp_path / "packed", REPO, loader_stub=True)
+    shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
     assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
     assert "class: MixtralForCausalLM" in shown
-    assert "trust_remote_code=True" in card.text
+    assert "trust_remote_code=True" in hub.repos[REPO].files()["README.md"].decode()
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(torch.arange(2, 40)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
