@@ -5,6 +5,7 @@ import resource
 import shutil
 import tempfile
 
+import huggingface_hub.constants
 import pytest
 import torch
 from click.testing import CliRunner
@@ -73,7 +74,11 @@ def test_model_in_memory_goes_with_tokenizer_report_and_card(calibrated, evaluat
     assert same_logits(evaluated_once, files, tmp_path)
 
 
-def test_pull_request_and_branch_leave_main_as_it_is(packed, hub):
+@pytest.mark.parametrize("xet", [False, True])
+def test_pull_request_and_branch_leave_main_as_it_is(packed, hub, monkeypatch, xet):
+    """Both ways in which huggingface_hub uploads a folder; with Xet, what the stand-in takes are commits only."""
+    hub.lfs = not xet
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", not xet)
     hub.create(REPO)
     commit = push_folder(packed, REPO, create_pr=True)
     repo = hub.repos[REPO]
