@@ -50,7 +50,7 @@ class Measured:
             _check_evaluation(folder / EVALUATION, evaluation, count)
         speed = _read(folder / SPEED)
         if speed is not None:
-            _check_format(folder / SPEED, speed)
+            _check_speed(folder / SPEED, speed)
         return cls(report, evaluation, speed)
 
     @property
@@ -107,8 +107,12 @@ def _check_format(file: Path, record: dict[str, Any]) -> None:
 
 
 def _check_report(file: Path, report: dict[str, Any], count: FolderCount) -> None:
-    config = json.loads(json.dumps(count.config.to_dict())) if count.config else None
-    if report["config"] != config or report["bits_per_packed_weight"] != count.bits_per_packed_weight:
+    # Through the class, because a newer version may have added fields.
+    same = (
+        count.config is not None
+        and type(count.config).from_dict(report["config"]).to_dict() == count.config.to_dict()
+    )
+    if not same or report["bits_per_packed_weight"] != count.bits_per_packed_weight:
         raise ValueError(
             f"{file} belongs to another model: its settings or its bits per weight are not those of the files beside it. "
             "Delete it, or quantize again"
@@ -153,3 +157,10 @@ def _check_metrics(file: Path, metrics: dict[str, Any]) -> None:
         raise ValueError(
             f"{file} holds metrics that no evaluation gives: {metrics}. Measure again with hf-pcdvq eval"
         )
+
+
+def _check_speed(file: Path, record: dict[str, Any]) -> None:
+    _check_format(file, record)
+    rate = record.get("tokens_per_second")
+    if not isinstance(rate, float) or not math.isfinite(rate) or rate <= 0 or not record.get("device"):
+        raise ValueError(f"{file} names no speed and device; write it with hf-pcdvq speed")

@@ -323,7 +323,9 @@ def layer_table(count: FolderCount) -> Table:
     for (name, out_features, in_features), layers in layer_groups(count).items():
         size = readable_size(sum(layer.nbytes for layer in layers))
         bits = f"{layers[0].bits_per_weight:.3f}"
-        table.add_row(name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size)
+        table.add_row(
+            name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
+        )
     return table
 
 

@@ -11,6 +11,7 @@ from .generate import generate
 from .measure import evaluate_command, inspect
 from .push import card, check, push
 from .quantize import quantize
+from .speed import speed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (quantize, inspect, evaluate_command, generate, check, card, push):
+for command in (quantize, inspect, evaluate_command, generate, speed, check, card, push):
     main.add_command(command)

@@ -34,7 +34,9 @@ def edit(folder, name, change):
 
 def test_metadata_are_what_the_hub_reads(packed):
     inherited = {"license": "other", "license_name": "tiny", "language": ["en", "de"]}
-    Provenance("org/tiny", "abc123", "hf-pcdvq quantize org/tiny --out packed", {"torch": "2"}, inherited).write(packed)
+    Provenance("org/tiny", "abc123", "hf-pcdvq quantize org/tiny --out packed", {"torch": "2"}, inherited).write(
+        packed
+    )
     card = written(packed)
     data = card.data.to_dict()
     results = data.pop("model-index")[0]
@@ -75,6 +77,18 @@ def test_text_states_what_the_files_hold(packed):
     assert "Calibrated on 4 windows of 32 tokens of data given in Python, seed 0" in text
     assert "| `lm_head.weight` | in modules_to_not_convert |" in text
     assert "hf-pcdvq eval tiny packed --text texts/river.txt" in text
+
+
+def test_speed_is_stated_once_it_was_measured(packed):
+    assert "tokens per second" not in written(packed).text
+    result = CliRunner().invoke(main, ["speed", str(packed), "--new-tokens", "4", "--device-map", "cpu"])
+    assert result.exit_code == 0, result.output
+    record = json.loads((packed / "speed.json").read_text())
+    stated = f"{record['tokens_per_second']:.1f} tokens per second on {record['device']}"
+    assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in written(packed).text
+    edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
+    with pytest.raises(ValueError, match="names no speed"):
+        model_card(packed, REPO)
 
 
 def test_what_was_not_measured_is_left_out(packed):

@@ -79,9 +79,24 @@ def other_vocabulary(folder):
         (other_vocabulary, "has the token id 300, but the model knows 258 tokens"),
         (lambda folder: shard_of(folder, "lm_head.weight").unlink(), "is missing; expected a model saved with"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "holds no tokenizer"),
-        (lambda folder: (folder / "old.safetensors").write_bytes(b""), "old.safetensors does not belong to the model"),
+        (
+            lambda folder: (folder / "old.safetensors").write_bytes(b""),
+            "old.safetensors does not belong to the model",
+        ),
     ],
-    ids=["scale", "norm", "extra", "shape", "infinite", "truncated", "config", "vocabulary", "shard", "tokenizer", "stray"],
+    ids=[
+        "scale",
+        "norm",
+        "extra",
+        "shape",
+        "infinite",
+        "truncated",
+        "config",
+        "vocabulary",
+        "shard",
+        "tokenizer",
+        "stray",
+    ],
 )
 def test_damage_is_named(packed, damage, message):
     damage(packed)

@@ -65,12 +65,23 @@ def test_dry_run_lists_what_a_push_sends_and_touches_no_network(packed, hub):
 def test_model_in_memory_goes_with_tokenizer_report_and_card(calibrated, evaluated_once, hub, tmp_path):
     model, tokenizer = calibrated
     evaluation = evaluated_once / "evaluation.json"
-    commit = push_to_hub(model, tokenizer, REPO, evaluation=evaluation, base_model="org/tiny", metadata={"license": "mit"})
+    commit = push_to_hub(
+        model, tokenizer, REPO, evaluation=evaluation, base_model="org/tiny", metadata={"license": "mit"}
+    )
     files = hub.repos[REPO].files()
     assert commit.oid == hub.repos[REPO].branches["main"]
-    assert {"chat_template.jinja", "generation_config.json", "quantization_report.md", "tokenizer.json"} <= files.keys()
+    assert {
+        "chat_template.jinja",
+        "generation_config.json",
+        "quantization_report.md",
+        "tokenizer.json",
+    } <= files.keys()
     card = ModelCard(files["README.md"].decode())
-    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/tiny", "quantized", "mit")
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == (
+        "org/tiny",
+        "quantized",
+        "mit",
+    )
     assert same_logits(evaluated_once, files, tmp_path)
 
 
@@ -118,7 +129,9 @@ def other(tiny_model_dir, tmp_path):
             dense = type(dense)(dense.config)
         folder = tmp_path / "other"
         dense.save_pretrained(tmp_path / "source")
-        packed = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config or PcdvqConfig())
+        packed = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "source", quantization_config=config or PcdvqConfig()
+        )
         packed.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
         return folder
@@ -171,7 +184,9 @@ def test_damaged_folder_is_refused_before_anything_is_sent(packed, hub):
 
 def test_own_card_may_state_only_what_was_measured(packed, hub):
     metrics = json.loads((packed / "evaluation.json").read_text())["metrics"]
-    measured = f"---\nlicense: mit\n---\n# Mine\nSince 2024, `2.5` in code. Perplexity {metrics['perplexity_packed']:.1f}."
+    measured = (
+        f"---\nlicense: mit\n---\n# Mine\nSince 2024, `2.5` in code. Perplexity {metrics['perplexity_packed']:.1f}."
+    )
     (packed / "README.md").write_text(f"{measured} Llama-3.1-like, 97.3 % of the original, 81 tokens/s.")
     result = cli("push", packed, REPO)
     assert result.exit_code == 1
@@ -228,7 +243,10 @@ def test_commit_that_is_cut_is_made_by_the_next_push(packed, hub):
     [
         (Fault("POST", "/api/repos/create", 401), "the Hub does not accept the token, or there is none: log in with"),
         (Fault("POST", "/api/repos/create", 403), "the token may not write there: log in with"),
-        (Fault("POST", "/api/repos/create", 409, message="name taken"), "or its name is taken: wait, then push again"),
+        (
+            Fault("POST", "/api/repos/create", 409, message="name taken"),
+            "or its name is taken: wait, then push again",
+        ),
         (Fault("POST", "/commit/", 403), "the token may not write there"),
         (Fault("POST", "/commit/", 409, message="locked"), "(status 409, it says: locked)"),
         (Fault("POST", "/commit/", 412), "the branch has changed since this push began"),
@@ -263,7 +281,9 @@ def test_tokens_that_may_not_write(packed, hub):
 def test_unreachable_hub(packed, hub):
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(PushError, match="the connection was lost or could not be made .*Connection refused.*push again"):
+    with pytest.raises(
+        PushError, match="the connection was lost or could not be made .*Connection refused.*push again"
+    ):
         push_folder(packed, REPO)
 
 
@@ -289,4 +309,3 @@ def test_report_of_another_model_is_refused(packed, other, hub):
     with pytest.raises(ValueError, match="quantization_report.json belongs to another model"):
         push_folder(folder, REPO)
     assert hub.requests == []
-
