@@ -167,6 +167,23 @@ def test_card_command_writes_the_file_whole(packed, tmp_path):
     assert 'from_pretrained("me/other"' in printed and "license: mit" not in printed
 
 
+def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path):
+    dense = shutil.copytree(tiny_model_dir, tmp_path / "dense model")
+    (dense / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Original, scores 99.9 %\n")
+    arguments = ["quantize", str(dense), "--no-calibration", "--out", str(tmp_path / "packed")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    card = written(tmp_path / "packed")
+    assert (card.data.license, card.data.language) == ("mit", ["en"])
+    assert f"hf-pcdvq quantize '{dense}' --no-calibration --out {tmp_path}/packed" in card.text
+    assert "base_model" not in card.data.to_dict()  # a folder of this machine is no name on the Hub
+    assert "99.9" not in card.text and "Every weight was rounded to the nearest code" in card.text
+
+
+@pytest.mark.parametrize("command", ["push", "check", "card", "speed"])
+def test_commands_explain_themselves_with_an_example(command):
+    assert f"  hf-pcdvq {command} " in CliRunner().invoke(main, [command, "--help"]).stdout
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.md")), ids=lambda file: file.stem)
 def test_examples_are_valid_cards(file):
     card = ModelCard.load(file)

@@ -175,10 +175,14 @@ def test_what_was_asked_to_be_private_does_not_go_to_a_public_repo(packed, hub):
 
 def test_damaged_folder_is_refused_before_anything_is_sent(packed, hub):
     shard = sorted(packed.glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-100])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
     result = cli("push", packed, REPO)
     assert result.exit_code == 1
     assert f"{shard} is truncated" in result.stderr
+    (packed / "tokenizer_config.json").unlink()
+    shard.write_bytes(whole)
+    assert "holds no tokenizer" in cli("push", packed, REPO).stderr
     assert hub.requests == []
 
 
