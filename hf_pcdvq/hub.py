@@ -41,8 +41,7 @@ _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".py", ".safetensors", 
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _FOLDERS = {"additional_chat_templates"}
 # Where a push leaves these out, those of the model before must not stay.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
-_REPLACED += [f"{REPORT}.*", "evaluation.*", SPEED, f"{MODULE}.py"]
+_REPLACED = ["model*.safetensors*", "pytorch_model*.bin*", f"{REPORT}.*", "evaluation.*", SPEED, f"{MODULE}.py"]
 _GENERATED = "<!-- Written by hf_pcdvq from the files beside it"
 
 
@@ -141,11 +140,20 @@ def _save(
     report = model.hf_quantizer.report
     if report is not None:
         report.write(folder)
-    original = model.name_or_path or None
-    commit = getattr(model.config, "_commit_hash", None)
-    Provenance(original, commit, None, package_versions()).write(folder)
+    _provenance(model).write(folder)
     if evaluation is not None:
         shutil.copyfile(evaluation, folder / EVALUATION)
+
+
+def _provenance(model: PreTrainedModel) -> Provenance:
+    """Of a model in memory: what it was quantized from, or what lies beside the packed model that it was loaded from."""
+    source = Path(model.name_or_path)
+    local = bool(model.name_or_path) and source.is_dir()
+    if model.hf_quantizer.pre_quantized:
+        return Provenance.read(source) if local else Provenance()
+    inherited = inherited_metadata(str(source)) if local else {}
+    commit = getattr(model.config, "_commit_hash", None)
+    return Provenance(model.name_or_path or None, commit, None, package_versions(), inherited)
 
 
 def push_folder(

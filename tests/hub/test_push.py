@@ -17,6 +17,7 @@ from hf_pcdvq import PcdvqConfig, push_to_hub
 from hf_pcdvq.cli import main
 from hf_pcdvq.hub import push_folder
 from hf_pcdvq.hub_errors import PushError
+from hf_pcdvq.provenance import Provenance
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -46,7 +47,7 @@ def same_logits(folder, files, tmp_path):
 
 
 def test_dry_run_lists_what_a_push_sends_and_touches_no_network(packed, hub):
-    (packed / ".env").write_text("secret")
+    (packed / ".secret.json").write_text("secret")
     (packed / "notes.pdf").write_text("mine")
     before = contents(packed)
     result = cli("push", packed, REPO, "--dry-run", "--loader-stub")
@@ -55,8 +56,8 @@ def test_dry_run_lists_what_a_push_sends_and_touches_no_network(packed, hub):
     assert contents(packed) == before
     push_folder(packed, REPO, loader_stub=True)
     sent = hub.repos[REPO].files()
-    assert ".env" not in sent and "notes.pdf" not in sent
-    assert ".env, notes.pdf" in result.stderr
+    assert ".secret.json" not in sent and "notes.pdf" not in sent
+    assert ".secret.json, notes.pdf" in result.stderr
     for name in sent.keys() - {".gitattributes"}:
         assert f" {name} " in result.stdout
     assert {"evaluation.json", "quantization_report.png", "modeling_hf_pcdvq.py", "README.md"} <= sent.keys()
@@ -83,6 +84,14 @@ def test_model_in_memory_goes_with_tokenizer_report_and_card(calibrated, evaluat
         "mit",
     )
     assert same_logits(evaluated_once, files, tmp_path)
+
+
+def test_packed_model_that_was_loaded_again_keeps_its_original(packed, hub, tmp_path):
+    Provenance("org/tiny", "abc", "hf-pcdvq quantize org/tiny", {}, {"license": "mit"}).write(packed)
+    loaded = AutoModelForCausalLM.from_pretrained(packed)
+    push_to_hub(loaded, AutoTokenizer.from_pretrained(packed), REPO)
+    card = ModelCard(hub.repos[REPO].files()["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("org/tiny", "mit")
 
 
 @pytest.mark.parametrize("xet", [False, True])
