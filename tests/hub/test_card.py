@@ -127,8 +127,15 @@ def test_evaluation_that_cannot_be_of_this_model_is_refused(packed, change, mess
         model_card(packed, REPO)
 
 
-def test_report_that_is_not_of_this_model_is_refused(packed):
-    edit(packed, "quantization_report.json", lambda record: record.update(bits_per_packed_weight=2.0))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(bits_per_packed_weight=2.0),
+        lambda record: record["config"].update(hadamard_seed=7),
+    ],
+)
+def test_report_that_is_not_of_this_model_is_refused(packed, change):
+    edit(packed, "quantization_report.json", change)
     with pytest.raises(ValueError, match="belongs to another model"):
         model_card(packed, REPO)
 
