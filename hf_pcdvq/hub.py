@@ -182,7 +182,9 @@ def push_folder(
         inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
     with _staged(folder, repo_id, base_model, {**inherited, **metadata}, loader_stub) as (staging, publication):
         if publication.card.data.get("license") is None:
-            logger.warning("the card of %s states no licence: give one with metadata={'license': ...}", repo_id)
+            logger.warning(
+                "the card of %s states no licence: give one with --license, or metadata={'license': ...}", repo_id
+            )
         api = HfApi(token=token)
         with told_plainly(repo_id):
             parent = _prepared_branch(api, repo_id, private, revision, create_pr, publication.card, staging, force)
