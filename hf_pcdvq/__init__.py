@@ -8,6 +8,7 @@ from hf_pcdvq_kernels import get_backend, set_backend
 
 from .calibration.settings import Calibration
 from .config import CcqConfig, PcdvqConfig
+from .hub import push_to_hub
 from .quantize import quantize_model
 from .quantizer import CcqHfQuantizer, PcdvqHfQuantizer
 from .registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "PcdvqHfQuantizer",
     "__version__",
     "get_backend",
+    "push_to_hub",
     "quantize_model",
     "register",
     "set_backend",

@@ -10,12 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
 from .evaluate import Evaluation
+from .provenance import package_versions
 from .report import count_folder
-from .version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +60,7 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean, with the versions that made them."""
-        versions = {"hf_pcdvq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        return {**asdict(self), "versions": versions}
+        return {**asdict(self), "versions": package_versions()}
 
     def write(self, folder: Path) -> None:
         """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` beside the saved model.

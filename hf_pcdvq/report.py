@@ -305,17 +305,22 @@ def size_table(count: FolderCount) -> Table:
     return table
 
 
-def layer_table(count: FolderCount) -> Table:
-    """The packed layers, those that differ only in their number in one row."""
+def layer_groups(count: FolderCount) -> dict[tuple[str, int, int], list[LayerCount]]:
+    """The packed layers by name, with layer numbers folded to `*`, outputs and inputs."""
     groups: dict[tuple[str, int, int], list[LayerCount]] = {}
     for layer in count.layers:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
         groups.setdefault((name, layer.out_features, layer.in_features), []).append(layer)
+    return groups
+
+
+def layer_table(count: FolderCount) -> Table:
+    """The packed layers, those that differ only in their number in one row."""
     table = Table(title="Packed layers", title_justify="left")
     table.add_column("layer", overflow="fold")
     for heading in ("count", "outputs x inputs", "bits per weight", "size"):
         table.add_column(heading, justify="right")
-    for (name, out_features, in_features), layers in groups.items():
+    for (name, out_features, in_features), layers in layer_groups(count).items():
         size = readable_size(sum(layer.nbytes for layer in layers))
         bits = f"{layers[0].bits_per_weight:.3f}"
         table.add_row(

@@ -1,4 +1,4 @@
-"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it.
+"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it, publish it.
 
 Exit codes: 0 done, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
 """
@@ -11,7 +11,9 @@ from .estimate import estimate
 from .generate import generate
 from .import_wint2 import import_wint2_command
 from .measure import evaluate_command, inspect
+from .push import card, check, push
 from .quantize import quantize
+from .speed import speed
 from .tune import tune
 
 
@@ -28,8 +30,21 @@ def main() -> None:
       hf-pcdvq inspect qwen-2bit
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt
       hf-pcdvq generate qwen-2bit --prompt "What is a codebook?"
+      hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit
     """
 
 
-for command in (quantize, estimate, import_wint2_command, inspect, evaluate_command, generate, tune):
+for command in (
+    quantize,
+    estimate,
+    inspect,
+    evaluate_command,
+    generate,
+    speed,
+    tune,
+    import_wint2_command,
+    check,
+    card,
+    push,
+):
     main.add_command(command)

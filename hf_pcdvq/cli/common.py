@@ -5,6 +5,7 @@ PyTorch, Transformers and the rest of the package are imported inside the functi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+_COMMAND_LINE = "hf_pcdvq.command_line"
 
 
 class Command(click.Command):
@@ -22,6 +24,10 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params.append(click.Option(["--debug"], is_flag=True, help="On an error, show the Python traceback."))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_COMMAND_LINE] = shlex.join(["hf-pcdvq", ctx.info_name, *args])
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
@@ -33,6 +39,11 @@ class Command(click.Command):
             if debug:
                 raise
             raise click.ClickException(_message(error)) from error
+
+
+def command_line(ctx: click.Context) -> str:
+    """What was typed, quoted for a shell."""
+    return ctx.meta[_COMMAND_LINE]
 
 
 def _message(error: Exception) -> str:

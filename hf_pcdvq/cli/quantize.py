@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from .common import Command, load_model, note, override_option, overrides_of, placement_options
+from .common import (
+    Command,
+    command_line,
+    load_model,
+    note,
+    override_option,
+    overrides_of,
+    placement_options,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +127,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
-        has_tokenizer = _quantize_into(folder, model, config, options, work_dir)
+        has_tokenizer = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
     clear(work_dir)
     _print_result(out, model, options["gguf_file"], time.monotonic() - started)
     if not has_tokenizer:
@@ -166,14 +174,18 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     return None
 
 
-def _quantize_into(folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path) -> bool:
+def _quantize_into(
+    folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
+) -> bool:
     """Quantize and save. Returns whether there was a tokenizer to save."""
     import torch
 
     from ..gguf import dense_from_gguf
+    from ..provenance import Provenance, inherited_metadata, package_versions
     from ..quantize import quantize_model
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    inherited, original = inherited_metadata(model, options["revision"]), model
     with ExitStack() as stack:
         if options["gguf_file"]:
             # Beside the result, because the system's temporary folder may be too small for a dense model.
@@ -195,6 +207,8 @@ def _quantize_into(folder: Path, model: str, config: PackedConfig, options: dict
             tokenizer.save_pretrained(folder)
         if loaded.hf_quantizer.report is not None:
             loaded.hf_quantizer.report.write(folder)
+        commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
+        Provenance(original, commit, command, package_versions(), inherited).write(folder)
     return tokenizer is not None
 
 

@@ -1,0 +1,164 @@
+"""`hf-pcdvq push`, `hf-pcdvq check` and `hf-pcdvq card`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .common import Command, note
+
+if TYPE_CHECKING:
+    from ..hub import Publication
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def _card_options(command: Callable) -> Callable:
+    """What a card says that no file in the folder knows."""
+    for option in (
+        click.option(
+            "--loader-stub",
+            is_flag=True,
+            help="Add a module with which trust_remote_code=True loads the model without `import hf_pcdvq`.",
+        ),
+        click.option("--language", multiple=True, metavar="CODE", help="Of the model. [default: the original's]"),
+        click.option(
+            "--license", metavar="ID", help="As the Hub knows it: apache-2.0, ... [default: the original's]"
+        ),
+        click.option(
+            "--base-model",
+            metavar="NAME",
+            help="The original on the Hub. [default: what was quantized, if it came from there]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _card_arguments(
+    base_model: str | None, license: str | None, language: tuple[str, ...], loader_stub: bool
+) -> dict:
+    metadata: dict[str, Any] = {"license": license} if license else {}
+    if language:
+        metadata["language"] = list(language)
+    return {"base_model": base_model, "metadata": metadata, "loader_stub": loader_stub}
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("repo", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Push to this branch; it is made if it is missing. [default: main]"
+)
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--token", help="Access token. [default: the one that `hf auth login` stored]")
+@click.option("--dry-run", is_flag=True, help="Only check, and list what would be sent. Needs no network.")
+@click.option("--force", is_flag=True, help="Replace whatever model REPO holds.")
+@_card_options
+def push(
+    folder: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    token: str | None,
+    dry_run: bool,
+    force: bool,
+    **card: Any,
+) -> None:
+    """Publish the packed model in DIR on the Hugging Face Hub as REPO, with a model card.
+
+    The card states what was measured: quantization_report.json and evaluation.json beside the model. A damaged folder, a
+    README.md of yours with other figures, and a REPO that holds another model are refused. An interrupted push goes on
+    where it stopped if it is started again.
+
+    \b
+    Example:
+      hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --dry-run
+      hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --private
+    """
+    from ..hub import planned, push_folder
+
+    if create_pr and revision:
+        raise click.UsageError("--create-pr is made against the main branch; leave out --revision")
+    options = _card_arguments(**card)
+    if dry_run:
+        _show(planned(folder, repo, **options), repo)
+        return
+    commit = push_folder(
+        folder,
+        repo,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+        force=force,
+        **options,
+    )
+    click.echo(commit.pr_url or commit.commit_url)
+
+
+def _show(publication: Publication, repo: str) -> None:
+    from ..report import readable_size
+
+    table = Table(title=f"Would be pushed to {repo}", title_justify="left")
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right")
+    for name, size in publication.files.items():
+        table.add_row(name, readable_size(size))
+    table.add_section()
+    table.add_row("total", readable_size(sum(publication.files.values())), style="bold")
+    Console().print(table)
+    if publication.left_out:
+        note(f"Left out: {', '.join(publication.left_out)}")
+    if publication.card.data.get("license") is None:
+        note("The licence is not known; a push looks it up on the Hub if the original is there, or give --license")
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+def check(folder: Path) -> None:
+    """Check that the packed model in DIR is whole, without loading its weights.
+
+    Every tensor that config.json asks for must be there in the right shape, no shard may be truncated, no scale infinite,
+    and the tokenizer must fit the model.
+
+    \b
+    Example:
+      hf-pcdvq check qwen-2bit
+    """
+    from ..integrity import check_folder
+    from ..report import readable_size
+
+    count = check_folder(folder)
+    click.echo(f"{folder} is whole: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
+
+
+@click.command(cls=Command)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("repo", metavar="REPO")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file. [default: print it]"
+)
+@_card_options
+def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
+    """Write the model card with which the packed model in DIR would be published as REPO.
+
+    \b
+    Example:
+      hf-pcdvq card qwen-2bit me/Qwen3-0.6B-2bit --base-model Qwen/Qwen3-0.6B --license apache-2.0
+    """
+    from ..hub import planned
+    from ..provenance import write_text
+
+    text = str(planned(folder, repo, **_card_arguments(**options)).card)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_text(out, text)

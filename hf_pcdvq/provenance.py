@@ -1,0 +1,92 @@
+"""Where a packed model comes from: `provenance.json`, written when a model is quantized and read for its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .version import __version__
+
+NAME = "provenance.json"
+_FORMAT = 1
+# What a quantized model has from its original. The rest of a card speaks of the original itself.
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a packed model was made.
+
+    Attributes:
+        original: folder, or name on the Hub, of the dense model, as it was given; None if it is not known.
+        revision: commit of the original on the Hub; None for a folder.
+        command: the command line; None if a Python program did it.
+        versions: of the packages that did it.
+        inherited: licence and language, as the original's own model card states them.
+    """
+
+    original: str | None = None
+    revision: str | None = None
+    command: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    inherited: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Provenance:
+        """That of a saved model; empty if the folder has none.
+
+        Raises:
+            ValueError: a newer version wrote it.
+        """
+        file = folder / NAME
+        if not file.is_file():
+            return cls()
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record.pop("format") != _FORMAT:
+            raise ValueError(f"{file} was written by a newer hf_pcdvq. Upgrade it: pip install -U hf_pcdvq")
+        return cls(**record)
+
+    def write(self, folder: Path) -> None:
+        """Write `provenance.json` beside a saved model."""
+        write_text(folder / NAME, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes a packed model, for the records of how it was made."""
+    return {"hf_pcdvq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def inherited_metadata(original: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
+    """Licence and language that the card of a model states; empty if it has no card, or no card can be had offline.
+
+    Args:
+        original: a folder, or a name on the Hub.
+    """
+    file = Path(original) / "README.md"
+    if not Path(original).is_dir():
+        try:
+            file = Path(hf_hub_download(original, "README.md", revision=revision, token=token))
+        except EntryNotFoundError:
+            return {}
+    if not file.is_file():
+        return {}
+    data = ModelCard.load(file, ignore_metadata_errors=True).data
+    return {name: data.get(name) for name in _INHERITED if data.get(name) is not None}
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

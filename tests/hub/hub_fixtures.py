@@ -1,0 +1,98 @@
+"""A packed model with everything that a push may send, and the stand-in for the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.utils._http
+import pytest
+from fake_hub import WRITE_TOKEN, FakeHub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+from hf_pcdvq.evaluate import evaluate, token_windows
+
+TEXT = "the river rises in a mountain and falls slowly down to the sea. " * 40
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny_model_dir):
+    """A calibrated model in memory, with its tokenizer. Shared by all tests: do not change it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = PcdvqConfig(calibration=Calibration(samples=4, length=32, holdout=2))
+    return quantize_model(model, tokenizer, config, [TEXT], progress=False), tokenizer
+
+
+@pytest.fixture(scope="session")
+def evaluated_once(calibrated, tiny_model_dir, tmp_path_factory) -> Path:
+    """The calibrated model in several shards, with report and evaluation. Shared by all tests: do not change it."""
+    folder = tmp_path_factory.mktemp("push") / "packed"
+    model, tokenizer = calibrated
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    model.hf_quantizer.report.write(folder)
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    result = evaluate(original, model, token_windows(tokenizer, TEXT, 64, 8), progress=False)
+    noise = evaluate(original, original.to("cpu"), token_windows(tokenizer, TEXT, 64, 8), progress=False)
+    task = {"task": "piqa", "metric": "acc", "original": 0.71234, "original_stderr": 0.01, "samples": 200}
+    record = {
+        "format": 1,
+        "original": "tiny",
+        "packed": str(folder),
+        "text": "texts/river.txt",
+        "metrics": asdict(result),
+        "noise_floor": {"dtype": "float32", "metrics": asdict(noise)},
+        "tasks": [{**task, "packed": 0.65432, "packed_stderr": None}],
+        "device": "cpu",
+        "versions": {},
+        "command": "hf-pcdvq eval tiny packed --text texts/river.txt",
+    }
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def packed(evaluated_once, tmp_path) -> Path:
+    """A copy of the model that the test may change."""
+    return shutil.copytree(evaluated_once, tmp_path / "packed")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The stand-in, to which this process speaks in place of the Hub, without Xet and without waiting between retries."""
+    with FakeHub(lfs=True) as fake:
+        template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        yield fake
+
+
+@pytest.fixture
+def run_with(tmp_path):
+    """Runs a program in a new process that knows this stand-in as the Hub, with an empty cache; gives what it printed."""
+
+    def run(hub: FakeHub, program: str, *arguments: object) -> str:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / f"home-{len(hub.requests)}"),
+            "HF_TOKEN": WRITE_TOKEN,
+            "HF_HUB_DISABLE_XET": "1" if hub.lfs else "0",
+        }
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
