@@ -117,9 +117,11 @@ def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, prog
     """
     parts = []
     running = 0.0
-    bar = tqdm(zip(windows, pairs), total=len(windows), desc="Evaluating", unit="window", disable=not progress)
-    for index, (window, (original, packed)) in enumerate(bar):
-        part = _compare(original, packed, window[1:])
+    remaining = iter(pairs)
+    bar = tqdm(windows, desc="Evaluating", unit="window", disable=not progress)
+    for index, window in enumerate(bar):
+        # No name and no zip holds on to the logits, or those of two windows would be alive at once.
+        part = _compare(*next(remaining), window[1:])
         _refuse_nan(part[0], "original", index)
         _refuse_nan(part[1], "packed", index)
         parts.append(part)

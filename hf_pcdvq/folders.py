@@ -58,6 +58,20 @@ def check_destination(out: Path, source: Path, force: bool) -> None:
         raise ValueError(f"{out} is a git repository, which --force would delete; choose another folder")
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that new files could not be written to; one that does not exist yet is judged by its parents.
+
+    Raises:
+        NotADirectoryError: it, or what it would lie in, is a file.
+        PermissionError: the user may not write there.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; choose a folder to write to")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing} may not be written to; choose another folder with --out")
+
+
 @contextmanager
 def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `out`, which is renamed to `out` at the end, and deleted instead if the body raises.

@@ -339,13 +339,31 @@ def left_table(left_unpacked: dict[str, str]) -> Table:
     return table
 
 
-def evaluation_table(result: Evaluation) -> Table:
-    """The figures of a comparison, with what they were taken over."""
+def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list[list[str]]:
+    """The figures of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
+    rows = [["perplexity", f"{result.perplexity_original:,.3f}"]]
+    rows += [["KL(original || packed), mean", ""], ["KL, median", ""], ["KL, 90 %", ""], ["KL, 99 %", ""]]
+    rows += [["same likeliest token", ""]]
+    for column in (result, floor) if floor else (result,):
+        divergences = (column.kl_mean, column.kl_median, column.kl_p90, column.kl_p99)
+        figures = [f"{column.perplexity_packed:,.3f}", *(f"{value:.5f} nats" for value in divergences)]
+        for row, figure in zip(rows, [*figures, f"{100 * column.top1_agreement:.2f} %"]):
+            row.append(figure)
+    return rows
+
+
+def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_name: str = "") -> Table:
+    """The figures of a comparison, with what they were taken over.
+
+    Args:
+        result: the packed model against the original.
+        floor: the original against itself in another dtype, if that was measured.
+        floor_name: heading of its column.
+    """
     windows = f"{result.windows} windows of {result.context_length} tokens, {result.predictions:,} predictions"
-    table = Table(title=windows, title_justify="left", show_header=False)
-    table.add_row("perplexity of the original", f"{result.perplexity_original:.3f}")
-    table.add_row("perplexity of the packed model", f"{result.perplexity_packed:.3f}")
-    table.add_row("KL(original || packed), mean", f"{result.kl_mean:.5f} nats")
-    table.add_row("median, 90 %, 99 %", f"{result.kl_median:.5f}, {result.kl_p90:.5f}, {result.kl_p99:.5f}")
-    table.add_row("same likeliest token", f"{100 * result.top1_agreement:.2f} %")
+    table = Table("", title=windows, title_justify="left")
+    for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
+        table.add_column(heading, justify="right")
+    for row in evaluation_rows(result, floor):
+        table.add_row(*row)
     return table

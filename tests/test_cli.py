@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_pcdvq.gguf
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.cli import main
-from hf_pcdvq.evaluate import evaluate, token_windows
 
 # Without calibration, which is tested in test_cli_calibration.py and takes longer.
 ROUND = ("quantize", "--no-calibration")
@@ -303,45 +302,6 @@ def test_inspect_of_a_missing_or_empty_folder(tmp_path):
     fail(1, "config.json is missing", "inspect", tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- eval
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_bytes(b"a line\r\nanother line\r\n" * 20)  # 440 bytes and tokens, if line ends stay what they are
-    return file
-
-
-def test_eval_gives_the_figures_of_the_library(tiny_model_dir, packed_once, text, tmp_path):
-    options = ["--text", text, "--context", 40, "--json", tmp_path / "result.json"]
-    shown = succeed("eval", tiny_model_dir, packed_once, *options).stdout
-    record = json.loads((tmp_path / "result.json").read_text())
-    tokens = token_windows(AutoTokenizer.from_pretrained(tiny_model_dir), text.read_bytes().decode(), 40)
-    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_model_dir, packed_once)]
-    expected = evaluate(*models, tokens, progress=False).to_dict()
-    assert {name: record[name] for name in expected} == pytest.approx(expected)
-    assert record["windows"] == 11
-    assert record["kl_mean"] > 0.001
-    assert f"{expected['kl_mean']:.5f} nats" in shown
-    assert "11 windows of 40 tokens, 429 predictions" in " ".join(shown.split())
-
-
-def test_eval_of_a_model_against_itself(tiny_model_dir, text):
-    shown = succeed("eval", tiny_model_dir, tiny_model_dir, "--text", text, "--context", 40, "--windows", 2).stdout
-    assert "0.00000 nats" in shown
-    assert "100.00 %" in shown
-    assert "2 windows" in shown
-
-
-def test_eval_refuses_before_it_has_computed_anything(tiny_model_dir, packed_once, text, tmp_path):
-    models = [tiny_model_dir, packed_once, "--text", text]
-    fail(1, "440 tokens, fewer than the 1024 of one window", "eval", *models)
-    fail(1, "there is no folder", "eval", *models, "--json", tmp_path / "none" / "result.json")
-    fail(2, "does not exist", "eval", tiny_model_dir, packed_once, "--text", tmp_path / "none.txt")
-    fail(2, "--context", "eval", *models, "--context", 1)
-
-
 # ------------------------------------------------------------------------------------------------------------- generate
 
 
@@ -393,7 +353,7 @@ def test_installed_script_reports_an_error_in_one_line(tmp_path):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "eval", "generate"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "eval", "compare", "generate"])
 def test_every_command_explains_itself_with_an_example(command):
     assert command in succeed("--help").stdout
     assert f"  hf-pcdvq {command} " in succeed(command, "--help").stdout

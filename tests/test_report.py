@@ -230,7 +230,7 @@ def test_folder_without_a_model_is_refused_by_name(tmp_path):
 def test_tables_show_the_counted_numbers(packed_dir):
     count = count_folder(packed_dir)
     console = Console(file=io.StringIO(), width=200)
-    for table in (size_table(count), layer_table(count), left_table(count)):
+    for table in (size_table(count), layer_table(count), left_table(count.left_unpacked)):
         console.print(table)
     shown = console.file.getvalue()
     assert f"{count.bits_per_packed_weight:.3f}" in shown

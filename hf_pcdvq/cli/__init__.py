@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import click
 
+from .compare import compare
 from .estimate import estimate
+from .evaluate import evaluate_command
 from .generate import generate
 from .import_wint2 import import_wint2_command
-from .measure import evaluate_command, inspect
+from .inspect import inspect
 from .push import card, check, push
 from .quantize import quantize
 from .speed import speed
@@ -39,6 +41,7 @@ for command in (
     estimate,
     inspect,
     evaluate_command,
+    compare,
     generate,
     speed,
     tune,

@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 _COMMAND_LINE = "hf_pcdvq.command_line"
 
 
@@ -52,6 +52,11 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}. This was not foreseen; run the command again with --debug to see more"
 
 
+def command_line(ctx: click.Context) -> str:
+    """What was typed, quoted for a shell."""
+    return ctx.meta[_COMMAND_LINE]
+
+
 def placement_options(command: Callable) -> Callable:
     """Options of every command that loads a model."""
     for option in (
@@ -63,7 +68,7 @@ def placement_options(command: Callable) -> Callable:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(_DTYPES),
+            type=click.Choice(("auto", *DTYPES)),
             default="auto",
             show_default=True,
             help="Floating dtype of what is not packed; auto keeps the saved one.",

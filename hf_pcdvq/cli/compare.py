@@ -1,0 +1,59 @@
+"""`hf-pcdvq compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from .common import Command, note
+
+
+@click.command(cls=Command)
+@click.argument("records", metavar="A B ...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    default="comparison",
+    show_default=True,
+    help="Where comparison.md and comparison.png go; older ones are replaced.",
+)
+def compare(records: tuple[Path, ...], out: Path) -> None:
+    """Put evaluations side by side: one table, and one plot of quality against bits.
+
+    A, B, ... are files that `hf-pcdvq eval` wrote, or the folders of the models that hold them. They must have been
+    measured on the same text, context and windows.
+
+    \b
+    Example:
+      hf-pcdvq compare qwen-2bit qwen-2.25bit other/evaluation.json --out comparison
+    """
+    from rich.table import Table
+
+    from ..comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
+    from ..folders import check_writable
+
+    check_writable(out)
+    comparison = Comparison.read(records)
+    task_headings, task_rows = comparison.task_table()
+    tables = [(HEADINGS, point_rows(comparison.points, comparison.originals), comparison.title)]
+    if task_rows:
+        tables.append((task_headings, task_rows, "Tasks"))
+    for headings, rows, title in tables:
+        table = Table(*headings, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / f"{NAME}.md"]
+    written[0].write_text(comparison.markdown(), encoding="utf-8")
+    uncounted = [point.label for point in comparison.points if point.bits is None]
+    if uncounted:
+        note(f"Warning: not in the plot, because their bits are not counted: {', '.join(uncounted)}")
+    if len(uncounted) < len(comparison.points):
+        written.append(out / f"{NAME}.png")
+        plot_quality(comparison.points, comparison.originals, comparison.title, written[1])
+    click.echo(f"Saved {' and '.join(map(str, written))}")

@@ -1,0 +1,201 @@
+"""`hf-pcdvq eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from .common import DTYPES, Command, command_line, load_model, note, placement_options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation_record import EvaluationRecord, TaskScore
+
+
+@click.command("eval", cls=Command)
+@click.argument("original", metavar="ORIGINAL")
+@click.argument("packed", metavar="PACKED")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file, UTF-8. [default: the WikiText-2 test text, from the Hub]",
+)
+@click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=click.IntRange(min=1), help="Use this many windows only. [default: the whole text]")
+@click.option(
+    "--noise-floor",
+    type=click.Choice(DTYPES),
+    help="Also compare the original with itself in this dtype: what rounding alone does.",
+)
+@click.option("--tasks", metavar="A,B,...", help="Also run these tasks of lm-eval on both models.")
+@click.option(
+    "--task-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with task files of your own, in lm-eval's format.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Samples per task. [default: all]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Of --tasks.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where evaluation.json and evaluation.md go. [default: PACKED, if it is a folder]",
+)
+@click.option("--force", is_flag=True, help="Replace the evaluation.json that is there.")
+@placement_options
+@click.pass_context
+def evaluate_command(ctx: click.Context, original: str, packed: str, **options: Any) -> None:
+    """Compare the model PACKED with the ORIGINAL that it was made from.
+
+    Prints how far the predictions diverge on a text (KL, in nats; 0 is the same model), how often both find the same
+    next token likeliest, and the perplexity of both. Figures for different --context values are not comparable.
+
+    \b
+    Examples:
+      hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --context 2048 --windows 32
+      hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt --noise-floor float32
+      hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --tasks piqa,arc_easy,arc_challenge,hellaswag,winogrande
+    """
+    from transformers import AutoTokenizer
+
+    from ..evaluate import token_windows
+    from ..evaluation_record import check_record_folder
+    from ..folders import check_source
+
+    for model in (original, packed):
+        check_source(model)
+    tasks = [] if options["tasks"] is None else [task.strip() for task in options["tasks"].split(",")]
+    if (options["task_dir"] or options["limit"]) and not tasks:
+        raise click.UsageError("--task-dir and --limit belong to --tasks", ctx)
+    folder = options["out"] or (Path(packed) if Path(packed).is_dir() else None)
+    if folder is not None:
+        check_record_folder(folder, options["force"])
+    manager = _task_manager(tasks, options["task_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=options["trust_remote_code"])
+    text, source = _read(options["text"])
+    windows = token_windows(tokenizer, text, options["context"], options["windows"])
+
+    record = _measure(ctx, tokenizer, windows, source, tasks, manager)
+    for table in _tables(record):
+        Console().print(table)
+    if folder is None:
+        note(f"Not saved: {packed} is not a folder; --out DIR saves the figures")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder)
+    click.echo(f"Saved evaluation.json and evaluation.md in {folder}")
+
+
+def _read(file: Path | None) -> tuple[str, str]:
+    """A text and what to call it."""
+    from ..benchmarks import WIKITEXT2, wikitext2
+
+    if file is None:
+        return wikitext2(), WIKITEXT2
+    # newline="": line ends are part of the text and must not be translated.
+    with file.open(encoding="utf-8", newline="") as stream:
+        return stream.read(), str(file)
+
+
+def _task_manager(tasks: list[str], folder: Path | None) -> Any:
+    from ..benchmarks import task_manager
+
+    return task_manager(tasks, folder) if tasks else None
+
+
+def _measure(
+    ctx: click.Context,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    text: str,
+    tasks: list[str],
+    manager: Any,
+) -> EvaluationRecord:
+    """Everything that was asked for; never more than two models are in memory."""
+    from ..evaluate import evaluate
+    from ..evaluation_record import (
+        EvaluationRecord,
+        NoiseFloor,
+        count_bits,
+        device_name,
+        hash_tokens,
+        package_versions,
+    )
+
+    options = ctx.params
+    placement = {name: options[name] for name in ("dtype", "device_map", "trust_remote_code")}
+    original, floor = load_model(options["original"], **placement), options["noise_floor"]
+    if str(original.dtype) == f"torch.{floor}":
+        raise ValueError(f"--noise-floor {floor}: the original is in {floor} itself; choose another dtype")
+    packed = load_model(options["packed"], **placement)
+    bits_per_packed_weight, bits_per_parameter = count_bits(options["packed"])
+    device = device_name(packed.device)
+    metrics = evaluate(original, packed, windows)
+    versions, scores = package_versions(), None
+    if tasks:
+        scores, versions["lm_eval"] = _run_tasks(ctx, tokenizer, tasks, manager, original, packed)
+    del packed  # makes room for the original in another dtype
+    if floor is not None:
+        again = load_model(options["original"], **{**placement, "dtype": floor})
+        floor = NoiseFloor(floor, evaluate(original, again, windows))
+    return EvaluationRecord(
+        original=options["original"],
+        packed=options["packed"],
+        text=text,
+        tokens=hash_tokens(windows),
+        metrics=metrics,
+        noise_floor=floor,
+        tasks=scores,
+        bits_per_packed_weight=bits_per_packed_weight,
+        bits_per_parameter=bits_per_parameter,
+        device=device,
+        versions=versions,
+        command=command_line(ctx),
+    )
+
+
+def _run_tasks(
+    ctx: click.Context,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    manager: Any,
+    original: PreTrainedModel,
+    packed: PreTrainedModel,
+) -> tuple[list[TaskScore], str]:
+    """Scores of both models, and the version of lm-eval."""
+    import lm_eval
+
+    from ..benchmarks import run_tasks
+    from ..evaluation_record import TaskScore
+
+    limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
+    before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
+    scores = [
+        TaskScore(task, metric, score.mean, score.stderr, other.mean, other.stderr, score.samples)
+        for (task, metric), score in before.items()
+        for other in [after[task, metric]]
+    ]
+    return scores, lm_eval.__version__
+
+
+def _tables(record: EvaluationRecord) -> list[Table]:
+    from rich.table import Table
+
+    from ..evaluation_record import TASK_HEADINGS, task_rows
+    from ..report import evaluation_table
+
+    floor = record.noise_floor
+    column = (floor.metrics, f"original, {floor.dtype}") if floor else ()
+    shown = [evaluation_table(record.metrics, *column)]
+    if record.tasks:
+        table = Table(*TASK_HEADINGS, title="Tasks, mean ± standard error", title_justify="left")
+        for row in task_rows(record.tasks):
+            table.add_row(*row)
+        shown.append(table)
+    return shown

@@ -1,0 +1,180 @@
+"""Several evaluations side by side: one table, and one plot of quality against bits counted on the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .evaluation_record import EvaluationRecord, markdown_table, read_record, scope
+
+NAME = "comparison"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in the table and in the plot.
+
+    Attributes:
+        label: what it is called there.
+        bits: per packed weight, counted on the files; None leaves it out of the plot.
+        perplexity, kl_mean, kl_p90, top1_agreement: see `Evaluation`.
+        series: points of one series share a colour.
+    """
+
+    label: str
+    bits: float | None
+    perplexity: float
+    kl_mean: float
+    kl_p90: float
+    top1_agreement: float
+    series: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Records that were measured on the same tokens, against one original or several, with distinct names."""
+
+    records: dict[str, EvaluationRecord]
+
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> Comparison:
+        """Read records from files, or from folders that hold an `evaluation.json`.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is damaged, or they were measured on different tokens.
+        """
+        records = [read_record(path) for path in paths]
+        first = records[0]
+        for path, record in zip(paths, records):
+            if record.tokens != first.tokens:
+                raise ValueError(
+                    f"{paths[0]} and {path} were measured on different tokens and cannot be compared: "
+                    f"{scope(first.metrics)} of {first.text}, and {scope(record.metrics)} of {record.text}; "
+                    "evaluate both with the same --text, --context and --windows, on models of one tokenizer"
+                )
+        short = [Path(record.packed).name for record in records]
+        names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
+        return cls(dict(zip(names, records)))
+
+    @property
+    def points(self) -> list[Point]:
+        """The models by ascending bits, those without at the end."""
+        points = []
+        for name, record in self.records.items():
+            result = record.metrics
+            figures = (result.perplexity_packed, result.kl_mean, result.kl_p90, result.top1_agreement)
+            points.append(Point(name, record.bits_per_packed_weight, *figures))
+        return sorted(points, key=lambda point: (point.bits is None, point.bits, point.label))
+
+    @property
+    def originals(self) -> dict[str, float]:
+        """Perplexity of every original."""
+        return {record.original: record.metrics.perplexity_original for record in self.records.values()}
+
+    @property
+    def title(self) -> str:
+        """What all were measured on."""
+        record = next(iter(self.records.values()))
+        return f"{record.text}: {scope(record.metrics)}"
+
+    def task_table(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows: a task's metric in each row, a model in each column, the originals first."""
+        scored = {name: record for name, record in self.records.items() if record.tasks}
+        columns: dict[str, dict[tuple[str, str], str]] = {}
+        for record in scored.values():
+            columns.setdefault(f"original: {record.original}", {}).update(
+                {(task.task, task.metric): f"{task.original:.4f}" for task in record.tasks}
+            )
+        for name, record in scored.items():
+            columns[name] = {(task.task, task.metric): f"{task.packed:.4f}" for task in record.tasks}
+        keys = dict.fromkeys(key for column in columns.values() for key in column)
+        rows = [[*key, *(column.get(key, "") for column in columns.values())] for key in keys]
+        return ["task", "metric", *columns], rows
+
+    def markdown(self) -> str:
+        """The tables, with the plot below."""
+        lines = ["# Comparison", "", self.title + ".", ""]
+        lines += markdown_table(HEADINGS, point_rows(self.points, self.originals))
+        headings, rows = self.task_table()
+        if rows:
+            lines += ["", "## Tasks", "", *markdown_table(headings, rows)]
+        if any(point.bits is not None for point in self.points):
+            lines += ["", f"![Quality against bits]({NAME}.png)"]
+        return "\n".join(lines) + "\n"
+
+
+HEADINGS = ["model", "bits per packed weight", "perplexity", "KL mean", "KL 90 %", "top 1"]
+
+
+def point_rows(points: Sequence[Point], originals: dict[str, float]) -> list[list[str]]:
+    """Cells of a table under `HEADINGS`, the originals first."""
+    rows = [[f"original: {name}", "", f"{value:,.2f}", "", "", ""] for name, value in originals.items()]
+    for point in points:
+        bits = "not counted" if point.bits is None else f"{point.bits:.3f}"
+        divergence = [f"{point.kl_mean:.3f}", f"{point.kl_p90:.3f}", f"{100 * point.top1_agreement:.1f} %"]
+        rows.append([point.label, bits, f"{point.perplexity:,.2f}", *divergence])
+    return rows
+
+
+def plot_quality(points: Sequence[Point], originals: dict[str, float], title: str, file: Path) -> None:
+    """A PNG: divergence and perplexity against bits per packed weight, every point named.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no point has bits.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
+
+    points = [point for point in points if point.bits is not None]
+    if not points:
+        raise ValueError("no model has bits counted on its files, so there is nothing to plot")
+    # Without pyplot: its backend and its list of figures are global.
+    figure = Figure(figsize=(10, 12), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 1)
+    for axes, field in zip(panels, ("kl_mean", "perplexity")):
+        series: dict[str, list[Point]] = {}
+        for point in points:
+            series.setdefault(point.series, []).append(point)
+        for name, members in series.items():
+            values = [getattr(point, field) for point in members]
+            axes.plot([point.bits for point in members], values, "o", label=name or None)
+        axes.set(xlabel="bits per packed weight, scales included, counted on the files", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.grid(alpha=0.3, which="both")
+        axes.margins(x=0.1, y=0.1)
+        left, right = axes.get_xlim()
+        axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+    upper, lower = panels
+    upper.set(ylabel="KL(original || packed), mean, nats", title=title)
+    lower.set(ylabel="perplexity")
+    for name, value in originals.items():
+        lower.axhline(value, linestyle="--", color="gray", label=f"original: {Path(name).name}")
+    lower.legend(fontsize="small")
+    canvas.draw()  # places the axes, which the labels are arranged in
+    for axes, field in zip(panels, ("kl_mean", "perplexity")):
+        _label(axes, [(point.label, point.bits, getattr(point, field)) for point in points])
+    figure.savefig(file, dpi=120)
+
+
+def _label(axes, points: list[tuple[str, float, float]]) -> None:
+    """Names beside the points, moved up where they would lie on one another."""
+    height, width = 17, 250  # pixels that a label takes, about
+    placed: list[tuple[float, float]] = []
+    scale = 72 / axes.figure.dpi
+    for name, bits, value in sorted(points, key=lambda point: point[2]):
+        x, y = axes.transData.transform((bits, value))
+        top = max((other + height for left, other in placed if abs(left - x) < width), default=y)
+        shift = max(top, y) - y
+        placed.append((x, y + shift))
+        arrow = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if shift > height else None
+        offset = (8 * scale + (8 if arrow else 0), (shift - 4) * scale)
+        axes.annotate(name, (bits, value), offset, textcoords="offset points", fontsize="x-small", arrowprops=arrow)
