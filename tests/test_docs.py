@@ -1,0 +1,51 @@
+"""What the documents quote and link to is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hf_pcdvq.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def source_text():
+    """All string literals of the packages, in a row, with what is filled in written as `…`."""
+    files = [*(ROOT / "hf_pcdvq").rglob("*.py"), *(ROOT / "kernels" / "torch-ext").rglob("*.py")]
+    text = "".join(file.read_text() for file in files)
+    text = re.sub(r'"\s*\n\s*f?"', "", text)  # literals that go on in the next line
+    return re.sub(r"…[^\w]*…", "…", re.sub(r"\{[^{}]*\}|%[ds]", "…", text))
+
+
+def quoted_messages():
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    cells = [row.split(" | ")[0] for row in rows if row.startswith("| ") and "from Transformers" not in row]
+    return [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_error_messages_are_those_of_the_code(message):
+    source = source_text()
+    parts = [part.strip(" '") for part in message.split("…")]
+    for part in parts:
+        assert part in source, part
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    for line in re.findall(r"^hf-pcdvq .*$", page.read_text(), re.MULTILINE):
+        words = line.split("#")[0].split()
+        shown = CliRunner().invoke(main, [words[1], "--help"])
+        assert shown.exit_code == 0, line
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown.output, line
