@@ -47,18 +47,18 @@ def _integer(owner: str, field: str, value: Any, low: int, high: int) -> int:
 
 
 def _overrides(owner: str, value: Any) -> dict[str, str | None]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{owner}: overrides must map patterns to settings, got {value!r}")
-    for pattern, setting in value.items():
+    try:
+        overrides = dict(value or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner}: overrides must map patterns to settings, got {value!r}") from error
+    for pattern, setting in overrides.items():
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"{owner}: overrides: {pattern!r} is not a regular expression: {error}") from error
         if setting is not None:
             _one_of(owner, f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
-    return dict(value)
+    return overrides
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -79,7 +79,7 @@ class PackedConfig(QuantizationConfigMixin):
             the one that lies beside the model. Not saved.
         overrides: other settings for some modules: from regular expressions, searched in the module's name, to the name of
             a setting (see `SETTINGS`), or to None, which leaves the modules as they are. The first that is found counts.
-            `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`
+            `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. config.json has a list of pairs.
         dequantize: when loading a packed model, decode it into ordinary dense layers.
         left_unpacked: set by the quantizer, not by the user: parameters that stayed as they were, with the reason.
         format_version: version of the packed format.
@@ -99,7 +99,7 @@ class PackedConfig(QuantizationConfigMixin):
         modules_to_convert: list[str] | None,
         calibration: Calibration | dict[str, Any] | str | None,
         tokenizer: Any,
-        overrides: dict[str, str | None] | None,
+        overrides: dict[str, str | None] | list[list[str | None]] | None,
         dequantize: bool,
         left_unpacked: dict[str, str] | None,
         format_version: int,
@@ -169,6 +169,8 @@ class PackedConfig(QuantizationConfigMixin):
         """JSON-clean fields. `dequantize` and `tokenizer` are about this process, not about what is saved."""
         fields = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name not in _NOT_SAVED}
         fields["calibration"] = self.calibration.to_dict() if self.calibration else None
+        # Their order counts, and Transformers sorts dictionaries when it saves them.
+        fields["overrides"] = [list(pair) for pair in self.overrides.items()]
         return fields
 
 
@@ -199,7 +201,7 @@ class PcdvqConfig(PackedConfig):
         modules_to_convert: list[str] | None = None,
         calibration: Calibration | dict[str, Any] | str | None = None,
         tokenizer: Any = None,
-        overrides: dict[str, str | None] | None = None,
+        overrides: dict[str, str | None] | list[list[str | None]] | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -265,7 +267,7 @@ class CcqConfig(PackedConfig):
         modules_to_convert: list[str] | None = None,
         calibration: Calibration | dict[str, Any] | str | None = None,
         tokenizer: Any = None,
-        overrides: dict[str, str | None] | None = None,
+        overrides: dict[str, str | None] | list[list[str | None]] | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,

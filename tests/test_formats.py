@@ -1,12 +1,13 @@
 """A second decoder, in NumPy and written from docs/formats.md alone, reads whole checkpoints like ours does."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_pcdvq
 from hf_pcdvq import CcqConfig, PcdvqConfig
@@ -75,6 +76,23 @@ def decode_stream(config, words, scale, companions):
     return scale[:, None] * np.stack(rows)[: len(scale)]
 
 
+def decode_int8(config, words, scale, companions):
+    return words.view(np.int8) * scale[:, None]
+
+
+SETTINGS = {
+    "int8": {"quant_method": "int8"},
+    "pcdvq-2.0": {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm", "codebook": "pcdvq-a14-v1"},
+    "stream-4.0": {"quant_method": "ccq", "layout": "stream", "bits": 4.0, "window": 12},
+}
+
+
+def config_of(config, module):
+    setting = next((name for pattern, name in config["overrides"] if re.search(pattern, module)), None)
+    rotation = {name: config[name] for name in ("hadamard_block", "hadamard_seed")}
+    return config if setting is None else {**SETTINGS[setting], **rotation}
+
+
 def unrotate(rotated, limit, seed):
     features = rotated.shape[1]
     block = min(features & -features, limit)
@@ -87,14 +105,13 @@ def unrotate(rotated, limit, seed):
     return (rotated.reshape(len(rotated), -1, block) @ hadamard * signs / block**0.5).reshape(rotated.shape)
 
 
-def decode(config, tensors, layer):
-    words, scale = tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"].astype(np.float64)
-    prefix = f"{layer}.weight_"
-    companions = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if config["quant_method"] == "pcdvq":
-        rotated = decode_pcdvq(config, words, scale, companions)
-    else:
-        rotated = (decode_stream if config["layout"] == "stream" else decode_ccq)(config, words, scale, companions)
+def decode(config, tensors, name, expert=...):
+    words, scale = tensors[name][expert], tensors[f"{name}_scale"][expert].astype(np.float64)
+    companions = {
+        key.removeprefix(f"{name}_"): tensor[expert] for key, tensor in tensors.items() if key.startswith(f"{name}_")
+    }
+    method = {"pcdvq": decode_pcdvq, "int8": decode_int8, "ccq": decode_ccq}[config["quant_method"]]
+    rotated = (decode_stream if config.get("layout") == "stream" else method)(config, words, scale, companions)
     if not config.get("hadamard", True):
         return rotated
     return unrotate(rotated, config["hadamard_block"], config["hadamard_seed"])
@@ -124,15 +141,35 @@ def test_the_specification_is_enough_to_decode_a_checkpoint(tiny_model_dir, tmp_
     layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     assert len(layers) == 14
     for layer in layers:
-        decoded, weight = decode(stored, tensors, layer), expected[f"{layer}.weight"].double().numpy()
+        decoded, weight = decode(stored, tensors, f"{layer}.weight"), expected[f"{layer}.weight"].double().numpy()
         np.testing.assert_allclose(decoded, weight, rtol=0, atol=1e-5 * np.abs(weight).max())
+
+
+def test_it_is_enough_for_experts_and_other_settings(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4))
+    model.save_pretrained(tmp_path / "dense")
+    overrides = {r"layers\.1\..*experts": "stream-4.0", "experts": "pcdvq-2.0", "q_proj|k_proj": "int8"}
+    config = PcdvqConfig(overrides=overrides, hadamard_seed=3)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    packed.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    tensors, expected = packed_tensors(tmp_path / "model.safetensors"), packed.dequantize("float32").state_dict()
+    names = [name.removesuffix("_scale") for name in tensors if name.endswith("_scale")]
+    assert sum(".experts." in name for name in names) == 4 and len(names) == 4 + 2 * 4
+    for name in names:
+        for expert in range(4) if ".experts." in name else [...]:
+            decoded = decode(config_of(stored, name.rpartition(".")[0]), tensors, name, expert)
+            weight = expected[name][expert].double().numpy()
+            np.testing.assert_allclose(decoded, weight, rtol=0, atol=1e-5 * np.abs(weight).max())
 
 
 def packed_tensors(file):
     from safetensors import safe_open
 
     with safe_open(file, framework="np") as handle:
-        layers = [name.removesuffix("_scale") for name in handle.keys() if name.endswith(".weight_scale")]
+        layers = [name.removesuffix("_scale") for name in handle.keys() if name.endswith("_scale")]
         return {
             name: handle.get_tensor(name) for name in handle.keys() if any(name.startswith(layer) for layer in layers)
         }
