@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     PrefixChange,
     WeightConverter,
+    WeightRenaming,
     WeightTransform,
 )
 from transformers.quantizers.base import HfQuantizer
@@ -140,10 +141,10 @@ class PackedHfQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         distributed = getattr(model.config, "distributed_config", None)
-        if distributed is not None and (getattr(distributed, "tp_size", None) or 1) > 1:
+        if any((getattr(distributed, size, None) or 1) > 1 for size in ("tp_size", "ep_size")):
             raise NotImplementedError(
-                "hf_pcdvq does not support tensor parallelism yet: scales per channel would be cut along the inputs. "
-                "Load with device_map='auto' to spread the model over several GPUs"
+                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be cut like dense "
+                "ones. Load with device_map='auto' to spread the model over several GPUs"
             )
         super().update_parallel_plan(model, plan)
 
@@ -230,25 +231,20 @@ class PackedHfQuantizer(HfQuantizer):
             self._print_summary(len(layers))
 
     def _settle_conversions(self, model: nn.Module) -> None:
-        """Have `save_pretrained` write packed experts as the stacks they are, and dense ones as the model's files do."""
+        """Have `save_pretrained` write packed weights as they are and by the names of their modules, by which overrides
+        choose codecs, and dense ones as the model's files do."""
         conversions = getattr(model, "_weight_conversions", None)
-        if conversions is None:
-            conversions = [
-                entry
-                for entry in get_model_conversion_mapping(model, add_legacy=False)
-                if not isinstance(entry, PrefixChange)  # only loading could tell whether there was a prefix
-            ]
-        elif self.quantization_config.dequantize:
+        if conversions is None or self.quantization_config.dequantize:
+            # Only loading could tell whether there was a prefix.
+            prefixes = [entry for entry in conversions or () if isinstance(entry, PrefixChange)]
             stock = get_model_conversion_mapping(model, add_legacy=False)
-            conversions = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
-            conversions += [entry for entry in stock if isinstance(entry, WeightConverter)]
+            conversions = prefixes + [entry for entry in stock if not isinstance(entry, PrefixChange)]
         packed = [
-            f"{name}.{stack}"
+            f"{name}.{parameter}"
             for name, module in _packed_modules(model).items()
-            for stack in module.packed_parameters
-            if stack != "weight"
+            for parameter in module.packed_parameters
         ]
-        model._weight_conversions = [entry for entry in conversions if not _merges_into(entry, packed)]
+        model._weight_conversions = [entry for entry in conversions if not _changes(entry, packed)]
 
     def _tokenizer(self, model: nn.Module) -> Any:
         """The tokenizer that the config gives or names, or else the model's own; None if no text is to be read."""
@@ -374,9 +370,13 @@ def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:
     return conversion
 
 
-def _merges_into(conversion: WeightTransform, names: list[str]) -> bool:
-    """Whether a conversion makes one of these parameters out of several tensors."""
-    if not isinstance(conversion, WeightConverter) or isinstance(conversion.operations[0], PassThrough):
+def _changes(conversion: WeightTransform, names: list[str]) -> bool:
+    """Whether a conversion makes one of these parameters out of tensors of other names."""
+    if isinstance(conversion, PrefixChange):
+        return False
+    if isinstance(conversion, WeightRenaming):
+        return any(conversion.reverse_transform().rename_source_key(name)[0] != name for name in names)
+    if isinstance(conversion.operations[0], PassThrough):
         return False
     patterns = [re.compile(target.replace(r"\1", ".*") + "$") for target in conversion.target_patterns]
     return any(pattern.search(name) for pattern in patterns for name in names)

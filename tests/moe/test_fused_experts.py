@@ -1,15 +1,19 @@
 """Models with fused experts: packed while they load, saved, loaded, dequantized."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from moe_models import EXPERTS, KINDS, ernie, logits, model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.modules import QuantExperts, QuantLinear
+from hf_pcdvq.quantizer import PcdvqHfQuantizer
 from hf_pcdvq.report import count_folder
 
 EXPERT_LAYER = "model.layers.1.mlp.experts"
@@ -68,6 +72,7 @@ def test_two_rounds_of_saving_are_identical_and_consistent(dense_dir, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert torch.equal(logits(load(tmp_path / "second")), logits(packed))
     stored = [key for key in first if ".1." in key and ".experts." in key]
+    assert set(stored) == {key for key in packed.state_dict() if key.startswith(EXPERT_LAYER)}
     assert len(stored) == 4 and all(len(first[key]) == EXPERTS for key in stored)  # stacks, none cut into experts
     count = count_folder(tmp_path / "first")
     (layer,) = (layer for layer in count.layers if "layers.1." in layer.name and ".experts.down" in layer.name)
@@ -99,9 +104,11 @@ def test_every_experts_implementation_gives_the_same(tmp_path):
     model("qwen3").save_pretrained(tmp_path / "dense")
     packed = load(tmp_path / "dense", PcdvqConfig(), experts_implementation="eager")
     expected = logits(packed)
-    for implementation in ("grouped_mm", "batched_mm", "sonicmoe", "deepgemm"):
+    for implementation in ("eager", *ALL_EXPERTS_FUNCTIONS):
         packed.set_experts_implementation(implementation)
         assert torch.equal(logits(packed), expected)
+        again = load(tmp_path / "dense", PcdvqConfig(), experts_implementation=implementation)
+        assert torch.equal(logits(again), expected)
     with pytest.raises(ValueError, match="nonsense"):
         packed.set_experts_implementation("nonsense")
 
@@ -113,12 +120,48 @@ def test_tokens_of_other_devices_are_skipped():
         parts = [packed.codec.encode(matrix) for matrix in getattr(dense, stack)]
         packed.set_packed(stack, {suffix: torch.stack([part[suffix] for part in parts]) for suffix in parts[0]})
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    index = torch.tensor([[0, 1], [EXPERTS, 2], [3, EXPERTS], [EXPERTS, EXPERTS], [7, 6]])
+    index = torch.tensor([[0, 1], [EXPERTS, 2], [3, -1], [EXPERTS, EXPERTS], [7, 6]])
     weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+    here = (index >= 0) & (index < EXPERTS)
     with torch.no_grad():
         out = packed(hidden, index, weights)
-        expected = packed.dequantize(torch.float32)(hidden, index.clamp(max=EXPERTS - 1), weights * (index < EXPERTS))
+        expected = packed.dequantize(torch.float32)(hidden, index.clamp(0, EXPERTS - 1), weights * here)
     assert relative(out, expected) < 1e-5 and not out[3].any()
+
+
+@pytest.mark.parametrize("size", ("tp_size", "ep_size"))
+def test_experts_are_not_cut_into_shards(size):
+    quantizer = PcdvqHfQuantizer(PcdvqConfig(), pre_quantized=False)
+    dense = model("mixtral")
+    dense.config.distributed_config = SimpleNamespace(**{size: 2})
+    with pytest.raises(NotImplementedError, match="tensor or expert parallelism"):
+        quantizer.update_parallel_plan(dense, {})
+
+
+def test_bfloat16_and_layers_on_disk(tmp_path):
+    model("deepseek").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu"
+    )
+    options = {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig())
+    whole.save_pretrained(tmp_path / "packed")
+    expected = logits(whole)
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", **options)), expected)
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig(), **options)
+    assert torch.equal(logits(fresh), expected)
+
+
+@pytest.mark.parametrize("missing", ("w1", ""), ids=("one matrix", "a whole expert"))
+def test_a_missing_expert_is_an_error(missing, tmp_path):
+    model("mixtral").save_pretrained(tmp_path)
+    whole = tensors(tmp_path)
+    kept = {name: tensor for name, tensor in whole.items() if f"experts.7.{missing}" not in name}
+    assert len(kept) < len(whole)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)):
+        load(tmp_path, PcdvqConfig())
 
 
 def test_overrides_choose_a_setting_by_the_name_of_the_module(tmp_path):
