@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -127,17 +126,18 @@ class OneExpertAtATime(WeightConverter):
         counts = {len(tensors) for tensors in sources.values()}
         if self.quantization_operation is None or len(counts) != 1:
             return super().convert(layer_name, **kwargs)
-        parts: list[dict[str, Tensor]] = []
-        for expert in range(counts.pop()):
+        number = counts.pop()
+        stacks: dict[str, Tensor] = {}
+        for expert in range(number):
             self.collected_tensors.clear()
             for pattern, tensors in sources.items():
                 self.collected_tensors[pattern] = [tensors[expert]]
                 tensors[expert] = None
-            parts.append(super().convert(layer_name, **kwargs))
-        if any(part.keys() != parts[0].keys() for part in parts):
-            return {}  # one of them has failed, which the operation has taken down
-        return {name: torch.cat([_single(part[name]) for part in parts]) for name in parts[0]}
-
-
-def _single(value: Tensor | list[Tensor]) -> Tensor:
-    return value[0] if isinstance(value, list) else value
+            packed = super().convert(layer_name, **kwargs)
+            if not packed:
+                return {}  # it has failed, which the operation has taken down
+            for name, stack_of_one in packed.items():
+                if expert == 0:
+                    stacks[name] = stack_of_one.new_empty(number, *stack_of_one.shape[1:])
+                stacks[name][expert] = stack_of_one[0]
+        return stacks
