@@ -81,14 +81,26 @@ def select_layers(
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Linear layers beside fused experts, which weigh experts; those within, as of a shared expert, are not meant."""
-    return {
-        sibling
-        for parent in model.modules()
-        if any(is_fused_experts(child) for child in parent.children())
-        for sibling in parent.children()
-        if isinstance(sibling, nn.Linear)
-    }
+    """Linear layers that weigh experts: those of a module beside the experts whose last one has an output for each of
+    them, or a single one, as for a shared expert."""
+    routers: set[nn.Module] = set()
+    for parent in model.modules():
+        numbers = {child: _number_of_experts(child) for child in parent.children()}
+        experts = set(numbers.values()) - {None}
+        for sibling in [child for child, number in numbers.items() if experts and number is None]:
+            linear = [module for module in sibling.modules() if isinstance(module, nn.Linear)]
+            if linear and linear[-1].out_features in {1, *experts}:
+                routers.update(linear)
+    return routers
+
+
+def _number_of_experts(module: nn.Module) -> int | None:
+    """How many experts a module may hold, as stacks of weights or as modules; None if it holds none."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return len(module)
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # their weights have three dimensions too
+        return None
+    return next((len(tensor) for tensor in module.parameters(recurse=False) if tensor.ndim == 3), None)
 
 
 def _obstacle(module: nn.Module, codec: Codec) -> str | None:
