@@ -93,7 +93,10 @@ class QuantizationReport:
         bits = self.bits_per_packed_weight
         lines += [f"| bits per packed weight, counted on the file | | {bits:.3f} |"] if bits is not None else []
         lines += self._comparison_rows() if self.comparison else []
-        lines += ["", "## Layers", "", "| layer | size | kurtosis | max | SNR, dB | proxy loss | seconds | note |"]
+        lines += ["", "## Layers", ""]
+        if noted := sum(layer.note is not None for layer in self.layers):
+            lines += [f"{noted} of {len(self.layers)} fell back to a rule, which stands beside them.", ""]
+        lines += ["| layer | size | kurtosis | max | SNR, dB | proxy loss | seconds | note |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [_layer_row(layer) for layer in self.layers]
         lines += [
@@ -125,8 +128,19 @@ def _layer_row(layer: LayerRecord) -> str:
     return f"| {layer.name} | {size} | {figures} | {'; '.join(notes)} |"
 
 
+def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:
+    """Proxy losses by the name of a layer in its block, the experts of a block under one name, and by block."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for layer in report.layers:
+        match = re.search(r"\.(\d+)\.(.+)", layer.name)
+        if match and layer.proxy_loss is not None:
+            name = re.sub(r"\.\d+\.", ".*.", match[2])
+            curves.setdefault(name, {}).setdefault(int(match[1]), []).append(layer.proxy_loss)
+    return curves
+
+
 def plot_damage(report: QuantizationReport, file: Path) -> None:
-    """A PNG: proxy loss of the layers and error behind the blocks, over the depth of the model."""
+    """A PNG: proxy loss of the layers (of experts the mean) and error behind the blocks, over the depth of the model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,13 +148,8 @@ def plot_damage(report: QuantizationReport, file: Path) -> None:
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1)
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for layer in report.layers:
-        match = re.search(r"\.(\d+)\.(.+)", layer.name)
-        if match and layer.proxy_loss is not None:
-            curves.setdefault(match[2], []).append((int(match[1]), layer.proxy_loss))
-    for name, points in curves.items():
-        upper.plot(*zip(*points), marker=".", label=name)
+    for name, losses in _curves(report).items():
+        upper.plot(list(losses), [sum(some) / len(some) for some in losses.values()], marker=".", label=name)
     upper.set(ylabel="proxy loss tr(EHE$^T$) / tr(WHW$^T$)", xlabel="decoder block", yscale="log")
     upper.set_title("Damage to the outputs of each layer")
     upper.legend(fontsize="small", ncols=4)

@@ -24,7 +24,7 @@ from ..codecs.base import Codec, Packed
 from ..evaluate import Evaluation, compare_logits
 from ..modules import dense_weights, packed_type
 from .blocks import Call, Shortcuts, capture, find_blocks, logits_of, run_block
-from .experts import quantize_experts, routed_tokens
+from .experts import RoutedTokens, quantize_experts, routed_tokens
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
 from .layers import quantize_layers
@@ -118,7 +118,7 @@ class CalibratedRun:
                     states = _Block(block, layers, call.to(self.device), original, hidden, self.device)
                     self._run_block(number, states)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
-            self._round([name for name in self._names if not _inside(name, prefix)])
+            self._round_outside(prefix)
         if len(self._holdout) and self._model.get_output_embeddings() is not None:
             self.comparison = self._compare(blocks, original, hidden)
 
@@ -165,17 +165,15 @@ class CalibratedRun:
         records: list[LayerRecord] = []
         block.find_shortcuts()
         for stage in _stages(inputs.groups(), block.layers):
-            if len(stage) == 1 and not isinstance(block.layers[stage[0][0]], nn.Linear):
-                self._quantize_experts(block, stage[0][0], inputs, packed, records)
+            first = stage[0][0]
+            if not isinstance(block.layers[first], nn.Linear):
+                self._quantize_experts(block.layers, first, self._tokens(block, first, inputs), packed, records)
                 continue
             moments = self._moments(block, stage, inputs)
             for names in stage:
                 self._quantize_group(block.layers, names, moments[names[0]], packed, records)
         for name in inputs.idle():
-            if isinstance(block.layers[name], nn.Linear):
-                self._quantize_group(block.layers, [name], None, packed, records)
-            else:
-                self._quantize_experts(block, name, None, packed, records)
+            self._round(block.layers, name, packed, records)
         return packed, records
 
     def _moments(self, block: _Block, stage: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
@@ -210,22 +208,31 @@ class CalibratedRun:
             tensors, found = quantize_layers({name: layers[name] for name in some}, moments, codec, self._settings)
             self._finish(layers, {name: {"weight": tensors[name]} for name in some}, found, packed, records)
 
+    def _tokens(self, block: _Block, name: str, inputs: OriginalInputs) -> RoutedTokens:
+        """The tokens that reach fused experts, with the block as it is now."""
+        originals = [inputs.of(name, index) for index in range(len(self._windows))]
+        return routed_tokens(block.layers[name], range(len(self._windows)), block.forward, originals)
+
     def _quantize_experts(
         self,
-        block: _Block,
+        layers: dict[str, nn.Module],
         name: str,
-        inputs: OriginalInputs | None,
+        tokens: RoutedTokens | None,
         packed: PackedLayers,
         records: list[LayerRecord],
     ) -> None:
-        """The same for fused experts, which no token has reached if `inputs` is None."""
-        experts = block.layers[name]
-        tokens = None
-        if inputs is not None:
-            originals = [inputs.of(name, index) for index in range(len(self._windows))]
-            tokens = routed_tokens(experts, range(len(self._windows)), block.forward, originals)
-        tensors, found = quantize_experts(name, experts, tokens, self._codec_of(name), self._settings)
-        self._finish(block.layers, {name: tensors}, found, packed, records)
+        """The same for fused experts, which `tokens` reach."""
+        tensors, found = quantize_experts(name, layers[name], tokens, self._codec_of(name), self._settings)
+        self._finish(layers, {name: tensors}, found, packed, records)
+
+    def _round(
+        self, layers: dict[str, nn.Module], name: str, packed: PackedLayers, records: list[LayerRecord]
+    ) -> None:
+        """The same for a layer, or fused experts, that no token has reached."""
+        if isinstance(layers[name], nn.Linear):
+            self._quantize_group(layers, [name], None, packed, records)
+        else:
+            self._quantize_experts(layers, name, None, packed, records)
 
     def _finish(
         self,
@@ -260,13 +267,14 @@ class CalibratedRun:
             self._bar.set_postfix_str(f"{record.name}{loss}", refresh=False)
             self._bar.update()
 
-    def _round(self, names: list[str]) -> None:
-        """Layers outside the decoder blocks, which have no Hessian."""
-        for name in names:
-            layer = self._model.get_submodule(name)
-            packed: PackedLayers = {}
-            self._quantize_group({name: layer}, [name], None, packed, [])
-            self._replace(name, layer, packed[name])
+    def _round_outside(self, prefix: str) -> None:
+        """Quantize the layers outside the decoder blocks, which have no Hessian."""
+        for name in self._names:
+            if not _inside(name, prefix):
+                layer = self._model.get_submodule(name)
+                packed: PackedLayers = {}
+                self._round({name: layer}, name, packed, [])
+                self._replace(name, layer, packed[name])
 
     def _compare(self, blocks: nn.ModuleList, original: list[Tensor], hidden: list[Tensor]) -> Evaluation:
         """Both models' predictions on the windows held out, from the hidden states behind the last block."""
@@ -279,13 +287,18 @@ class CalibratedRun:
 
 
 def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[list[str]]]:
-    """Groups of linear layers with a common input, to be quantized one stage after the other; experts by themselves."""
+    """What is quantized at a time, in turn: groups of linear layers with a common input, or fused experts by themselves.
+
+    Too many groups of linear layers are one stage, and the experts come after it.
+    """
     stages: list[list[list[str]]] = []
     for group in groups:
-        linear = [name for name in group if isinstance(layers[name], nn.Linear)]
-        stages += [[linear]] if linear else []
-        stages += [[[name]] for name in group if name not in linear]
-    return stages if len(stages) <= _MAX_STAGES else [[names for (names,) in stages]]
+        alike = [name for name in group if isinstance(layers[name], nn.Linear)]
+        stages += [[alike]] if alike else []
+        stages += [[[name]] for name in group if name not in alike]
+    linear = [names for (names,) in stages if isinstance(layers[names[0]], nn.Linear)]
+    experts = [stage for stage in stages if stage[0] not in linear]
+    return stages if len(linear) <= _MAX_STAGES else [linear, *experts]
 
 
 def _inside(name: str, module: str) -> bool:

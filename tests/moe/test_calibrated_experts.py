@@ -1,15 +1,21 @@
 """Calibrated experts: each on the tokens that are routed to it."""
 
 import copy
+import json
 
 import pytest
 import torch
+from click.testing import CliRunner
+from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.experts import RoutedTokens, quantize_experts
+from hf_pcdvq.calibration.run import _MAX_STAGES
+from hf_pcdvq.cli import main
 from hf_pcdvq.modules import QuantExperts
+from hf_pcdvq.quantization_report import _curves
 
 EXPERTS, TOP_K = 8, 2
 
@@ -137,6 +143,77 @@ def test_an_interrupted_run_with_experts_goes_on(tmp_path):
     quantize_model(model, None, config, windows(), progress=False, work_dir=tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_experts_no_token_reaches_are_rounded():
+    """Those that do not run, and those outside the decoder blocks."""
+    model = tiny_mixtral()
+    model.model.layers[0].idle, model.model.outside = (copy.deepcopy(model.model.layers[0].mlp) for _ in range(2))
+    report = calibrated(model).hf_quantizer.report
+    for name in ("layers.0.idle", "outside"):
+        assert isinstance(model.model.get_submodule(f"{name}.experts"), QuantExperts)
+        notes = [record.note for record in report.layers if record.name.startswith(f"model.{name}.experts")]
+        assert notes == ["no token reached it: rounded to the nearest codes"] * 2 * EXPERTS
+
+
+class Deeper(nn.Module):
+    """A mixture behind more layers than are quantized one after the other."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.chain = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(_MAX_STAGES)))
+        self.mixture = mixture
+
+    def forward(self, hidden):
+        return self.mixture(hidden + self.chain(hidden))
+
+
+def test_experts_beside_many_other_layers_are_a_stage_of_their_own():
+    model = tiny_mixtral()
+    for layer in model.model.layers:
+        layer.mlp = Deeper(layer.mlp)
+    report = calibrated(model).hf_quantizer.report
+    records = [record for record in report.layers if record.name.startswith("model.layers.1.")]
+    assert len(records) == 4 + _MAX_STAGES + 2 * EXPERTS
+    assert all(record.proxy_loss is not None and record.tokens for record in records)
+    assert isinstance(model.model.layers[1].mlp.mixture.experts, QuantExperts)
+
+
+def test_the_report_lists_experts_that_fell_back(tmp_path):
+    model = calibrated(tiny_mixtral(), expert_tokens=100)
+    model.save_pretrained(tmp_path)
+    model.hf_quantizer.report.write(tmp_path)
+    text = (tmp_path / "quantization_report.md").read_text()
+    fallen = [record for record in model.hf_quantizer.report.layers if "routed to it" in (record.note or "")]
+    assert 0 < len(fallen) < 2 * 2 * EXPERTS
+    noted = sum(record.note is not None for record in model.hf_quantizer.report.layers)
+    assert f"{noted} of {2 * (4 + 2 * EXPERTS)} fell back to a rule" in text
+    for record in fallen:
+        (row,) = (line for line in text.splitlines() if f"| {record.name} |" in line)
+        assert "calibrated on all tokens of the layer" in row
+
+
+def test_the_plot_has_one_curve_for_all_experts():
+    curves = _curves(calibrated(tiny_mixtral()).hf_quantizer.report)
+    experts = {f"mlp.experts.*.{stack}" for stack in ("gate_up_proj", "down_proj")}
+    assert set(curves) == experts | {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert {block: len(losses) for block, losses in curves["mlp.experts.*.down_proj"].items()} == {0: 8, 1: 8}
+
+
+@pytest.mark.parametrize("option", ((), ("--all-experts",)))
+def test_all_experts_can_be_asked_for_on_the_command_line(option, tiny_model_dir, tmp_path):
+    tiny_mixtral().save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(" ".join(f"{number} of many small words" for number in range(60)))
+    arguments = ["quantize", tmp_path / "dense", "--out", tmp_path / "packed", "--samples", 8, "--length", 32]
+    done = CliRunner().invoke(main, [*map(str, arguments), "--calibration", str(tmp_path / "text.txt"), *option])
+    assert done.exit_code == 0, done.output
+    fields = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["calibration"]
+    assert fields["all_experts"] is bool(option)
+    layers = json.loads((tmp_path / "packed" / "quantization_report.json").read_text())["layers"]
+    notes = [record["note"] or "" for record in layers if ".experts." in record["name"]]
+    # 256 tokens go to two of eight experts each: fewer than 128 reach most of them.
+    assert any("routed to it" in note for note in notes) is not bool(option)
 
 
 def test_settings_are_recorded():
