@@ -111,7 +111,7 @@ def _size_facts(count: FolderCount) -> dict[str, Any]:
             "bits": 8 * sum(layer.nbytes for layer in layers) / sum(layer.weights for layer in layers),
             "size": readable_size(sum(layer.nbytes for layer in layers)),
         }
-        for (name, outputs, inputs), layers in layer_groups(count).items()
+        for (name, outputs, inputs, _), layers in layer_groups(count).items()
     ]
     others = {
         "embeddings": count.embedding_bytes,

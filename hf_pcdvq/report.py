@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from .checkpoint import StoredTensor, checkpoint_files, read_headers
@@ -29,6 +30,7 @@ class LayerCount:
         name: name of the module; of fused experts, with the name of the stack.
         out_features, in_features: size of the weight that the codes stand for.
         tensors: its packed tensors, codes first, companions after them. A bias is not among them.
+        codec: the format.
         experts: number of weights of that size: 1, or those of a stack.
     """
 
@@ -36,6 +38,7 @@ class LayerCount:
     out_features: int
     in_features: int
     tensors: tuple[StoredTensor, ...]
+    codec: Codec
     experts: int = 1
 
     @property
@@ -240,7 +243,7 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
                 f"{found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
                 f"{in_features} inputs has {dtype} {[*stack, *shape]} there; file and config.json do not belong together"
             )
-    return LayerCount(label, out_features, in_features, tuple(tensors.values()), stack[0] if stack else 1)
+    return LayerCount(label, out_features, in_features, tuple(tensors.values()), codec, stack[0] if stack else 1)
 
 
 def _vocabulary_tensors(
@@ -283,7 +286,8 @@ def describe_config(config: PackedConfig) -> str:
         for name, value in config.to_dict().items()
         if name in ("bits", "layout", "window", "magnitude", "hadamard") and value is not None
     }
-    return ", ".join([config.method, *(f"{name} {value}" for name, value in settings.items())])
+    described = [config.method, *(f"{name} {value}" for name, value in settings.items())]
+    return ", ".join([*described, "other settings for some layers"] if config.overrides else described)
 
 
 def size_table(count: FolderCount) -> Table:
@@ -292,6 +296,8 @@ def size_table(count: FolderCount) -> Table:
     table.add_column("what", overflow="fold")
     table.add_column("size", justify="right", overflow="fold")
     table.add_row("method", describe_config(count.config) if count.config else "not packed")
+    for pattern, setting in count.config.overrides.items() if count.config else ():
+        table.add_row(f"  {escape(pattern)}", setting or "as it was")
     table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
     table.add_row("embeddings", readable_size(count.embedding_bytes))
     table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
@@ -305,12 +311,12 @@ def size_table(count: FolderCount) -> Table:
     return table
 
 
-def layer_groups(count: FolderCount) -> dict[tuple[str, int, int], list[LayerCount]]:
-    """The packed layers by name, with layer numbers folded to `*`, outputs and inputs."""
-    groups: dict[tuple[str, int, int], list[LayerCount]] = {}
+def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
+    """The packed layers by name, with layer numbers folded to `*`, outputs, inputs and format."""
+    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
     for layer in count.layers:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
-        groups.setdefault((name, layer.out_features, layer.in_features), []).append(layer)
+        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
     return groups
 
 
@@ -320,7 +326,7 @@ def layer_table(count: FolderCount) -> Table:
     table.add_column("layer", overflow="fold")
     for heading in ("count", "outputs x inputs", "bits per weight", "size"):
         table.add_column(heading, justify="right")
-    for (name, out_features, in_features), layers in layer_groups(count).items():
+    for (name, out_features, in_features, _), layers in layer_groups(count).items():
         size = readable_size(sum(layer.nbytes for layer in layers))
         bits = f"{layers[0].bits_per_weight:.3f}"
         table.add_row(

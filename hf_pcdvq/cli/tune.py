@@ -71,10 +71,11 @@ def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
     count = count_folder(folder)
     if not count.layers:
         raise ValueError(f"{folder} holds no packed layers; give the folder of a packed model")
-    fields = count.config.to_dict()
-    layout = fields.get("layout", "stream")
-    setting = fields["bits"] if layout == "stream" else layout
-    codec = f"{'stream' if fields.get('layout') == 'stream' else count.config.method} {setting}"
     powers = sorted({tokens_per_program(number) for number in tokens})
-    sizes = dict.fromkeys((layer.out_features, layer.in_features) for layer in count.layers)
-    return [Shape(codec, power, *size) for size in sizes for power in powers]
+    # What is measured is for single products, and experts are multiplied in groups.
+    products = dict.fromkeys(
+        (layer.codec.kernels, layer.out_features, layer.in_features)
+        for layer in count.layers
+        if layer.codec.kernels and layer.experts == 1
+    )
+    return [Shape(codec, power, *size) for codec, *size in products for power in powers]

@@ -93,6 +93,11 @@ class Codec(ABC):
         """The number of input features must be a multiple of this."""
 
     @property
+    def kernels(self) -> str | None:
+        """What `hf_pcdvq_kernels.triton` calls the format; None if it has no kernels for it."""
+        return None
+
+    @property
     def row_multiple(self) -> int:
         """Packed tensors can be cut after any multiple of this many output channels."""
         return 1

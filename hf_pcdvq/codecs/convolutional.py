@@ -86,6 +86,10 @@ class ConvolutionalCodec(Codec):
     def multiple(self) -> int:
         return GROUP
 
+    @property
+    def kernels(self) -> str:
+        return f"ccq {self.layout}"
+
     def specs(self, out_features: int, in_features: int) -> Specs:
         layout, groups = CCQ_LAYOUTS[self.layout], in_features // GROUP
         specs: Specs = {

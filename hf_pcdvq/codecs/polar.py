@@ -85,6 +85,10 @@ class PolarCodec(Codec):
     def code_tables(self) -> Packed:
         return {"patterns": self.patterns.clone(), "levels": self.levels.clone()}
 
+    @property
+    def kernels(self) -> str:
+        return f"pcdvq {self.bits}"
+
     def specs(self, out_features: int, in_features: int) -> Specs:
         specs: Specs = {"": ((out_features, in_features // VECTOR), torch.int16)}
         if self._split:

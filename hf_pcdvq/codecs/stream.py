@@ -88,6 +88,10 @@ class StreamCodec(Codec):
     def row_multiple(self) -> int:
         return STREAM_RING
 
+    @property
+    def kernels(self) -> str:
+        return f"stream {self.stream_bits}"
+
     def specs(self, out_features: int, in_features: int) -> Specs:
         return {
             "": ((self.layout.words(out_features), in_features), torch.int32),
