@@ -113,7 +113,7 @@ class QuantExperts(PackedModule):
 
     @property
     def _number(self) -> int:
-        return self.packed_parameters["down_proj"].shape[0]
+        return len(self.down_proj)
 
     def _has_grouped_kernels(self, hidden_states: Tensor) -> bool:
         """They have no derivative, and none of them takes float32."""
