@@ -8,7 +8,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hf_pcdvq_kernels import get_backend
@@ -33,6 +33,7 @@ class Speed:
         device: its name.
         dtype: of what is not packed.
         backend: as `hf_pcdvq.get_backend` gives it.
+        cache_implementation: as it was given.
         peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
     """
 
@@ -42,6 +43,7 @@ class Speed:
     device: str
     dtype: str
     backend: str
+    cache_implementation: str | None
     peak_memory_bytes: int | None
 
     def write(self, folder: Path) -> None:
@@ -51,9 +53,18 @@ class Speed:
 
 
 def measure_speed(
-    model: PreTrainedModel, prompt_tokens: int = 16, new_tokens: int = 64, runs: int = 3, progress: bool = True
+    model: PreTrainedModel,
+    prompt_tokens: int = 16,
+    new_tokens: int = 64,
+    runs: int = 3,
+    progress: bool = True,
+    cache_implementation: str | None = None,
 ) -> Speed:
     """Let a model write `new_tokens` tokens after a prompt, once to warm up and `runs` times for the record.
+
+    Args:
+        cache_implementation: that of Transformers' `generate`. With `"static"` it compiles the model, if that is on a
+            GPU; None takes the model's default.
 
     Raises:
         ValueError: prompt and new tokens do not fit into the model's positions.
@@ -67,11 +78,13 @@ def measure_speed(
     if accelerator is not None:
         accelerator.reset_peak_memory_stats(device)
     ids = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
+    # min_new_tokens, so that no run ends early.
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    if cache_implementation is not None:  # given as None, it would replace that of the model's generation config
+        options["cache_implementation"] = cache_implementation
     seconds = []
     for _ in tqdm(range(1 + runs), desc="Generating", unit="run", disable=not progress):
         started = time.perf_counter()
-        # min_new_tokens, so that no run ends early.
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         if accelerator is not None:
             accelerator.synchronize(device)
@@ -83,6 +96,7 @@ def measure_speed(
         device=_device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
         backend=get_backend(),
+        cache_implementation=cache_implementation,
         peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
     )
 
