@@ -52,11 +52,6 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}. This was not foreseen; run the command again with --debug to see more"
 
 
-def command_line(ctx: click.Context) -> str:
-    """What was typed, quoted for a shell."""
-    return ctx.meta[_COMMAND_LINE]
-
-
 def placement_options(command: Callable) -> Callable:
     """Options of every command that loads a model."""
     for option in (
