@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hf_pcdvq_kernels import get_backend
+from hf_pcdvq_kernels.backend import use_triton
 from tqdm.auto import tqdm
 
 from .records import device_name, known_fields, package_versions, write_text
@@ -31,7 +31,7 @@ class Speed:
         prompt_tokens, new_tokens: their numbers in one run.
         device: its name.
         dtype: of what is not packed.
-        backend: as `hf_pcdvq.get_backend` gives it.
+        backend: what decoded the weights, `"triton"` or `"reference"`.
         peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
     """
 
@@ -90,6 +90,6 @@ def measure_speed(
         new_tokens=new_tokens,
         device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=get_backend(),
+        backend="triton" if use_triton(device, model.dtype) else "reference",
         peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
     )

@@ -90,7 +90,9 @@ def test_speed_is_stated_once_it_was_measured(packed):
     assert result.exit_code == 0, result.output
     record = json.loads((packed / "speed.json").read_text())
     stated = f"{record['tokens_per_second']:.1f} tokens per second on {record['device']}"
-    assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in written(packed).text
+    text = written(packed).text
+    assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in text
+    assert "bfloat16, backend reference." in text  # what ran, not what was asked for
     edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
     with pytest.raises(ValueError, match="names no speed"):
         model_card(packed, REPO)
