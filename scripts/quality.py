@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.config import PackedConfig
+from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluate import compare_logits, token_windows
 from hf_pcdvq.gguf import dense_from_gguf
 from hf_pcdvq.records import write_text
@@ -119,7 +120,10 @@ class Reference:
             self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, WINDOWS)
         self._logits = folder / "logits"
         self._logits.mkdir()
-        for number, logits in enumerate(_logits(self.load(), self.windows)):
+        # Models are bf16, and so are the products, unless this CPU only emulates them.
+        emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
+        self.arithmetic = torch.float32 if emulated else torch.bfloat16
+        for number, logits in enumerate(_logits(self.load().to(self.arithmetic), self.windows)):
             torch.save(logits, self._logits / f"{number}.pt")
 
     def load(self) -> PreTrainedModel:
@@ -175,7 +179,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
         model.save_pretrained(folder)
         count = count_folder(Path(folder))
     # Decoded once: the packed layers would decode their weights for every window.
-    dense = model.dequantize(torch.bfloat16)
+    dense = model.dequantize(torch.bfloat16).to(reference.arithmetic)
     result = compare_logits(zip(reference.logits(), _logits(dense, reference.windows)), reference.windows)
     return {
         "row": row.name,
@@ -184,6 +188,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
         "config": row.config,
         "bits_counted": count.bits_per_packed_weight,
         "bits_whole_file": count.bits_per_parameter,
+        "arithmetic": str(reference.arithmetic).removeprefix("torch."),
         "seconds_to_quantize": round(seconds, 1) if timed else None,
         **result.to_dict(),
         "output_error_last_block": report.blocks[-1].output_error,
