@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hf_pcdvq_kernels import get_backend
+from hf_pcdvq_kernels.backend import use_triton
 from tqdm.auto import tqdm
 
-from .measured import SPEED
-from .provenance import package_versions, write_text
+from .records import device_name, known_fields, package_versions, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NAME = "speed"
 _FORMAT = 1
 
 
@@ -32,7 +31,7 @@ class Speed:
         prompt_tokens, new_tokens: their numbers in one run.
         device: its name.
         dtype: of what is not packed.
-        backend: as `hf_pcdvq.get_backend` gives it.
+        backend: what decoded the weights, `"triton"` or `"reference"`.
         cache_implementation: as it was given.
         peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
     """
@@ -49,7 +48,16 @@ class Speed:
     def write(self, folder: Path) -> None:
         """Write `speed.json` beside the model."""
         record = {"format": _FORMAT, **asdict(self), "versions": package_versions()}
-        write_text(folder / SPEED, json.dumps(record, indent=2) + "\n")
+        write_text(folder / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Speed:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: it is of another format, or is no such record.
+        """
+        return cls(**known_fields(cls, content, _FORMAT))
 
 
 def measure_speed(
@@ -93,23 +101,9 @@ def measure_speed(
         tokens_per_second=new_tokens / statistics.median(seconds[1:]),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        device=_device_name(device),
+        device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=get_backend(),
+        backend="triton" if use_triton(device, model.dtype) else "reference",
         cache_implementation=cache_implementation,
         peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    """What its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    names = Path("/proc/cpuinfo")
-    found = (
-        [line for line in names.read_text().splitlines() if line.startswith("model name")] if names.exists() else []
-    )
-    name = found[0].partition(":")[2].strip() if found else platform.machine()
-    return f"a CPU ({name}, {torch.get_num_threads()} threads)"

@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import platform
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from hf_pcdvq.config import PackedConfig
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluate import compare_logits, token_windows
 from hf_pcdvq.gguf import dense_from_gguf
+from hf_pcdvq.records import write_text
 from hf_pcdvq.report import count_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -228,9 +228,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
         "command": "python scripts/quality.py",
         "rows": rows,
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def chosen(only: list[str] | None) -> list[Row]:
