@@ -5,21 +5,27 @@ Both need packages of the extra `eval`: pip install "hf_pcdvq[eval]".
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .quiet import quiet
+
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2 = "WikiText-2 test (Salesforce/wikitext, wikitext-2-raw-v1)"
+WIKITEXT2_ON_HUB = {
+    "dataset_type": "Salesforce/wikitext",
+    "dataset_name": "WikiText-2",
+    "dataset_config": "wikitext-2-raw-v1",
+    "dataset_split": "test",
+}
 
 
 def wikitext2() -> str:
@@ -94,7 +100,7 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with quiet("lm_eval"):  # it warns of every model that is handed over as an object, and of its tasks' defaults
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = lm_eval.simple_evaluate(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, batch_size=batch_size
@@ -121,15 +127,3 @@ def _samples(task: str, found: dict[str, Any]) -> int:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of every model that is handed over as an object, and of its tasks' defaults."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

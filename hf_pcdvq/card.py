@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .benchmarks import WIKITEXT2, WIKITEXT2_ON_HUB
 from .config import PackedConfig
+from .evaluation_record import TASK_HEADINGS, markdown_table, task_rows
 from .measured import Measured
 from .provenance import Provenance
 from .report import FolderCount, count_folder, describe_config, layer_groups, readable_size
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _METHOD_LINKS = {"pcdvq": "https://arxiv.org/abs/2506.05432", "ccq": "https://arxiv.org/abs/2507.07145"}
 
 
@@ -36,8 +38,7 @@ def model_card(
     Args:
         folder: the saved model, with whatever was measured: `quantization_report.json`, `evaluation.json`, `speed.json`.
         repo_id: where it is published: the card's code loads it from there.
-        base_model: name of the original on the Hub; None takes the one that `provenance.json` records, unless that was
-            a local folder.
+        base_model: name of the original on the Hub; None takes the one that `provenance.json` records.
         metadata: further YAML metadata: `license`, `language`, ...; goes before what the original's card said.
         loader_stub: say that the model loads with `trust_remote_code=True` too.
 
@@ -49,7 +50,7 @@ def model_card(
         raise ValueError(f"{folder} is not packed; a card is written for packed models only")
     measured, provenance = Measured.read(folder, count), Provenance.read(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    base_model = base_model or hub_name(provenance.original)
+    base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
     data = ModelCardData(
         base_model=base_model,
@@ -71,7 +72,7 @@ def model_card(
     facts = {
         **_size_facts(count),
         **_origin_facts(count.config, measured, provenance),
-        **measured.card_facts(),
+        **_measured_facts(measured),
         "base_model": base_model,
         "title": repo_id.split("/")[-1],
         "repo_id": repo_id,
@@ -86,13 +87,6 @@ def model_card(
         card = ModelCard.from_template(data, template_path=str(template), **facts)
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
-
-
-def hub_name(original: str | None) -> str | None:
-    """The name of a model on the Hub, or None for a local folder."""
-    if original is None or Path(original).is_dir() or not _HUB_ID.fullmatch(original):
-        return None
-    return original
 
 
 def _pipeline_tag(settings: dict[str, Any]) -> str | None:
@@ -154,6 +148,28 @@ def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenan
     }
 
 
+def _measured_facts(measured: Measured) -> dict[str, Any]:
+    """Quality and speed. Without an evaluation, the comparison that a calibrated run made."""
+    evaluation, noise, tasks, speed = None, None, None, None
+    record, report = measured.evaluation, measured.report
+    if record is not None:
+        text = record.text if record.text == WIKITEXT2 else f"`{Path(record.text).name}`"
+        scope = {"text": text, "device": record.device, "command": record.command, "held_out": False}
+        evaluation = {**record.metrics.to_dict(), **scope}
+        if record.noise_floor:
+            noise = {"dtype": record.noise_floor.dtype, **record.noise_floor.metrics.to_dict()}
+        if record.tasks:
+            lines = markdown_table(TASK_HEADINGS, task_rows(record.tasks))
+            tasks = {"table": "\n".join(lines), "lm_eval": record.versions.get("lm_eval")}
+    elif report is not None and report["comparison"]:
+        scope = {"text": "the calibration data", "device": report["device"], "command": None, "held_out": True}
+        evaluation = {**report["comparison"], **scope}
+    if measured.speed is not None:
+        peak = measured.speed.peak_memory_bytes
+        speed = {**asdict(measured.speed), "peak_memory": readable_size(peak) if peak else None}
+    return {"evaluation": evaluation, "noise": noise, "tasks": tasks, "speed": speed}
+
+
 def _data_name(data: str | None) -> str:
     if data is None:
         return "text that the model wrote itself"
@@ -162,38 +178,35 @@ def _data_name(data: str | None) -> str:
 
 def _eval_results(measured: Measured) -> list[EvalResult]:
     """The `model-index` of the card: what a user of the model gets, so of the packed model only."""
-    results = []
     record = measured.evaluation
-    if record is not None:
-        metrics, name = record["metrics"], Path(record["text"]).name
-        arguments = {"context_length": metrics["context_length"], "windows": metrics["windows"]}
+    if record is None:
+        return []
+    metrics = record.metrics
+    arguments = {"context_length": metrics.context_length, "windows": metrics.windows}
+    results = [
+        _eval_result(metric, value, metric_name=title, dataset_args=arguments, **_dataset(record.text))
         for metric, title, value in (
-            ("perplexity", "Perplexity", metrics["perplexity_packed"]),
-            ("kl_divergence", "KL divergence to the original, mean, nats", metrics["kl_mean"]),
-            ("accuracy", "Same likeliest next token as the original", metrics["top1_agreement"]),
-        ):
-            results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=Path(name).stem,
-                    dataset_name=name,
-                    dataset_args=arguments,
-                    metric_type=metric,
-                    metric_name=title,
-                    metric_value=round(value, 5),
-                )
-            )
-    for task in measured.tasks:
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=task["task"],
-                dataset_name=task["task"],
-                metric_type=task["metric"],
-                metric_value=round(task["packed"], 5),
-            )
+            ("perplexity", "Perplexity", metrics.perplexity_packed),
+            ("kl_divergence", "KL divergence to the original, mean, nats", metrics.kl_mean),
+            ("accuracy", "Same likeliest next token as the original", metrics.top1_agreement),
         )
+    ]
+    for task in record.tasks or []:
+        names = {"dataset_type": task.task, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
+        results.append(_eval_result(task.metric, task.packed, **names))
     return results
+
+
+def _eval_result(metric: str, value: float, **names: Any) -> EvalResult:
+    return EvalResult(task_type="text-generation", metric_type=metric, metric_value=round(value, 5), **names)
+
+
+def _dataset(text: str) -> dict[str, str]:
+    """How the Hub calls what was measured on: WikiText-2 as it is there, a file by its name without the folder."""
+    if text == WIKITEXT2:
+        return WIKITEXT2_ON_HUB
+    file = Path(text)
+    return {"dataset_type": file.stem, "dataset_name": file.name}
 
 
 # ------------------------------------------------------------------------------------------------- cards written by hand

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from .config import CONFIGS
 from .evaluate import Evaluation
 from .folders import check_writable
+from .records import known_fields, read_json, write_text
 from .report import count_folder, evaluation_rows
-from .version import __version__
 
 NAME = "evaluation"
 FORMAT = 1
@@ -68,7 +66,7 @@ class EvaluationRecord:
         noise_floor, tasks: None where they were not asked for.
         bits_per_packed_weight: counted on the packed model's files; None if it has no packed layers of ours.
         bits_per_parameter: the same over the whole files; None if they could not be counted.
-        device: where the models ran.
+        device: name of what the packed model ran on.
         versions: of the packages that took part.
         command: what was typed.
     """
@@ -95,27 +93,22 @@ class EvaluationRecord:
         """The record that `to_dict` wrote; fields that it does not know are passed over.
 
         Raises:
-            ValueError: it is of a newer format, or is no such record.
+            ValueError: it is of another format, or is no such record.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"expected a record of `hf-pcdvq eval` in format {FORMAT}, found format {found}")
+        known = known_fields(cls, content, FORMAT)
         try:
-            known = {field.name: content[field.name] for field in fields(cls)}
             known["metrics"] = Evaluation(**known["metrics"])
             floor = known["noise_floor"]
             known["noise_floor"] = floor and NoiseFloor(floor["dtype"], Evaluation(**floor["metrics"]))
             known["tasks"] = known["tasks"] and [TaskScore(**task) for task in known["tasks"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a whole record of `hf-pcdvq eval`: {error}") from error
+            raise ValueError(f"not a whole record, {error}; write it with hf-pcdvq eval") from error
         return cls(**known)
 
     def write(self, folder: Path) -> None:
         """Write `evaluation.json` and `evaluation.md`; each appears whole or not at all."""
-        for suffix, text in (("json", json.dumps(self.to_dict(), indent=2) + "\n"), ("md", self.markdown())):
-            partial = folder / f".{NAME}.{suffix}.partial-{os.getpid()}"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / f"{NAME}.{suffix}")
+        write_text(folder / f"{NAME}.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(folder / f"{NAME}.md", self.markdown())
 
     def markdown(self) -> str:
         """The figures as tables."""
@@ -187,10 +180,7 @@ def read_record(path: Path) -> EvaluationRecord:
     file = path / f"{NAME}.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}; `hf-pcdvq eval` writes it")
-    try:
-        return EvaluationRecord.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    return read_json(file, EvaluationRecord.from_dict)
 
 
 def check_record_folder(folder: Path, force: bool) -> None:
@@ -230,13 +220,3 @@ def hash_tokens(windows: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(windows.shape)).encode())
     digest.update(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what every evaluation runs on."""
-    return {"hf_pcdvq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def device_name(device: torch.device) -> str:
-    """`"cpu"`, or an accelerator with the name that its maker gave it."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +21,17 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from .card import hub_name, model_card, unmeasured_figures
+from .card import model_card, unmeasured_figures
+from .evaluation_record import NAME as EVALUATION
+from .evaluation_record import EvaluationRecord, read_record
 from .hub_errors import PushError, told_plainly
 from .integrity import check_folder
 from .loader_stub import MODULE, add_loader_stub
-from .measured import EVALUATION, SPEED
-from .provenance import Provenance, inherited_metadata, package_versions, write_text
+from .provenance import Provenance, hub_name, inherited_metadata
 from .quantization_report import NAME as REPORT
+from .records import package_versions, write_text
 from .remote_model import refuse_other_model
+from .speed import NAME as SPEED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +43,14 @@ _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".py", ".safetensors", 
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _FOLDERS = {"additional_chat_templates"}
 # Where a push leaves these out, those of the model before must not stay.
-_REPLACED = ["model*.safetensors*", "pytorch_model*.bin*", f"{REPORT}.*", "evaluation.*", SPEED, f"{MODULE}.py"]
+_REPLACED = [
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    f"{REPORT}.*",
+    f"{EVALUATION}.*",
+    f"{SPEED}.json",
+    f"{MODULE}.py",
+]
 _GENERATED = "<!-- Written by hf_pcdvq from the files beside it"
 
 
@@ -91,7 +100,7 @@ def push_to_hub(
         force: replace whatever model the repository holds.
         commit_message: None writes one.
         max_shard_size: of one file, as for `save_pretrained`.
-        evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote about this model.
+        evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote about this model, or the folder that holds it.
         base_model: name of the original on the Hub; None takes what the model was loaded from.
         metadata: further YAML metadata of the card, such as `license` and `language`.
         loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`.
@@ -104,15 +113,16 @@ def push_to_hub(
     Raises:
         ValueError: the model is not packed, its files are damaged, the card states what was not measured, or the
             repository holds another model.
-        OSError: the files cannot be saved.
+        OSError: the files cannot be saved, or there is no such evaluation.
         PushError: the Hub or the network failed; the message says what to do.
     """
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"{type(model).__name__} is not packed; quantize it first")
+    record = None if evaluation is None else read_record(Path(evaluation))
     with tempfile.TemporaryDirectory(prefix="hf_pcdvq-", dir=work_dir) as temporary:
         folder = Path(temporary) / "model"
         try:
-            _save(model, tokenizer, folder, max_shard_size, evaluation)
+            _save(model, tokenizer, folder, max_shard_size, record)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"the files to push could not be saved in {temporary}: {error}. Make room there, or give another work_dir"
@@ -133,7 +143,7 @@ def push_to_hub(
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str, evaluation: str | Path | None
+    model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str, evaluation: EvaluationRecord | None
 ) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
@@ -142,7 +152,7 @@ def _save(
         report.write(folder)
     _provenance(model).write(folder)
     if evaluation is not None:
-        shutil.copyfile(evaluation, folder / EVALUATION)
+        evaluation.write(folder)
 
 
 def _provenance(model: PreTrainedModel) -> Provenance:
@@ -153,7 +163,7 @@ def _provenance(model: PreTrainedModel) -> Provenance:
         return Provenance.read(source) if local else Provenance()
     inherited = inherited_metadata(str(source)) if local else {}
     commit = getattr(model.config, "_commit_hash", None)
-    return Provenance(model.name_or_path or None, commit, None, package_versions(), inherited)
+    return Provenance(hub_name(model.name_or_path), commit, None, package_versions(), inherited)
 
 
 def push_folder(
@@ -223,7 +233,7 @@ def _check_repo_id(repo_id: str) -> None:
 def _inherited(folder: Path, base_model: str | None, token: str | bool | None) -> dict[str, Any]:
     """Licence and language from the original's card on the Hub, if they were not recorded when it was quantized."""
     provenance = Provenance.read(folder)
-    original = base_model or hub_name(provenance.original)
+    original = base_model or provenance.original
     if provenance.inherited or original is None:
         return {}
     try:

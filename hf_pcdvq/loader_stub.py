@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .provenance import write_text
+from .records import write_text
 
 MODULE = "modeling_hf_pcdvq"
 _AUTO_CLASS = "AutoModelForCausalLM"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .version import __version__
+from .records import known_fields, read_json, write_text
 
 NAME = "provenance.json"
 _FORMAT = 1
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What a quantized model has from its original. The rest of a card speaks of the original itself.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -26,7 +25,7 @@ class Provenance:
     """How a packed model was made.
 
     Attributes:
-        original: folder, or name on the Hub, of the dense model, as it was given; None if it is not known.
+        original: name of the dense model on the Hub; None if it was a folder, or is not known.
         revision: commit of the original on the Hub; None for a folder.
         command: the command line; None if a Python program did it.
         versions: of the packages that did it.
@@ -44,24 +43,23 @@ class Provenance:
         """That of a saved model; empty if the folder has none.
 
         Raises:
-            ValueError: a newer version wrote it.
+            ValueError: it is damaged, or a newer version wrote it.
         """
         file = folder / NAME
         if not file.is_file():
             return cls()
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record.pop("format") != _FORMAT:
-            raise ValueError(f"{file} was written by a newer hf_pcdvq. Upgrade it: pip install -U hf_pcdvq")
-        return cls(**record)
+        return cls(**read_json(file, lambda content: known_fields(cls, content, _FORMAT)))
 
     def write(self, folder: Path) -> None:
         """Write `provenance.json` beside a saved model."""
         write_text(folder / NAME, json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of what computes a packed model, for the records of how it was made."""
-    return {"hf_pcdvq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+def hub_name(model: str | None) -> str | None:
+    """The name of a model on the Hub, or None for a local folder."""
+    if model is None or Path(model).is_dir() or not _HUB_ID.fullmatch(model):
+        return None
+    return model
 
 
 def inherited_metadata(original: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
@@ -80,13 +78,3 @@ def inherited_metadata(original: str, revision: str | None = None, token: str | 
         return {}
     data = ModelCard.load(file, ignore_metadata_errors=True).data
     return {name: data.get(name) for name in _INHERITED if data.get(name) is not None}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import Evaluation
-from .provenance import package_versions
+from .records import device_name, package_versions, write_text
 from .report import count_folder
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class QuantizationReport:
         config: the quantization config, JSON-clean, calibration settings included.
         windows, length: what was calibrated on: windows of so many tokens.
         seconds: the whole run.
-        device: where blocks were computed.
+        device: name of what blocks were computed on.
         layers, blocks: a record of each.
         comparison: of the packed model with the original, on windows of the same data that were not calibrated on; None
             if there were none, or the model has no output head.
@@ -56,7 +56,7 @@ class QuantizationReport:
         """The report of a finished run over `windows` `[n, L]`."""
         count, length = windows.shape
         fields = config.to_dict()
-        return cls(fields, count, length, seconds, str(run.device), run.layers, run.blocks, run.comparison)
+        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks, run.comparison)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean, with the versions that made them."""
@@ -70,8 +70,8 @@ class QuantizationReport:
         """
         counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
         text = json.dumps(counted.to_dict(), indent=2) + "\n"
-        (folder / f"{NAME}.json").write_text(text, encoding="utf-8")
-        (folder / f"{NAME}.md").write_text(counted.markdown(), encoding="utf-8")
+        write_text(folder / f"{NAME}.json", text)
+        write_text(folder / f"{NAME}.md", counted.markdown())
         if find_spec("matplotlib") is None:
             logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
         else:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hf_pcdvq_kernels import get_backend
+from hf_pcdvq_kernels.backend import use_triton
 from tqdm.auto import tqdm
 
-from .measured import SPEED
-from .provenance import package_versions, write_text
+from .records import device_name, known_fields, package_versions, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NAME = "speed"
 _FORMAT = 1
 
 
@@ -32,7 +31,8 @@ class Speed:
         prompt_tokens, new_tokens: their numbers in one run.
         device: its name.
         dtype: of what is not packed.
-        backend: as `hf_pcdvq.get_backend` gives it.
+        backend: what decoded the weights, `"triton"` or `"reference"`.
+        cache_implementation: as it was given.
         peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
     """
 
@@ -42,18 +42,37 @@ class Speed:
     device: str
     dtype: str
     backend: str
+    cache_implementation: str | None
     peak_memory_bytes: int | None
 
     def write(self, folder: Path) -> None:
         """Write `speed.json` beside the model."""
         record = {"format": _FORMAT, **asdict(self), "versions": package_versions()}
-        write_text(folder / SPEED, json.dumps(record, indent=2) + "\n")
+        write_text(folder / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Speed:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: it is of another format, or is no such record.
+        """
+        return cls(**known_fields(cls, content, _FORMAT))
 
 
 def measure_speed(
-    model: PreTrainedModel, prompt_tokens: int = 16, new_tokens: int = 64, runs: int = 3, progress: bool = True
+    model: PreTrainedModel,
+    prompt_tokens: int = 16,
+    new_tokens: int = 64,
+    runs: int = 3,
+    progress: bool = True,
+    cache_implementation: str | None = None,
 ) -> Speed:
     """Let a model write `new_tokens` tokens after a prompt, once to warm up and `runs` times for the record.
+
+    Args:
+        cache_implementation: that of Transformers' `generate`. With `"static"` it compiles the model, if that is on a
+            GPU; None takes the model's default.
 
     Raises:
         ValueError: prompt and new tokens do not fit into the model's positions.
@@ -67,11 +86,13 @@ def measure_speed(
     if accelerator is not None:
         accelerator.reset_peak_memory_stats(device)
     ids = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
+    # min_new_tokens, so that no run ends early.
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    if cache_implementation is not None:  # given as None, it would replace that of the model's generation config
+        options["cache_implementation"] = cache_implementation
     seconds = []
     for _ in tqdm(range(1 + runs), desc="Generating", unit="run", disable=not progress):
         started = time.perf_counter()
-        # min_new_tokens, so that no run ends early.
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         if accelerator is not None:
             accelerator.synchronize(device)
@@ -80,22 +101,9 @@ def measure_speed(
         tokens_per_second=new_tokens / statistics.median(seconds[1:]),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        device=_device_name(device),
+        device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend=get_backend(),
+        backend="triton" if use_triton(device, model.dtype) else "reference",
+        cache_implementation=cache_implementation,
         peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    """What its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    names = Path("/proc/cpuinfo")
-    found = (
-        [line for line in names.read_text().splitlines() if line.startswith("model name")] if names.exists() else []
-    )
-    name = found[0].partition(":")[2].strip() if found else platform.machine()
-    return f"a CPU ({name}, {torch.get_num_threads()} threads)"

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_pcdvq.calibration.data import read_windows
 from hf_pcdvq.comparison import HEADINGS, Point, plot_quality, point_rows
 from hf_pcdvq.evaluate import compare_logits
+from hf_pcdvq.records import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = Path(__file__).resolve().parent / "peers"
@@ -226,9 +227,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
         "command": "python scripts/compare_peers.py",
         "rows": rows,
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:

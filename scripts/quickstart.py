@@ -18,9 +18,10 @@ import transformers
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluate import Evaluation, evaluate, token_windows
 from hf_pcdvq.folders import folder_in_place
 from hf_pcdvq.gguf import dense_from_gguf
@@ -127,6 +128,7 @@ def generate(packed: Path) -> str:
     # In the form of the console script, which is not found where the environment has been moved.
     program = "from hf_pcdvq.cli import main; main(prog_name='hf-pcdvq')"
     command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "16"]
+    command += ["--dtype", run_dtype(packed)]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"hf-pcdvq {' '.join(command)}\n{done.stderr}")
@@ -135,8 +137,16 @@ def generate(packed: Path) -> str:
 
 def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        folder, device_map="auto" if torch.accelerator.is_available() else None
+        folder, device_map="auto" if torch.accelerator.is_available() else None, dtype=run_dtype(folder)
     )
+
+
+def run_dtype(folder: Path) -> str:
+    """What to run a saved model in: its own dtype, unless this machine only emulates that."""
+    dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
+    if not torch.accelerator.is_available() and is_emulated(dtype, torch.device("cpu")):
+        return "float32"
+    return "auto"
 
 
 def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:

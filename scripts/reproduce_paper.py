@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.benchmarks import run_tasks, task_manager, wikitext2
 from hf_pcdvq.evaluate import evaluate, token_windows
-from hf_pcdvq.evaluation_record import device_name, package_versions
 from hf_pcdvq.folders import folder_in_place
 from hf_pcdvq.gguf import dense_from_gguf
+from hf_pcdvq.records import device_name, package_versions, write_text
 from hf_pcdvq.report import count_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,9 +184,7 @@ def main() -> None:
             if any((row["model"], row["setting"]) == (model, setting) for row in rows):
                 continue
             rows.append(measure(model, setting, plan, args.work))
-            partial = args.out.with_name(f".{args.out.name}.partial")
-            partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-            partial.replace(args.out)
+            write_text(args.out, json.dumps(rows, indent=2) + "\n")
     Console().print(table(rows))
 
 

@@ -5,7 +5,7 @@ Directions: spherical k-means on normal 8-vectors in the folded domain (absolute
 negative, the coordinate of least |v_j| p_j is negated). Magnitudes: Lloyd-Max on the norms and on the projections.
 The shipped files are part of the format: run this only to make a codebook under a new id.
 
-    python scripts/train_codebooks.py --out /tmp/codebooks            # about 3 minutes on 2 cores
+    python scripts/train_codebooks.py --out codebooks                 # about 3 minutes on 2 cores
 """
 
 from __future__ import annotations

@@ -8,40 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import contents, fail, run, succeed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_pcdvq.gguf
 from hf_pcdvq import PcdvqConfig
-from hf_pcdvq.cli import main
 
 # Without calibration, which is tested in test_cli_calibration.py and takes longer.
 ROUND = ("quantize", "--no-calibration")
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def fail(code, message, *arguments):
-    """The command ends with this code and one message that holds this text, without a traceback."""
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert message in " ".join(result.stderr.split())
-    assert result.stderr.count("Error: ") == 1
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import fail, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pcdvq import PcdvqConfig, benchmarks
-from hf_pcdvq.cli import main
 from hf_pcdvq.comparison import Point, plot_quality
 from hf_pcdvq.evaluate import evaluate, token_windows
 from hf_pcdvq.evaluation_record import TaskScore, hash_tokens, read_record
@@ -21,23 +20,6 @@ from hf_pcdvq.report import count_folder
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install lm-eval")
 TASKS = Path(__file__).parent.parent / "scripts" / "eval_tasks"
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def fail(code, message, *arguments):
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +268,7 @@ def test_records_of_different_windows_are_not_compared(tiny_model_dir, packed, r
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "expected a record of `hf-pcdvq eval` in format 1, found format 2"),
+        ({"format": 2}, "expected a record of format 1, found format 2"),
         ({"metrics": {"kl_mean": 1}}, "not a whole record"),
         (None, "Expecting value"),
     ],

@@ -9,7 +9,12 @@ from click.testing import CliRunner
 from hf_pcdvq.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "model_cards").rglob("README.md")),
+]
 
 
 def source_text():
@@ -34,14 +39,14 @@ def test_quoted_error_messages_are_those_of_the_code(message):
         assert part in source, part
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_and_options_exist(page):
     for line in re.findall(r"^hf-pcdvq .*$", page.read_text(), re.MULTILINE):
         words = line.split("#")[0].split()
@@ -49,3 +54,9 @@ def test_commands_and_options_exist(page):
         assert shown.exit_code == 0, line
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.output, line
+
+
+def test_nothing_published_names_a_place_on_the_machine_that_made_it():
+    published = [*PAGES, *(ROOT / "model_cards").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
+    for file in published:
+        assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", file.read_text()), file

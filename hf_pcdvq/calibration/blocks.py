@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..emulation import moved
 from .inputs import Stop
 
 
@@ -29,8 +30,9 @@ class Call:
         """All arguments, positional ones by their number."""
         return {**{str(number): value for number, value in enumerate(self.args, 1)}, **self.kwargs}
 
-    def to(self, device: torch.device) -> Call:
-        return Call(_map(self.args, device), _map(self.kwargs, device))
+    def to(self, device: torch.device, widen: bool) -> Call:
+        """With its tensors on `device`, those of 16-bit floats in float32 if `widen`."""
+        return Call(_map(self.args, device, widen), _map(self.kwargs, device, widen))
 
 
 def find_blocks(model: nn.Module, layers: list[str]) -> str:
@@ -150,7 +152,7 @@ def _ending_modules(
 def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
     """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` behind the last block, for a window `[L]`."""
     wrap = _output_form(model, blocks, window)
-    hidden = hidden.to(model.get_input_embeddings().weight.device)
+    hidden = hidden.to(model.get_input_embeddings().weight)  # its device and its dtype
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(_replaced_forward(block, lambda *args, **kwargs: wrap(hidden)))
@@ -240,14 +242,14 @@ def _form(output: Any) -> Callable[[Tensor], Any]:
     return lambda tensor: tensor
 
 
-def _map(value: Any, device: torch.device) -> Any:
+def _map(value: Any, device: torch.device, widen: bool) -> Any:
     """Tensors of nested tuples, lists and dictionaries, moved."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return moved(value, device, widen)
     if isinstance(value, dict):
-        return {key: _map(item, device) for key, item in value.items()}
+        return {key: _map(item, device, widen) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, device) for item in value)
+        return type(value)(_map(item, device, widen) for item in value)
     return value
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..emulation import is_emulated, placed
 from .settings import Calibration
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def sample_from_model(model: PreTrainedModel, count: int, length: int, seed: int
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     start = model.generation_config.bos_token_id
-    with torch.random.fork_rng():
+    with placed(model, device, is_emulated(model.dtype, device)), torch.random.fork_rng():
         torch.manual_seed(seed)
         first = torch.randint(vocabulary, (count, 1))
         if start is not None:

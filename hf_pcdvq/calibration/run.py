@@ -6,14 +6,15 @@ share an input, the second kind of hidden states goes through the block up to th
 errors made so far; they give its Hessian, and their difference from the original inputs its correction.
 
 In memory are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all
-windows and the original inputs of one block's layers.
+windows and the original inputs of one block's layers. A CPU that only emulates the model's dtype computes in float32
+instead, block by block, with the same weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
+from ..emulation import is_emulated, moved, placed
 from ..evaluate import Evaluation, compare_logits
 from ..modules import dense_weights, packed_type
 from .blocks import Call, Shortcuts, capture, find_blocks, logits_of, run_block
@@ -98,6 +100,7 @@ class CalibratedRun:
         self.comparison: Evaluation | None = None
         self._model, self._names, self._codec_of, self._settings = model, names, codec_of, settings
         self._windows, self._holdout, self.device, self._store = windows, holdout, device, store
+        self._widen = is_emulated(model.dtype, device)
         stacks = [weight for name in names for weight in dense_weights(model.get_submodule(name)).values()]
         matrices = sum(1 if weight.ndim == 2 else len(weight) for weight in stacks)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
@@ -109,18 +112,22 @@ class CalibratedRun:
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
             hidden, calls = capture(self._model, blocks, torch.cat([self._windows, self._holdout]))
+            hidden = [moved(states, states.device, self._widen) for states in hidden]
             original = list(hidden)
             for number, (block, call) in enumerate(zip(blocks, calls)):
                 started = time.perf_counter()
                 name = f"{prefix}.{number}"
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
-                with _on_device(block, self.device):
-                    states = _Block(block, layers, call.to(self.device), original, hidden, self.device)
+                with placed(block, self.device, self._widen):
+                    call = call.to(self.device, self._widen)
+                    states = _Block(block, layers, call, original, hidden, self.device)
                     self._run_block(number, states)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
         if len(self._holdout) and self._model.get_output_embeddings() is not None:
-            self.comparison = self._compare(blocks, original, hidden)
+            home = self._model.get_input_embeddings().weight.device
+            with placed(self._model, home, self._widen):
+                self.comparison = self._compare(blocks, original, hidden)
 
     def _run_block(self, number: int, block: _Block) -> None:
         """Quantize one block and replace the hidden states before it, in both lists, by those behind it."""
@@ -303,17 +310,6 @@ def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[
 
 def _inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
-
-
-@contextmanager
-def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """The block on `device`, and back where it was afterwards."""
-    home = next(block.parameters()).device
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
 
 
 def _error(original: list[Tensor], hidden: list[Tensor]) -> float:

@@ -34,6 +34,7 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
 
     from ..comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
     from ..folders import check_writable
+    from ..records import write_text
 
     check_writable(out)
     comparison = Comparison.read(records)
@@ -49,7 +50,7 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{NAME}.md"]
-    written[0].write_text(comparison.markdown(), encoding="utf-8")
+    write_text(written[0], comparison.markdown())
     uncounted = [point.label for point in comparison.points if point.bits is None]
     if uncounted:
         note(f"Warning: not in the plot, because their bits are not counted: {', '.join(uncounted)}")

@@ -119,14 +119,8 @@ def _measure(
 ) -> EvaluationRecord:
     """Everything that was asked for; never more than two models are in memory."""
     from ..evaluate import evaluate
-    from ..evaluation_record import (
-        EvaluationRecord,
-        NoiseFloor,
-        count_bits,
-        device_name,
-        hash_tokens,
-        package_versions,
-    )
+    from ..evaluation_record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
+    from ..records import device_name, package_versions
 
     options = ctx.params
     placement = {name: options[name] for name in ("dtype", "device_map", "trust_remote_code")}

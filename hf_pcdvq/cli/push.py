@@ -155,7 +155,7 @@ def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
       hf-pcdvq card qwen-2bit me/Qwen3-0.6B-2bit --base-model Qwen/Qwen3-0.6B --license apache-2.0
     """
     from ..hub import planned
-    from ..provenance import write_text
+    from ..records import write_text
 
     text = str(planned(folder, repo, **_card_arguments(**options)).card)
     if out is None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +179,13 @@ def _quantize_into(
     import torch
 
     from ..gguf import dense_from_gguf
-    from ..provenance import Provenance, inherited_metadata, package_versions
+    from ..provenance import Provenance, hub_name, inherited_metadata
     from ..quantize import quantize_model
+    from ..quiet import quiet
+    from ..records import package_versions
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
-    inherited, original = inherited_metadata(model, options["revision"]), model
+    inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
     with ExitStack() as stack:
         if options["gguf_file"]:
             # Beside the result, because the system's temporary folder may be too small for a dense model.
@@ -195,7 +195,7 @@ def _quantize_into(
             model, source = dense, {}
         _refuse_quantized(model, source)
         tokenizer = _tokenizer_or_warning(model, source)
-        stack.enter_context(_without_summary())
+        stack.enter_context(quiet("hf_pcdvq.quantizer"))  # its summary, which the command prints as a table
         if config.calibration is None:
             loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
         else:
@@ -237,18 +237,6 @@ def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedToken
         problem = str(error)
     note(f"Warning: no tokenizer was found beside the model, so none is saved with it: {problem}")
     return None
-
-
-@contextmanager
-def _without_summary() -> Iterator[None]:
-    """Silence the quantizer's summary, which the command prints as a table."""
-    logger = logging.getLogger("hf_pcdvq.quantizer")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:

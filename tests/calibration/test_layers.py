@@ -27,7 +27,7 @@ def test_correction_makes_up_for_its_share_of_what_the_inputs_lost(correction, e
     layers, moments = layers_and_moments()
     packed, _ = quantize_layers(layers, moments, CODEC, Calibration(correction=correction, damping=1e-6))
     for name, layer in layers.items():
-        decoded = QuantLinear.from_packed(layer, CODEC, packed[name]).dequantize(torch.float32).weight
+        decoded = QuantLinear.from_packed(layer, CODEC, {"weight": packed[name]}).dequantize(torch.float32).weight
         factor = (decoded * layer.weight).sum() / layer.weight.square().sum()
         # Quantized to conditional means, a weight is shorter by the squared error of the codes, 0.068.
         assert factor.item() == pytest.approx(expected * (1 - 0.068), rel=0.03)

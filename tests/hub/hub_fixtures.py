@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -18,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.evaluate import evaluate, token_windows
+from hf_pcdvq.evaluation_record import EvaluationRecord, NoiseFloor, TaskScore, count_bits, hash_tokens
+from hf_pcdvq.records import device_name, package_versions
 
 TEXT = "the river rises in a mountain and falls slowly down to the sea. " * 40
 
@@ -40,22 +40,22 @@ def evaluated_once(calibrated, tiny_model_dir, tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder)
     model.hf_quantizer.report.write(folder)
     original = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    result = evaluate(original, model, token_windows(tokenizer, TEXT, 64, 8), progress=False)
-    noise = evaluate(original, original.to("cpu"), token_windows(tokenizer, TEXT, 64, 8), progress=False)
-    task = {"task": "piqa", "metric": "acc", "original": 0.71234, "original_stderr": 0.01, "samples": 200}
-    record = {
-        "format": 1,
-        "original": "tiny",
-        "packed": str(folder),
-        "text": "texts/river.txt",
-        "metrics": asdict(result),
-        "noise_floor": {"dtype": "float32", "metrics": asdict(noise)},
-        "tasks": [{**task, "packed": 0.65432, "packed_stderr": None}],
-        "device": "cpu",
-        "versions": {},
-        "command": "hf-pcdvq eval tiny packed --text texts/river.txt",
-    }
-    (folder / "evaluation.json").write_text(json.dumps(record))
+    windows = token_windows(tokenizer, TEXT, 64, 8)
+    bits_per_packed_weight, bits_per_parameter = count_bits(str(folder))
+    EvaluationRecord(
+        original="tiny",
+        packed="packed",
+        text="texts/river.txt",
+        tokens=hash_tokens(windows),
+        metrics=evaluate(original, model, windows, progress=False),
+        noise_floor=NoiseFloor("float32", evaluate(original, original, windows, progress=False)),
+        tasks=[TaskScore("piqa", "acc", 0.71234, 0.01, 0.65432, None, 200)],
+        bits_per_packed_weight=bits_per_packed_weight,
+        bits_per_parameter=bits_per_parameter,
+        device=device_name(model.device),
+        versions={**package_versions(), "lm_eval": "0.4.99"},
+        command="hf-pcdvq eval tiny packed --text texts/river.txt",
+    ).write(folder)
     return folder
 
 

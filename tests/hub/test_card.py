@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
+from hf_pcdvq.benchmarks import WIKITEXT2
 from hf_pcdvq.card import model_card, unmeasured_figures
 from hf_pcdvq.cli import main
+from hf_pcdvq.evaluation_record import TaskScore, read_record
 from hf_pcdvq.provenance import Provenance
 from hf_pcdvq.report import count_folder
 
@@ -74,6 +77,8 @@ def test_text_states_what_the_files_hold(packed):
     assert f"{metrics['kl_mean']:.4f}" in text and f"{100 * metrics['top1_agreement']:.2f} %" in text
     assert "| piqa | acc | 0.7123 ± 0.0100 | 0.6543 | 200 |" in text
     assert "noise floor: the original in float32, KL mean | | 0.000000 |" in text
+    assert "in the same run, with lm-eval 0.4.99." in text
+    assert f"| the same: median, 90 %, 99 % | | {metrics['kl_median']:.4f}, {metrics['kl_p90']:.4f}, " in text
     assert "Calibrated on 4 windows of 32 tokens of data given in Python, seed 0" in text
     assert "| `lm_head.weight` | in modules_to_not_convert |" in text
     assert "hf-pcdvq eval tiny packed --text texts/river.txt" in text
@@ -85,10 +90,33 @@ def test_speed_is_stated_once_it_was_measured(packed):
     assert result.exit_code == 0, result.output
     record = json.loads((packed / "speed.json").read_text())
     stated = f"{record['tokens_per_second']:.1f} tokens per second on {record['device']}"
-    assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in written(packed).text
+    text = written(packed).text
+    assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in text
+    assert "bfloat16, backend reference." in text  # what ran, not what was asked for
     edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
     with pytest.raises(ValueError, match="names no speed"):
         model_card(packed, REPO)
+    (packed / "speed.json").write_text("{")
+    with pytest.raises(ValueError, match="speed.json: Expecting"):
+        model_card(packed, REPO)
+
+
+def test_wikitext_and_large_figures_are_named_as_they_are(packed):
+    """What `hf-pcdvq eval` calls its default text is no path, and a task's perplexity is no share."""
+    record = read_record(packed)
+    replace(record, text=WIKITEXT2, tasks=[TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200)]).write(
+        packed
+    )
+    card = written(packed)
+    assert f"| 8 windows of 64 tokens of {WIKITEXT2} | original | this model |" in card.text
+    assert "| lambada | perplexity | 44.08 ± 8.40 | 311.20 ± 74.40 | 200 |" in card.text
+    first, *_, last = card.data.eval_results
+    assert (first.dataset_type, first.dataset_config, first.dataset_split) == (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "test",
+    )
+    assert (last.dataset_name, last.metric_value, last.dataset_args) == ("lambada", 311.2, {"samples": 200})
 
 
 def test_what_was_not_measured_is_left_out(packed):
@@ -115,10 +143,11 @@ def test_what_was_not_measured_is_left_out(packed):
         (lambda record: record["metrics"].update(kl_mean=-1.0), "holds metrics that no evaluation gives"),
         (lambda record: record["metrics"].update(predictions=5), "holds metrics that no evaluation gives"),
         (lambda record: record["metrics"].update(perplexity_packed=float("nan")), "metrics that no evaluation gives"),
-        (lambda record: record["metrics"].pop("kl_p99"), "the metrics are"),
+        (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: not a whole record, .*kl_p99"),
         (lambda record: record.update(bits_per_packed_weight=4.0), "belongs to another model, of 4.000 bits"),
-        (lambda record: record.update(format=2), "has the format 2"),
-        (lambda record: record.pop("text"), "lacks text"),
+        (lambda record: record["tasks"][0].update(packed=float("nan")), "task 'piqa' has no finite results"),
+        (lambda record: record.update(format=2), "evaluation.json: expected a record of format 1, found format 2"),
+        (lambda record: record.pop("text"), "evaluation.json: not a whole record, it lacks text"),
     ],
 )
 def test_evaluation_that_cannot_be_of_this_model_is_refused(packed, change, message):
@@ -174,7 +203,7 @@ def test_card_command_writes_the_file_whole(packed, tmp_path):
     assert 'from_pretrained("me/other"' in printed and "license: mit" not in printed
 
 
-def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path):
+def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path, monkeypatch):
     dense = shutil.copytree(tiny_model_dir, tmp_path / "dense model")
     (dense / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [x]\n---\n# Original, scores 99.9 %\n")
     arguments = ["quantize", str(dense), "--no-calibration", "--out", str(tmp_path / "packed")]
@@ -184,6 +213,12 @@ def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path):
     assert f"hf-pcdvq quantize '{dense}' --no-calibration --out {tmp_path}/packed" in card.text
     assert "base_model" not in card.data.to_dict()  # a folder of this machine is no name on the Hub
     assert "99.9" not in card.text and "Every weight was rounded to the nearest code" in card.text
+    # Nor is one that could be such a name, where the card is written from another folder.
+    shutil.copytree(dense, tmp_path / "org" / "dense")
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, ["quantize", "org/dense", "--no-calibration", "--out", "again"]).exit_code == 0
+    monkeypatch.chdir(tmp_path / "again")
+    assert "base_model" not in written(tmp_path / "again").data.to_dict()
 
 
 @pytest.mark.parametrize("command", ["push", "check", "card", "speed"])
@@ -191,8 +226,16 @@ def test_commands_explain_themselves_with_an_example(command):
     assert f"  hf-pcdvq {command} " in CliRunner().invoke(main, [command, "--help"]).stdout
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.md")), ids=lambda file: file.stem)
-def test_examples_are_valid_cards(file):
-    card = ModelCard.load(file)
-    assert yaml.safe_load(card.data.to_yaml())["base_model_relation"] == "quantized"
+@pytest.mark.parametrize("name", ["pcdvq-2.25", "ccq-stream-2.0"])
+def test_examples_are_valid_cards_of_the_template_as_it_is(name, hub):
+    folder = EXAMPLES / f"SmolLM2-135M-Instruct-{name}"
+    card = ModelCard.load(folder / "README.md")
+    card.validate()
+    assert card.data.base_model_relation == "quantized"
+    assert {"perplexity", "kl_divergence", "accuracy", "acc"} <= {r.metric_type for r in card.data.eval_results}
     assert "```python\nimport hf_pcdvq" in card.text
+    template = (files("hf_pcdvq") / "data/model_card.md").read_text()
+    headings = re.findall("^##+ .*", template, re.MULTILINE)
+    assert re.findall("^##+ .*", card.text, re.MULTILINE) == headings
+    for file in re.findall(r"\]\((quantization_report\.\w+)\)", card.text):
+        assert (folder / file).is_file()

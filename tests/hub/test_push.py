@@ -8,13 +8,12 @@ import tempfile
 import huggingface_hub.constants
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import contents, run
 from fake_hub import READ_TOKEN, WRITE_TOKEN, Fault
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pcdvq import PcdvqConfig, push_to_hub
-from hf_pcdvq.cli import main
 from hf_pcdvq.hub import push_folder
 from hf_pcdvq.hub_errors import PushError
 from hf_pcdvq.provenance import Provenance
@@ -22,14 +21,6 @@ from hf_pcdvq.provenance import Provenance
 pytest_plugins = ["hub_fixtures"]
 
 REPO = "me/tiny-2bit"
-
-
-def cli(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_logits(folder, files, tmp_path):
@@ -50,7 +41,7 @@ def test_dry_run_lists_what_a_push_sends_and_touches_no_network(packed, hub):
     (packed / ".secret.json").write_text("secret")
     (packed / "notes.pdf").write_text("mine")
     before = contents(packed)
-    result = cli("push", packed, REPO, "--dry-run", "--loader-stub")
+    result = run("push", packed, REPO, "--dry-run", "--loader-stub")
     assert result.exit_code == 0, result.output
     assert hub.requests == []
     assert contents(packed) == before
@@ -151,11 +142,11 @@ def other(tiny_model_dir, tmp_path):
 def test_repo_with_another_model_is_replaced_only_by_force(packed, other, tiny_model_dir, hub):
     push_folder(other(PcdvqConfig(bits=2.0)), REPO)
     held = hub.repos[REPO].files()
-    result = cli("push", packed, REPO)
+    result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert f"{REPO} holds another model (bits 2.0, here 2.25)" in result.stderr
     assert hub.repos[REPO].files() == held
-    assert cli("push", packed, REPO, "--force").exit_code == 0
+    assert run("push", packed, REPO, "--force").exit_code == 0
     assert json.loads(hub.repos[REPO].files()["config.json"])["quantization_config"]["bits"] == 2.25
     hub.create("me/dense", files={file.name: file.read_bytes() for file in tiny_model_dir.iterdir()})
     with pytest.raises(ValueError, match="holds another model .one that is not quantized"):
@@ -186,12 +177,12 @@ def test_damaged_folder_is_refused_before_anything_is_sent(packed, hub):
     shard = sorted(packed.glob("*.safetensors"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    result = cli("push", packed, REPO)
+    result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert f"{shard} is truncated" in result.stderr
     (packed / "tokenizer_config.json").unlink()
     shard.write_bytes(whole)
-    assert "holds no tokenizer" in cli("push", packed, REPO).stderr
+    assert "holds no tokenizer" in run("push", packed, REPO).stderr
     assert hub.requests == []
 
 
@@ -201,7 +192,7 @@ def test_own_card_may_state_only_what_was_measured(packed, hub):
         f"---\nlicense: mit\n---\n# Mine\nSince 2024, `2.5` in code. Perplexity {metrics['perplexity_packed']:.1f}."
     )
     (packed / "README.md").write_text(f"{measured} Llama-3.1-like, 97.3 % of the original, 81 tokens/s.")
-    result = cli("push", packed, REPO)
+    result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert "states figures that no measurement beside it holds: 97.3 %, 81 tokens/s." in result.stderr
     assert hub.requests == []
@@ -210,12 +201,14 @@ def test_own_card_may_state_only_what_was_measured(packed, hub):
     assert b"# Mine" in hub.repos[REPO].files()["README.md"]
 
 
-def test_wrong_names_and_options_are_refused_at_once(packed, hub):
+def test_wrong_names_and_options_are_refused_at_once(packed, calibrated, hub, tmp_path):
     with pytest.raises(ValueError, match="give the repository with its namespace, as in your-name/tiny"):
         push_folder(packed, "tiny")
-    assert cli("push", packed, REPO, "--create-pr", "--revision", "main").exit_code == 2
+    assert run("push", packed, REPO, "--create-pr", "--revision", "main").exit_code == 2
     with pytest.raises(PushError, match="does not exist.*push without create_pr"):
         push_folder(packed, REPO, create_pr=True)
+    with pytest.raises(FileNotFoundError, match="there is no .*evaluation.json; `hf-pcdvq eval` writes it"):
+        push_to_hub(*calibrated, REPO, evaluation=tmp_path)
     assert hub.repos == {}
 
 
@@ -225,7 +218,7 @@ def test_wrong_names_and_options_are_refused_at_once(packed, hub):
 def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(packed, hub, tmp_path):
     # The first file gets through, the next is cut as often as it is tried again.
     hub.faults = [Fault("PUT", "/lfs/", None, times=99, skip=1)]
-    result = cli("push", packed, REPO)
+    result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert result.stderr.count("Error: ") == 1
     assert f"the push to {REPO} did not finish: the connection was lost" in result.stderr
@@ -274,7 +267,7 @@ def test_refusal_of_the_hub_ends_in_one_clear_message(packed, hub, fault, messag
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     hub.faults = [fault]
     before = contents(packed)
-    result = cli("push", packed, REPO)
+    result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert result.stderr.count("Error: ") == 1 and "Traceback" not in result.stderr
     assert f"the push to {REPO} did not finish: " in result.stderr
@@ -285,10 +278,10 @@ def test_refusal_of_the_hub_ends_in_one_clear_message(packed, hub, fault, messag
 
 def test_tokens_that_may_not_write(packed, hub):
     for token, message in ((READ_TOKEN, "the token may not write there"), ("hf_wrong", "does not accept the token")):
-        result = cli("push", packed, REPO, "--token", token)
+        result = run("push", packed, REPO, "--token", token)
         assert message in result.stderr
         assert result.exit_code == 1
-    assert cli("push", packed, REPO, "--token", WRITE_TOKEN).exit_code == 0
+    assert run("push", packed, REPO, "--token", WRITE_TOKEN).exit_code == 0
 
 
 def test_unreachable_hub(packed, hub):

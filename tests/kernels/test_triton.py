@@ -148,7 +148,7 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *sizes, **kw: allocated.append(sizes) or allocate(*sizes, **kw))
     out = op_pair("pcdvq 2.0")[1](x, *on_device(packed))
     tuned.load.cache_clear()
-    assert (other.splits, 1, 8) in allocated and (default.splits, 1, 8) not in allocated
+    assert (other.splits, 1, 1, 8) in allocated and (default.splits, 1, 1, 8) not in allocated
     assert (
         relative_error(out.cpu(), x.double().cpu() @ exact_weight("pcdvq 2.0", packed).T) < TOLERANCE[torch.float16]
     )

@@ -66,7 +66,7 @@ def row_choices(shape: Shape) -> tuple[int, ...]:
     if shape.tokens > VECTOR_TOKENS:
         return (64,)
     if stream:
-        return (8,) if coarse or shape.tokens == 8 else (16, 8)
+        return (4,) if shape.tokens == 8 else (8,) if coarse else (16, 8)
     if shape.codec == "ccq 2.75":
         return {1: (8, 4), 2: (4,), 4: (2,), 8: (2,)}[shape.tokens]
     if shape.codec.startswith("ccq"):

@@ -11,6 +11,8 @@ import torch
 COLD = 1 << 29  # bytes of weights between two uses of the same one: ten times the second-level cache of an H200
 MOST_COPIES = 256
 REPLAYS = 10
+LEAST_CALLS = 16  # timed together on a GPU, whose events and starts of graphs take microseconds themselves
+COPIED = 1 << 30  # bytes
 
 
 def copies(nbytes: int) -> int:
@@ -28,17 +30,26 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device
         calls[0]()
         return statistics.median(_wall(calls) for _ in range(REPLAYS)) / len(calls)
     module = torch.get_device_module(device)
+    calls = [*calls] * -(-LEAST_CALLS // len(calls))
     with module.device(device):
         run = _captured(calls) if device.type == "cuda" else lambda: [call() for call in calls]
         times = []
         for _ in range(REPLAYS + 2):  # the first ones warm up
             start, stop = module.Event(enable_timing=True), module.Event(enable_timing=True)
+            run()  # keeps the device busy while the host starts the run that is timed
             start.record()
             run()
             stop.record()
             module.synchronize()
             times.append(start.elapsed_time(stop) / 1000)
     return statistics.median(times[2:]) / len(calls)
+
+
+def copy_rate(device: torch.device, nbytes: int = COPIED) -> float:
+    """Bytes per second, read and written ones together, of a copy within the memory of a device."""
+    source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / seconds_per_call([lambda: target.copy_(source)], device)
 
 
 def _wall(calls: Sequence[Callable[[], object]]) -> float:
