@@ -9,5 +9,6 @@ cd "$root"
 # Both run, whatever the first one finds; either failing fails the whole.
 status=0
 bash scripts/lint.sh || status=$?
-python -m pytest "$@" || status=$?
+# A process per core; the tests of a file share what is expensive to make, so they stay together.
+python -m pytest -n auto --dist loadfile "$@" || status=$?
 exit "$status"

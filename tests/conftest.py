@@ -18,7 +18,8 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # A process of pytest-xdist has a core for itself: threads of several that wait for each other take turns spinning.
+    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
