@@ -32,7 +32,7 @@ import hf_pcdvq
 from hf_pcdvq.codecs.base import Codec, Packed
 from hf_pcdvq.config import SETTINGS, config_of_setting
 from hf_pcdvq.modules import QuantLinear
-from hf_pcdvq.provenance import package_versions, write_text
+from hf_pcdvq.records import package_versions, write_text
 from hf_pcdvq.registration import METHODS
 from hf_pcdvq.report import readable_size
 from hf_pcdvq.speed import measure_speed

@@ -124,7 +124,7 @@ def prepare(work: Path, reference: quality.Reference) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir()
     shutil.copytree(reference.folder, source / "model")
-    model = reference.load().to(reference.arithmetic)
+    model = reference.widened(reference.load())
     layers = decoder_layers(model)
     (source / "layers.json").write_text(json.dumps([f"{name}.weight" for name in layers]))
     text = quality.SHARED / "calibration" / f"{TEXT}.txt"
@@ -171,7 +171,7 @@ def measure(peer: Peer, source: Path, reference: quality.Reference, args: argpar
             return {"peer": peer.name, "options": peer.options, "error": str(error)}
         seconds = time.perf_counter() - start
         count = json.loads((out / "count.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(out).to(reference.arithmetic)
+        model = reference.widened(AutoModelForCausalLM.from_pretrained(out))
         logits = quality._logits(model, reference.windows)
         result = compare_logits(zip(reference.logits(), logits), reference.windows)
     return {

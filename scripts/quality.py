@@ -126,10 +126,13 @@ class Reference:
         self._logits = folder / "logits"
         self._logits.mkdir()
         # Models are bf16, and so are the products, unless this CPU only emulates them.
-        emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
-        self.arithmetic = torch.float32 if emulated else torch.bfloat16
-        for number, logits in enumerate(_logits(self.load().to(self.arithmetic), self.windows)):
+        self.emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
+        for number, logits in enumerate(_logits(self.widened(self.load()), self.windows)):
             torch.save(logits, self._logits / f"{number}.pt")
+
+    def widened(self, model: PreTrainedModel) -> PreTrainedModel:
+        """In float32 if bf16 is emulated. Not `.to(bf16)` otherwise: it would round the rotary frequencies."""
+        return model.float() if self.emulated else model
 
     def load(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.folder)
@@ -184,7 +187,7 @@ def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[st
         model.save_pretrained(folder)
         count = count_folder(Path(folder))
     # Decoded once: the packed layers would decode their weights for every window.
-    dense = model.dequantize(torch.bfloat16).to(reference.arithmetic)
+    dense = reference.widened(model.dequantize(torch.bfloat16))
     result = compare_logits(zip(reference.logits(), _logits(dense, reference.windows)), reference.windows)
     return {
         "row": row.name,
@@ -193,7 +196,7 @@ def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[st
         "config": row.config,
         "bits_counted": count.bits_per_packed_weight,
         "bits_whole_file": count.bits_per_parameter,
-        "arithmetic": str(reference.arithmetic).removeprefix("torch."),
+        "arithmetic": "float32" if reference.emulated else "bfloat16",
         "seconds_to_quantize": round(seconds, 1) if timed else None,
         **result.to_dict(),
         "output_error_last_block": report.blocks[-1].output_error,

@@ -84,6 +84,7 @@ def reference(tiny_model_dir):
         logits=logits,
         tokenizer=None,
         load=lambda: AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+        widened=lambda model: model,
     )
 
 

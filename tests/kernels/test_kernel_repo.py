@@ -103,8 +103,9 @@ def test_it_computes_what_the_package_computes(repository, tmp_path):
     name, products = torch.load(outputs)
     assert name == json.loads((repository / "build/torch-cpu/metadata.json").read_text())["id"]
     for setting, (x, packed) in given.items():
-        # Not to the last bit: the processes have different numbers of threads.
-        torch.testing.assert_close(products[setting], op_pair(setting)[1](x, *packed, signs=torch.ones(64)))
+        # Not to the last bit: the processes have different numbers of threads, and add up 192 products in other orders.
+        expected = op_pair(setting)[1](x, *packed, signs=torch.ones(64))
+        torch.testing.assert_close(products[setting], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_it_can_be_loaded_beside_the_package(repository):
