@@ -36,7 +36,7 @@ from .calibration.store import BlockStore, fingerprint, keep_windows
 from .checkpoint import check_stored
 from .config import PackedConfig
 from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name
+from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name, share_inputs
 from .quantization_report import QuantizationReport
 from .select import select_layers
 from .version import FORMAT_VERSION
@@ -226,6 +226,7 @@ class PackedHfQuantizer(HfQuantizer):
             )
         for layer in layers.values():
             layer.reset_tables()
+        share_inputs(model)
         self._settle_conversions(model)
         if not self.pre_quantized:
             self._print_summary(len(layers))
@@ -291,6 +292,7 @@ class PackedHfQuantizer(HfQuantizer):
         for name in selected:
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter._is_hf_initialized = True  # the check after loading asks for it
+        share_inputs(model)
         self.report = QuantizationReport.of(config, run, windows, time.perf_counter() - started)
 
     def _windows(
@@ -328,6 +330,8 @@ class PackedHfQuantizer(HfQuantizer):
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
         for name, layer in layers.items():
             model.set_submodule(name, layer.dequantize(dtype))
+            if getattr(layer, "shared_input", None) is not None:
+                layer.shared_input.remove()
         model._weight_conversions = None  # those of the architecture, which may want to unstack experts again
         return model
 

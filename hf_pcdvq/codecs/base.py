@@ -123,8 +123,11 @@ class Codec(ABC):
         """The rotated weight `[N, K]` that the codes stand for."""
 
     @abstractmethod
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives."""
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
+        """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives.
+
+        `prepared` is what `hf_pcdvq_kernels.prepare` made of the same `x` for this format.
+        """
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
         """`x[g] @ W[experts[g]].T` for stacks of packed tensors, without waiting for the device.

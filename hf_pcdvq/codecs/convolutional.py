@@ -115,8 +115,9 @@ class ConvolutionalCodec(Codec):
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         return ops.ccq_dequantize(*self._arguments(packed), self.layout, dtype)
 
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.ccq_matmul(x, *self._arguments(packed), self.layout, signs=tables.get("signs"))
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
+        arguments = [*self._arguments(packed), self.layout]
+        return ops.ccq_matmul(x, *arguments, signs=tables.get("signs"), prepared=prepared)
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
         arguments = [*self._arguments(packed), self.layout]

@@ -122,8 +122,8 @@ class PolarCodec(Codec):
             packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"], dtype
         )
 
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.pcdvq_matmul(x, *_arguments(packed, tables), signs=tables.get("signs"))
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
+        return ops.pcdvq_matmul(x, *_arguments(packed, tables), signs=tables.get("signs"), prepared=prepared)
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
         return ops.grouped_matmul("pcdvq", x, experts, _arguments(packed, tables), tables.get("signs"))

@@ -57,7 +57,7 @@ class ScalarCodec(Codec):
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         return (packed[""].view(torch.int8).float() * packed["scale"][:, None]).to(dtype)
 
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
         # Bytes are exact in every floating dtype, so that only the result needs scaling, which is done in float32.
         if "signs" in tables:
             x = ops.hadamard(x, tables["signs"])

@@ -119,10 +119,9 @@ class StreamCodec(Codec):
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         return ops.stream_dequantize(packed[""], packed["scale"], self.stream_bits, self.window, dtype)
 
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed) -> Tensor:
-        return ops.stream_matmul(
-            x, packed[""], packed["scale"], self.stream_bits, self.window, signs=tables.get("signs")
-        )
+    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
+        arguments = packed[""], packed["scale"], self.stream_bits, self.window
+        return ops.stream_matmul(x, *arguments, signs=tables.get("signs"), prepared=prepared)
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
         arguments = [packed[""], packed["scale"], self.stream_bits, self.window]

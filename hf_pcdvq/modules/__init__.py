@@ -3,7 +3,7 @@
 from torch import nn
 
 from .experts import STACKS, QuantExperts, experts_obstacle, is_fused_experts
-from .linear import QuantLinear
+from .linear import QuantLinear, share_inputs
 from .packed import PackedModule, decode_stack, encode_stack, parameter_name, stack_packed, unstack_packed
 
 
@@ -30,6 +30,7 @@ __all__ = [
     "is_fused_experts",
     "packed_type",
     "parameter_name",
+    "share_inputs",
     "stack_packed",
     "unstack_packed",
 ]

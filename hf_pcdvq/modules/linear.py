@@ -7,12 +7,16 @@ from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
+from .shared_input import SharedInput
 
 
 class QuantLinear(PackedModule, nn.Linear):
     """A linear layer with a packed weight. Subclasses `nn.Linear` so that PEFT and tied code paths know it.
 
     Parameters are those of the packed `weight`, and `bias` if there is one.
+
+    Attributes:
+        shared_input: what it shares with layers that get the same input, see `share_inputs`.
 
     Args:
         in_features, out_features: size of the layer; `in_features` a multiple of `codec.multiple`.
@@ -36,6 +40,7 @@ class QuantLinear(PackedModule, nn.Linear):
     ):
         PackedModule.__init__(self, codec)
         self.in_features, self.out_features = in_features, out_features
+        self.shared_input: SharedInput | None = None
         self.register_packed("weight", (out_features, in_features), device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
@@ -73,7 +78,9 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
-        out = self.codec.matmul(x, self.packed, self.tables)
+        tables = self.tables
+        prepared = None if self.shared_input is None else self.shared_input.prepared(x, tables.get("signs"))
+        out = self.codec.matmul(x, self.packed, tables, prepared)
         return out if self.bias is None else out + self.bias
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -87,3 +94,19 @@ class QuantLinear(PackedModule, nn.Linear):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, codec={self.codec}"
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Have packed layers that a module calls with the same tensor prepare it once. Those that do already are left."""
+    for parent in model.modules():
+        if type(parent).forward is nn.Module.forward:  # a list of modules: others call its members
+            continue
+        groups: dict[tuple[Codec, int], list[QuantLinear]] = {}
+        for child in parent.children():
+            if isinstance(child, QuantLinear) and child.shared_input is None and child.codec.kernels:
+                groups.setdefault((child.codec, child.in_features), []).append(child)
+        for (codec, _), layers in groups.items():
+            if len(layers) > 1:
+                shared = SharedInput(parent, codec.kernels)
+                for layer in layers:
+                    layer.shared_input = shared

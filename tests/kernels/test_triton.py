@@ -154,6 +154,56 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (9, torch.float16)])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_activations_prepared_once(setting, tokens, dtype):
+    """For products of any number of output channels, bit for bit as if each had prepared them itself."""
+    columns = 1088 if tokens == 1 else 192  # more than a block, and less
+    x, signs = activations(tokens, columns).to(dtype).to(DEVICE), SIGNS.to(DEVICE)
+    prepared = ops.prepare(x, signs, setting)
+    matmul = op_pair(setting)[1]
+    for rows in (3, 9):
+        packed = on_device(random_packed(setting, rows, columns))
+        expected = matmul(x, *packed, signs=signs)
+        # The activations themselves are not looked at any more.
+        assert torch.equal(matmul(torch.zeros_like(x), *packed, signs=signs, prepared=prepared), expected)
+
+
+def test_what_cannot_be_prepared():
+    x = activations(2, 192).half().to(DEVICE)
+    packed = on_device(random_packed("ccq 2.5", 6, 192))
+    expected = ops.ccq_matmul(x, *packed)
+    with pytest.raises(ValueError, match="prepared must have shape"):
+        ops.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq 2.5"))
+    with pytest.raises(ValueError, match="cannot be rotated in blocks of 128"):
+        ops.prepare(x, torch.ones(128, device=DEVICE), "ccq 2.5")
+    assert ops.prepare(x.float(), None, "ccq 2.5") is None
+    assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq 2.5") is None
+    assert ops.prepare(x[:0], None, "ccq 2.5") is None
+    assert ops.prepare(activations(2, 72).half().to(DEVICE), None, "pcdvq 2.0") is None
+    ops.set_backend("reference")
+    assert ops.prepare(x, None, "ccq 2.5") is None
+    # Prepared before the backend was changed: PyTorch does without.
+    ops.set_backend("triton")
+    prepared = ops.prepare(x, None, "ccq 2.5")
+    ops.set_backend("reference")
+    out = ops.ccq_matmul(x, *packed, prepared=prepared)
+    assert relative_error(out.cpu(), expected.cpu().double()) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("setting", ["pcdvq 2.25", "ccq 2.0625", "stream 2.25"])
+def test_opcheck_of_prepared_products(setting, monkeypatch):
+    monkeypatch.undo()  # opcheck compares what the op allocates
+    ops.set_backend("triton")
+    x, packed = activations(3, 192).half().to(DEVICE), on_device(random_packed(setting, 6, 192))
+    signs = SIGNS.to(DEVICE)
+    torch.library.opcheck(torch.ops.hf_pcdvq_kernels.prepare.default, (x, signs, setting))
+    prepared = ops.prepare(x, signs, setting)
+    given = x.clone().requires_grad_()
+    op = getattr(torch.ops.hf_pcdvq_kernels, f"{setting.split()[0]}_matmul").default
+    torch.library.opcheck(op, (given, *packed, False, signs, prepared))
+
+
 @pytest.mark.parametrize("shape", [(5, 192), (123, 576)])
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
 def test_weights_are_decoded_to_the_same_bits(setting, shape):

@@ -1,4 +1,4 @@
-"""Runs `test_triton.py` in Triton's interpreter, where there is no GPU; a part per process keeps failures readable."""
+"""Runs tests of the kernels in Triton's interpreter, where there is no GPU; a part per process keeps failures readable."""
 
 import os
 import subprocess
@@ -11,10 +11,23 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton.py runs on the GPU")
-@pytest.mark.parametrize("part", ["pcdvq", "ccq", "stream", "not pcdvq and not ccq and not stream"])
-def test_interpreted(part):
-    command = [sys.executable, "-m", "pytest", "-k", part, Path(__file__).with_name("test_triton.py")]
+KERNELS = Path(__file__).with_name("test_triton.py")
+LAYERS = Path(__file__).parents[1] / "test_shared_input.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the files run on the GPU themselves")
+@pytest.mark.parametrize(
+    "file, part",
+    [
+        (KERNELS, "pcdvq"),
+        (KERNELS, "ccq"),
+        (KERNELS, "stream"),
+        (KERNELS, "not pcdvq and not ccq and not stream"),
+        (LAYERS, ""),
+    ],
+)
+def test_interpreted(file, part):
+    command = [sys.executable, "-m", "pytest", "-k", part, file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]

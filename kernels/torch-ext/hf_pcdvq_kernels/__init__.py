@@ -9,6 +9,7 @@ from .functional import (
     hadamard,
     pcdvq_dequantize,
     pcdvq_matmul,
+    prepare,
     stream_dequantize,
     stream_matmul,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "hadamard",
     "pcdvq_dequantize",
     "pcdvq_matmul",
+    "prepare",
     "set_backend",
     "stream_dequantize",
     "stream_layout",

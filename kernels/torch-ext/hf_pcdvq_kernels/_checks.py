@@ -92,6 +92,20 @@ def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
         )
 
 
+def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"prepare: x must be float16 or bfloat16, got {x.dtype}")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"prepare: x must be [..., K] and hold something, got {list(x.shape)}")
+    if signs is not None:
+        check_signs("prepare", signs, x.shape[-1], x.device)
+
+
+def check_prepared(op: str, prepared: torch.Tensor, words: int, device: torch.device) -> None:
+    """Activations prepared for another product than this are most often of another size."""
+    check_tensor(op, "prepared", prepared, torch.int64, (words,), device)
+
+
 def check_pcdvq(
     op: str,
     weight: torch.Tensor,

@@ -66,6 +66,28 @@ def _hadamard_backward(ctx, grad):
 torch.library.register_autograd(f"{NAMESPACE}::hadamard", _hadamard_backward, setup_context=_hadamard_setup)
 
 
+# ------------------------------------------------------------------------------------------------- prepare
+
+
+torch.library.define(f"{NAMESPACE}::prepare", "(Tensor x, Tensor? signs, str codec) -> Tensor")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::prepare")
+def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
+    from .triton import launch
+
+    checks.check_prepare(x, signs)
+    return x.new_empty(launch.prepared_words(codec, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int64)
+
+
+@torch.library.impl(f"{NAMESPACE}::prepare", "default")
+def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
+    from .triton import launch
+
+    checks.check_prepare(x, signs)
+    return launch.prepare(x, signs, codec)
+
+
 # ---------------------------------------------------------------------------------------------- dequantize
 
 
@@ -100,31 +122,31 @@ def _define_dequantize(method: str) -> None:
 def _define_matmul(method: str) -> None:
     name = f"{method}_matmul"
     arguments, checked = _FORMATS[method]
-    schema = f"(Tensor x, {arguments}, bool transposed=False, Tensor? signs=None) -> Tensor"
+    schema = f"(Tensor x, {arguments}, bool transposed=False, Tensor? signs=None, Tensor? prepared=None) -> Tensor"
     torch.library.define(f"{NAMESPACE}::{name}", schema)
-    count = arguments.count(",") + 1  # without x, transposed and signs, which may be left out
+    count = arguments.count(",") + 1  # without x and the last three, which may be left out
 
-    def check(x, packed, transposed, signs):
-        # PyTorch hands over the last two by position, by name or, with their default values, not at all.
-        packed, last = packed[:count], packed[count:]
-        transposed = last[0] if last else transposed
-        signs = last[1] if len(last) > 1 else signs
+    def check(x, packed, last):
+        # PyTorch hands over the last three by position, by name or, with their default values, not at all.
+        packed, positional = packed[:count], packed[count:]
+        given = {**last, **dict(zip(("transposed", "signs", "prepared"), positional))}
+        transposed, signs, prepared = given.get("transposed", False), given.get("signs"), given.get("prepared")
         weight = checked(name, *packed)
         checks.check_input(name, x, weight.weight, weight.rows, weight.columns, transposed)
         if signs is not None:
             checks.check_signs(name, signs, weight.columns, x.device)
-        return weight, transposed, signs
+        return weight, transposed, signs, prepared
 
-    def fake(x, *packed, transposed=False, signs=None):
-        weight, transposed, _ = check(x, packed, transposed, signs)
+    def fake(x, *packed, **last):
+        weight, transposed, *_ = check(x, packed, last)
         return x.new_empty(*x.shape[:-1], weight.columns if transposed else weight.rows)
 
-    def implementation(x, *packed, transposed=False, signs=None):
-        weight, transposed, signs = check(x, packed, transposed, signs)
+    def implementation(x, *packed, **last):
+        weight, transposed, signs, prepared = check(x, packed, last)
         if use_triton(x.device, x.dtype):
             from .triton import launch
 
-            return launch.matmul(x, weight, transposed, signs)
+            return launch.matmul(x, weight, transposed, signs, prepared)
         return products.matmul(x, weight, transposed, signs)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -137,7 +159,7 @@ def _register_matmul_autograd(name: str) -> None:
     op = getattr(OPS, name)
 
     def setup_context(ctx, inputs, output):
-        _, *packed, ctx.transposed, signs = inputs
+        _, *packed, ctx.transposed, signs, _ = inputs
         packed = [*packed, signs]
         ctx.plain = [None if isinstance(item, Tensor) else item for item in packed]
         ctx.is_tensor = [isinstance(item, Tensor) for item in packed]
@@ -146,7 +168,7 @@ def _register_matmul_autograd(name: str) -> None:
     def backward(ctx, grad):
         saved = iter(ctx.saved_tensors)
         *packed, signs = [next(saved) if tensor else item for tensor, item in zip(ctx.is_tensor, ctx.plain)]
-        return op(grad, *packed, not ctx.transposed, signs), *(None for _ in packed), None, None
+        return op(grad, *packed, not ctx.transposed, signs), *(None for _ in packed), None, None, None
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 

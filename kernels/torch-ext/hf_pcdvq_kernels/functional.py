@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._ops import OPS
+from .backend import use_triton
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
@@ -27,6 +28,31 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
         TypeError: a wrong dtype. ValueError: a wrong shape, device or stride.
     """
     return OPS.hadamard(x, signs, inverse)
+
+
+def prepare(x: Tensor, signs: Tensor | None, codec: str) -> Tensor | None:
+    """What the Triton kernels do to activations before any product with a weight, done once for several products.
+
+    Args:
+        x: `[..., K]`.
+        signs: of a rotation, see `hadamard`, or None.
+        codec: the format of the weights: `"pcdvq 2.25"`, `"ccq 2.5"`, `"stream 2.0"` and so on.
+
+    Returns:
+        An int64 buffer for the argument `prepared` of products with the same `x`, `signs` and format, whatever the number
+        of output features; None where products would not read it: PyTorch computes them, or they have no kernel.
+
+    Raises:
+        ValueError: a wrong shape, device or stride.
+    """
+    if not use_triton(x.device, x.dtype):
+        return None
+    from .triton import launch
+
+    columns = x.shape[-1]
+    if not columns or not launch.reads_prepared(codec, x.numel() // columns, columns, x.dtype):
+        return None
+    return OPS.prepare(x, signs, codec)
 
 
 def pcdvq_dequantize(
@@ -62,6 +88,7 @@ def pcdvq_matmul(
     levels: Tensor,
     transposed: bool = False,
     signs: Tensor | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """`x @ W.T` for the weight that `pcdvq_dequantize` decodes from the same tensors, differentiable in `x`.
 
@@ -70,6 +97,7 @@ def pcdvq_matmul(
         transposed: compute `x @ W` instead.
         signs: of a rotation, see `hadamard`. The product is then with the weight in the basis before that rotation:
             `hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`.
+        prepared: what `prepare` made of the same `x` and `signs` for this format. Spares the product doing it.
 
     Returns:
         `[..., N]` (`[..., K]` where `transposed`) in the dtype of `x`.
@@ -77,7 +105,7 @@ def pcdvq_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong shape, device or stride.
     """
-    return OPS.pcdvq_matmul(x, weight, magnitude, scale, patterns, levels, transposed, signs)
+    return OPS.pcdvq_matmul(x, weight, magnitude, scale, patterns, levels, transposed, signs, prepared)
 
 
 def ccq_dequantize(
@@ -116,6 +144,7 @@ def ccq_matmul(
     layout: str,
     transposed: bool = False,
     signs: Tensor | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """`x @ W.T` for the weight that `ccq_dequantize` decodes from the same tensors, differentiable in `x`.
 
@@ -124,6 +153,7 @@ def ccq_matmul(
         transposed: compute `x @ W` instead.
         signs: of a rotation, see `hadamard`. The product is then with the weight in the basis before that rotation:
             `hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`.
+        prepared: what `prepare` made of the same `x` and `signs` for this format. Spares the product doing it.
 
     Returns:
         `[..., N]` (`[..., K]` where `transposed`) in the dtype of `x`.
@@ -131,7 +161,7 @@ def ccq_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: a wrong layout, shape, device or stride.
     """
-    return OPS.ccq_matmul(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs)
+    return OPS.ccq_matmul(x, weight, scale, local_scale, code_scale, code_zero, layout, transposed, signs, prepared)
 
 
 def stream_dequantize(weight: Tensor, scale: Tensor, bits: float, window: int, dtype: torch.dtype) -> Tensor:
@@ -158,6 +188,7 @@ def stream_matmul(
     window: int,
     transposed: bool = False,
     signs: Tensor | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """`x @ W.T` for the weight that `stream_dequantize` decodes from the same tensors, differentiable in `x`.
 
@@ -166,6 +197,7 @@ def stream_matmul(
         transposed: compute `x @ W` instead.
         signs: of a rotation, see `hadamard`. The product is then with the weight in the basis before that rotation:
             `hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`.
+        prepared: what `prepare` made of the same `x` and `signs` for this format. Spares the product doing it.
 
     Returns:
         `[..., N]` (`[..., K]` where `transposed`) in the dtype of `x`.
@@ -173,7 +205,7 @@ def stream_matmul(
     Raises:
         TypeError: a wrong dtype. ValueError: wrong bits, window, shape, device or stride.
     """
-    return OPS.stream_matmul(x, weight, scale, bits, window, transposed, signs)
+    return OPS.stream_matmul(x, weight, scale, bits, window, transposed, signs, prepared)
 
 
 def grouped_matmul(

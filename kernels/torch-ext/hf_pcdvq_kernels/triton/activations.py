@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..formats import CCQ_LAYOUTS
+from . import config, stream
+
 TILE = 1024  # inputs per program
 
 
@@ -45,6 +48,19 @@ class Order:
     def blocks(self, columns: int) -> int:
         """Blocks that hold this many inputs."""
         return -(-columns // (self.unit * self.units))
+
+    def words(self, columns: int) -> int:
+        """Int64 words of one token."""
+        return self.blocks(columns) * self.quads * self.units
+
+
+def order_of(codec: str, units: int) -> Order:
+    """How products with a format ("pcdvq 2.25") read their activations when a program takes `units` units at a time."""
+    method, setting = codec.split()
+    if method == "stream":  # a span is the same for any number of lanes
+        return Order(2 * stream.SPAN.value, 1, 1)
+    slots = len(CCQ_LAYOUTS[setting].shifts) if method == "ccq" else 1
+    return Order(config.LANE_INPUTS[method], slots, units)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .._checks import check_prepared
 from ..reference.sliced import sliced_dequantize, sliced_matmul
 from ..weights import CcqWeight, PcdvqWeight, Weight
 from . import activations, ccq, config, pcdvq, stream, tiles, tuned
@@ -33,25 +34,28 @@ class Form(NamedTuple):
     codec: str
     packed: tuple[Tensor, ...]  # the packed weight and four more tensors, some of them stand-ins
     constants: dict[str, Any]
-    unit: int  # inputs per unit
-    slots: int  # weights per code word
+
+
+def codec_of(weight: Weight) -> str:
+    """What the kernels call the format of a weight."""
+    if isinstance(weight, PcdvqWeight):
+        return f"pcdvq {2.0 if weight.magnitude is None else 2.25}"
+    if isinstance(weight, CcqWeight):
+        return f"ccq {weight.layout.name}"
+    return f"stream {weight.layout.bits}"
 
 
 def form(weight: Weight) -> Form:
     """A weight as the kernels take it."""
+    codec, scale = codec_of(weight), weight.scale
     if isinstance(weight, PcdvqWeight):
         patterns = _aligned(weight.patterns)
-        packed = (weight.weight, _or(weight.magnitude, weight.weight), weight.scale, patterns, weight.levels)
-        bits = "2.0" if weight.magnitude is None else "2.25"
-        return Form(f"pcdvq {bits}", packed, {"PATTERNS": len(patterns)}, 32, 1)
+        packed = (weight.weight, _or(weight.magnitude, weight.weight), scale, patterns, weight.levels)
+        return Form(codec, packed, {"PATTERNS": len(patterns)})
     if isinstance(weight, CcqWeight):
-        scale = weight.scale
         rest = _or(weight.local_scale, weight.weight), _or(weight.code_scale, scale), _or(weight.code_zero, scale)
-        layout = weight.layout
-        constants = ccq.constants(layout)
-        return Form(f"ccq {layout.name}", (weight.weight, scale, *rest), constants, 64, len(layout.shifts))
-    packed = (weight.weight, *[weight.scale] * 4)
-    return Form(f"stream {weight.layout.bits}", packed, stream.constants(weight.layout), 2 * stream.SPAN.value, 1)
+        return Form(codec, (weight.weight, scale, *rest), ccq.constants(weight.layout))
+    return Form(codec, (weight.weight, *[scale] * 4), stream.constants(weight.layout))
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -62,11 +66,15 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     )
 
 
-def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None) -> Tensor:
-    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
+def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
+    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated.
+
+    `prepared` is what `prepare` made of `x`; a product without a kernel does not read it.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if not transposed and _has_kernel(weight, len(flat), x.dtype):
-        return product(flat.contiguous()[None], weight, signs, None, None).reshape(*x.shape[:-1], weight.rows)
+        out = product(flat.contiguous()[None], weight, signs, None, None, prepared)
+        return out.reshape(*x.shape[:-1], weight.rows)
     if signs is not None and not transposed:
         x = hadamard(x, signs, False)
     out = sliced_matmul(
@@ -101,26 +109,54 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     return out
 
 
+def prepare(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
+    """What products with a weight of a format ("pcdvq 2.25") make of `x` `[..., K]` first, in one int64 buffer."""
+    flat = x.reshape(-1, x.shape[-1])
+    order, scaled = _default_order(codec, *flat.shape)
+    with _on(x.device):
+        return _prepare(flat.contiguous(), signs, order, scaled)
+
+
+def prepared_words(codec: str, tokens: int, columns: int) -> int:
+    """The length of what `prepare` returns."""
+    return _buffer_words(*_default_order(codec, tokens, columns), tokens, columns)
+
+
 def product(
-    x: Tensor, weight: Weight, signs: Tensor | None, choice: config.Config | None, experts: Tensor | None
+    x: Tensor,
+    weight: Weight,
+    signs: Tensor | None,
+    choice: config.Config | None,
+    experts: Tensor | None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     """`hadamard(x) @ W.T` for 16-bit `x` `[G, T, K]` of up to `DOT_TOKENS` rows; G is 1 without `experts`.
 
-    `choice` overrides how it is cut into programs. `experts` is described in `grouped_matmul`.
+    `choice` overrides how it is cut into programs. `experts` is described in `grouped_matmul`, `prepared` in `matmul`; the
+    latter comes without the two others.
     """
     packed = form(weight)
     groups, tokens, columns = x.shape
     shape = config.Shape(packed.codec, config.tokens_per_program(tokens), weight.rows, columns)
     if choice is None and experts is None:
         choice = tuned.choose(shape, x.device)
+        if prepared is not None and choice.warps != config.unit_warps(shape):
+            choice = config.default(
+                shape, config.processors(x.device)
+            )  # the order of `prepared` depends on the warps
     elif choice is None:  # groups keep the device busy, so that there is less to split
         choice = config.default(shape, -(-config.processors(x.device) // groups))
     dot = shape.tokens > config.VECTOR_TOKENS
     units = 32 if dot else 32 * choice.warps
     is_stream = packed.codec.startswith("stream")
-    order = activations.Order(packed.unit, packed.slots, 1 if is_stream else units)
+    order = activations.order_of(packed.codec, units)
     with _on(x.device):
-        quads, x_scale = _prepare(x.flatten(0, 1), signs, order, scale=not dot)
+        if prepared is None:
+            prepared = _prepare(x.flatten(0, 1), signs, order, scaled=not dot)
+        else:
+            words = _buffer_words(order, not dot, tokens, columns)
+            check_prepared(f"{packed.codec} product", prepared, words, x.device)
+        quads, x_scale = _parts(prepared, order, groups * tokens, columns)
         # A block is what the kernel's loop takes at a time; of a stream it is UNITS * CHAIN pairs.
         blocks = triton.cdiv(columns, 2 * units * stream.CHAIN.value) if is_stream else order.blocks(columns)
         span = triton.cdiv(blocks, min(choice.splits, blocks))
@@ -138,7 +174,7 @@ def product(
             out,
             tokens,
             weight.rows,
-            *((columns, len(weight.weight)) if is_stream else (columns // packed.unit,)),
+            *((columns, len(weight.weight)) if is_stream else (columns // shape.lane_inputs,)),
             span,
             **constants,
             num_warps=choice.warps,
@@ -156,17 +192,36 @@ def _kernel(packed: Form, constants: dict[str, Any]) -> tuple[Any, tuple[Tensor,
     return (pcdvq if method == "pcdvq" else ccq).matmul_kernel, packed.packed
 
 
-def _prepare(x: Tensor, signs: Tensor | None, order: activations.Order, scale: bool) -> tuple[Tensor, Tensor]:
+def _default_order(codec: str, tokens: int, columns: int) -> tuple[activations.Order, bool]:
+    """How products read their activations unless their config was measured or given, and whether units are scaled."""
+    dot = tokens > config.VECTOR_TOKENS
+    # Neither the number of tokens, up to that bound, nor that of rows makes a difference to the warps.
+    warps = config.unit_warps(config.Shape(codec, 1, 1, columns))
+    return activations.order_of(codec, 32 if dot else 32 * warps), not dot
+
+
+def _buffer_words(order: activations.Order, scaled: bool, tokens: int, columns: int) -> int:
+    scales = tokens * order.blocks(columns) * order.units if scaled else 0
+    return tokens * order.words(columns) + (scales + 1) // 2
+
+
+def _parts(prepared: Tensor, order: activations.Order, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Of a buffer, the quads and the scales that follow them."""
+    words = tokens * order.words(columns)
+    return prepared[:words], prepared[words:].view(torch.float32)
+
+
+def _prepare(x: Tensor, signs: Tensor | None, order: activations.Order, scaled: bool) -> Tensor:
     tokens, columns = x.shape
     blocks = order.blocks(columns)
-    quads = torch.empty(tokens, blocks, order.quads, order.units, dtype=torch.int64, device=x.device)
-    x_scale = torch.empty(tokens, blocks * order.units if scale else 0, dtype=torch.float32, device=x.device)
+    prepared = torch.empty(_buffer_words(order, scaled, tokens, columns), dtype=torch.int64, device=x.device)
+    quads, x_scale = _parts(prepared, order, tokens, columns)
     block = 1 if signs is None else len(signs)
     tile = max(activations.TILE, block)
     activations.prepare_kernel[(tokens, triton.cdiv(blocks * order.units * order.unit, tile))](
         x,
         x_scale if signs is None else signs,
-        quads.view(torch.float16 if scale else x.dtype),
+        quads.view(torch.float16 if scaled else x.dtype),
         x_scale,
         columns,
         blocks,
@@ -176,11 +231,11 @@ def _prepare(x: Tensor, signs: Tensor | None, order: activations.Order, scale: b
         PLACES=order.places,
         QUADS=order.quads,
         UNITS=order.units,
-        SCALE=scale,
+        SCALE=scaled,
         TILE=tile,
         **OPTIONS,
     )
-    return quads, x_scale
+    return prepared
 
 
 def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,14 +273,17 @@ def _rows(weight: Weight, dtype: torch.dtype) -> Any:
     return decode
 
 
-def _has_kernel(weight: Weight, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether `product` can do it. Its kernels read several words of a row at once."""
-    whole = weight.columns % (32 if isinstance(weight, PcdvqWeight) else 2) == 0
-    if not whole or weight.weight.data_ptr() % 8 or dtype not in (torch.float16, torch.bfloat16):
-        return False
+def reads_prepared(codec: str, tokens: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether products of this size have kernels, which begin with `prepare`. They read several words of a row at once."""
+    whole = columns % (32 if codec.startswith("pcdvq") else 2) == 0
     # Triton's interpreter multiplies matrices of bfloat16 as if their bits were integers.
     most = config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else config.DOT_TOKENS
-    return 0 < tokens <= most
+    return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= most
+
+
+def _has_kernel(weight: Weight, tokens: int, dtype: torch.dtype) -> bool:
+    aligned = weight.weight.data_ptr() % 8 == 0
+    return aligned and reads_prepared(codec_of(weight), tokens, weight.columns, dtype)
 
 
 def _aligned(table: Tensor) -> Tensor:
