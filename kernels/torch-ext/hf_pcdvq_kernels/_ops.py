@@ -208,7 +208,7 @@ def _define_grouped_matmul(method: str) -> None:
 
     def implementation(x, experts, *packed, signs=None):
         first, packed, signs = check(x, experts, packed, signs)
-        multiply = products.matmul
+        multiply: Callable[..., Tensor] = products.matmul
         if use_triton(x.device, x.dtype):
             from .triton import launch
 

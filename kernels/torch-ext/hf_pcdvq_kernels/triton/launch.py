@@ -66,7 +66,9 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     )
 
 
-def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
+def matmul(
+    x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None, prepared: Tensor | None = None
+) -> Tensor:
     """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated.
 
     `prepared` is what `prepare` made of `x`; a product without a kernel does not read it.
