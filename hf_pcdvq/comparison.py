@@ -128,7 +128,7 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
 
@@ -136,7 +136,7 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     if not points:
         raise ValueError("no model has bits counted on its files, so there is nothing to plot")
     # Without pyplot: its backend and its list of figures are global.
-    figure = Figure(figsize=(10, 12), layout="constrained")
+    figure = Figure(figsize=(10, 12), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2, 1)
     for axes, field in zip(panels, ("kl_mean", "perplexity")):
@@ -147,8 +147,9 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
             values = [getattr(point, field) for point in members]
             axes.plot([point.bits for point in members], values, "o", label=name or None)
         axes.set(xlabel="bits per packed weight, scales included, counted on the files", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        axes.yaxis.set_minor_formatter("{x:,.10g}")
         axes.grid(alpha=0.3, which="both")
         axes.margins(x=0.1, y=0.1)
         left, right = axes.get_xlim()
@@ -159,22 +160,35 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     for name, value in originals.items():
         lower.axhline(value, linestyle="--", color="gray", label=f"original: {Path(name).name}")
     lower.legend(fontsize="small")
-    canvas.draw()  # places the axes, which the labels are arranged in
+    canvas.draw()  # places the axes, which the names are arranged in
     for axes, field in zip(panels, ("kl_mean", "perplexity")):
         _label(axes, [(point.label, point.bits, getattr(point, field)) for point in points])
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
 
 
 def _label(axes, points: list[tuple[str, float, float]]) -> None:
-    """Names beside the points, moved up where they would lie on one another."""
-    height, width = 17, 250  # pixels that a label takes, about
-    placed: list[tuple[float, float]] = []
-    scale = 72 / axes.figure.dpi
-    for name, bits, value in sorted(points, key=lambda point: point[2]):
-        x, y = axes.transData.transform((bits, value))
-        top = max((other + height for left, other in placed if abs(left - x) < width), default=y)
-        shift = max(top, y) - y
-        placed.append((x, y + shift))
-        arrow = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if shift > height else None
-        offset = (8 * scale + (8 if arrow else 0), (shift - 4) * scale)
-        axes.annotate(name, (bits, value), offset, textcoords="offset points", fontsize="x-small", arrowprops=arrow)
+    """Names beside the points: the nearest place where one lies neither on another nor on a point."""
+    from matplotlib.transforms import Bbox
+
+    places = axes.transData.transform([place for _, *place in points])
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]  # in pixels
+    arrow = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5}
+    for (name, *place), (x, y) in zip(points, places):
+        measured = axes.text(*place, name, fontsize="x-small")
+        width, height = measured.get_window_extent().size + 2
+        measured.remove()
+        # Right or left of the point, farther and farther up or down.
+        shifts = [
+            (side, (sign * step - 1) * height / 2)
+            for step in range(40)
+            for side in (10, -10 - width)
+            for sign in (1, -1)
+        ]
+        boxes = [(Bbox.from_bounds(x + right, y + up, width, height), right, up) for right, up in shifts]
+        free = (item for item in boxes if not any(map(item[0].overlaps, taken)) and axes.bbox.containsx(item[0].x0))
+        box, right, up = next(free, boxes[0])
+        taken.append(box)
+        line = arrow if abs(up + height / 2) > height else None
+        axes.annotate(
+            name, place, (right, up), textcoords="offset pixels", va="bottom", fontsize="x-small", arrowprops=line
+        )

@@ -193,7 +193,7 @@ def own_rows() -> list[dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for row in sorted(plain, key=lambda row: row["calibration"]["samples"]):
         best[row["setting"]] = row
-    return [{"peer": f"hf_pcdvq {name}", **row} for name, row in best.items()]
+    return [{"peer": name, **row} for name, row in best.items()]
 
 
 def point(row: dict[str, Any], series: str) -> Point:

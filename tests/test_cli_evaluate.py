@@ -280,7 +280,7 @@ def test_files_that_are_no_records_are_named(records, tmp_path, change, message)
     fail(1, "`hf-pcdvq eval` writes it", "compare", tmp_path, "--out", tmp_path / "out")
 
 
-def test_labels_of_the_plot_do_not_lie_on_one_another(tmp_path, monkeypatch):
+def test_labels_of_the_plot_lie_neither_on_one_another_nor_on_points(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -289,11 +289,14 @@ def test_labels_of_the_plot_do_not_lie_on_one_another(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plot_quality(points, {"original": 25.0}, "title", tmp_path / "plot.png")
     figure = figures[0]
+    figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     for axes in figure.axes:
         # of the text alone; an annotation's own includes the line to its point
         boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
-        assert len(boxes) == len(points)
+        dots = axes.transData.transform(axes.lines[0].get_xydata())
+        assert len(boxes) == len(points) == len(dots)
         for number, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+            assert not any(box.contains(*dot) for dot in dots)
             assert axes.bbox.x1 >= box.x1 and axes.bbox.y1 >= box.y1
