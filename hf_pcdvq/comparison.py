@@ -163,7 +163,7 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     canvas.draw()  # places the axes, which the names are arranged in
     for axes, field in zip(panels, ("kl_mean", "perplexity")):
         _label(axes, [(point.label, point.bits, getattr(point, field)) for point in points])
-    figure.savefig(file)
+    figure.savefig(file, dpi="figure")
 
 
 def _label(axes, points: list[tuple[str, float, float]]) -> None:
@@ -185,7 +185,8 @@ def _label(axes, points: list[tuple[str, float, float]]) -> None:
             for sign in (1, -1)
         ]
         boxes = [(Bbox.from_bounds(x + right, y + up, width, height), right, up) for right, up in shifts]
-        free = (item for item in boxes if not any(map(item[0].overlaps, taken)) and axes.bbox.containsx(item[0].x0))
+        inside = (item for item in boxes if axes.bbox.containsx(item[0].x0) and axes.bbox.containsy(item[0].y1))
+        free = (item for item in inside if not any(map(item[0].overlaps, taken)))
         box, right, up = next(free, boxes[0])
         taken.append(box)
         line = arrow if abs(up + height / 2) > height else None

@@ -30,7 +30,9 @@ class SharedInput:
         self._kernels = kernels
         # While the module runs, the last input, its version and what was made of it, or nothing yet; None outside.
         self._last: tuple[Any, ...] | None = None
-        self._hooks = [parent.register_forward_pre_hook(self._begin), parent.register_forward_hook(self._end)]
+        # `always_call`: also after an exception, by which checkpointing ends what it computes again.
+        end = parent.register_forward_hook(self._end, always_call=True)
+        self._hooks = [parent.register_forward_pre_hook(self._begin), end]
 
     def prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
         """What `hf_pcdvq_kernels.prepare` makes of `x` `[..., K]`; None outside the module."""

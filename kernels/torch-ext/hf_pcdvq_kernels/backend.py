@@ -38,7 +38,6 @@ def get_backend() -> str:
     return _Choice.backend
 
 
-@torch.compiler.assume_constant_result  # what is compiled keeps to the choice
 def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether an op on this device, with activations or a result of this dtype, runs as Triton kernels.
 

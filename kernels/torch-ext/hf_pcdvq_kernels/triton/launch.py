@@ -142,14 +142,14 @@ def product(
     shape = config.Shape(packed.codec, config.tokens_per_program(tokens), weight.rows, columns)
     if choice is None and experts is None:
         choice = tuned.choose(shape, x.device)
-        if prepared is not None and choice.warps != config.unit_warps(shape):
-            choice = config.default(
-                shape, config.processors(x.device)
-            )  # the order of `prepared` depends on the warps
+        # What is prepared lies in the order of the default config, which other warps may not read.
+        default = _default_order(packed.codec, tokens, columns)[0]
+        if prepared is not None and activations.order_of(packed.codec, _units(shape, choice)) != default:
+            choice = config.default(shape, config.processors(x.device))
     elif choice is None:  # groups keep the device busy, so that there is less to split
         choice = config.default(shape, -(-config.processors(x.device) // groups))
     dot = shape.tokens > config.VECTOR_TOKENS
-    units = 32 if dot else 32 * choice.warps
+    units = _units(shape, choice)
     is_stream = packed.codec.startswith("stream")
     order = activations.order_of(packed.codec, units)
     with _on(x.device):
@@ -183,6 +183,11 @@ def product(
             **OPTIONS,
         )
         return out[0] if splits == 1 else _sum(out, x.dtype)
+
+
+def _units(shape: config.Shape, choice: config.Config) -> int:
+    """Units of inputs that a program takes at a time."""
+    return 32 if shape.tokens > config.VECTOR_TOKENS else 32 * choice.warps
 
 
 def _kernel(packed: Form, constants: dict[str, Any]) -> tuple[Any, tuple[Tensor, ...]]:
