@@ -115,6 +115,18 @@ def test_nothing_is_kept_between_calls(attention):
     assert alive() is None
 
 
+def test_nothing_is_kept_after_an_exception(attention):
+    """By which checkpointing, too, ends what it computes again."""
+    share_inputs(attention)
+    attention.o.register_forward_pre_hook(lambda module, args: 1 / 0)
+    x = activations(2, 128)
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError):
+        attention(x)
+    with torch.inference_mode(), Prepared() as prepared:
+        attention.k(x)
+    assert prepared.count == 0
+
+
 def test_gradients_and_many_tokens_take_the_ordinary_way(attention):
     x = activations(70, 128).requires_grad_()
     attention(x).sum().backward()

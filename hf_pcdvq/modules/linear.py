@@ -97,7 +97,11 @@ class QuantLinear(PackedModule, nn.Linear):
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Have packed layers that a module calls with the same tensor prepare it once. Those that do already are left."""
+    """Have packed layers that a module calls with the same tensor prepare it once. Those that do already are left.
+
+    `layer.shared_input = None` ends it for a layer: for modules that write into a tensor between two of its uses, and for
+    `torch.export` with a number of tokens that varies.
+    """
     for parent in model.modules():
         if type(parent).forward is nn.Module.forward:  # a list of modules: others call its members
             continue

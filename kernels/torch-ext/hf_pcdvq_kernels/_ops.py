@@ -1,7 +1,7 @@
 """Every op, declared once: schema, fake implementation, implementation, derivative.
 
 An implementation validates its arguments and runs as Triton kernels or as the PyTorch reference, whichever
-`backend.use_triton` says. `functional.py` holds the public functions with their documentation.
+`backend.use_triton` says; `prepare` exists for Triton only. `functional.py` holds the public functions with their documentation.
 """
 
 from __future__ import annotations
