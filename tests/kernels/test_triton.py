@@ -177,6 +177,8 @@ def test_what_cannot_be_prepared():
         ops.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq 2.5"))
     with pytest.raises(ValueError, match="cannot be rotated in blocks of 128"):
         ops.prepare(x, torch.ones(128, device=DEVICE), "ccq 2.5")
+    with pytest.raises(ValueError, match="codec must be one of pcdvq 2.0, .* got 'pcdvq 2.5'"):
+        ops.prepare(x, None, "pcdvq 2.5")
     assert ops.prepare(x.float(), None, "ccq 2.5") is None
     assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq 2.5") is None
     assert ops.prepare(x[:0], None, "ccq 2.5") is None

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .formats import CCQ_LAYOUTS, GROUP, MAGNITUDE_BITS, SIGN_BITS, VECTOR, CcqLayout, StreamLayout, stream_layout
+from .formats import (
+    CCQ_LAYOUTS,
+    CODECS,
+    GROUP,
+    MAGNITUDE_BITS,
+    SIGN_BITS,
+    VECTOR,
+    CcqLayout,
+    StreamLayout,
+    stream_layout,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -92,7 +102,13 @@ def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
         )
 
 
-def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
+def check_codec(op: str, codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"{op}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
+
+
+def check_prepare(x: torch.Tensor, signs: torch.Tensor | None, codec: str) -> None:
+    check_codec("prepare", codec)
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"prepare: x must be float16 or bfloat16, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
@@ -103,7 +119,7 @@ def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
 
 def check_prepared(op: str, prepared: torch.Tensor, words: int, device: torch.device) -> None:
     """Activations prepared for another product than this are most often of another size."""
-    check_tensor(op, "prepared", prepared, torch.int64, (words,), device)
+    check_tensor(op, "prepared", prepared, torch.int32, (words,), device)
 
 
 def check_pcdvq(

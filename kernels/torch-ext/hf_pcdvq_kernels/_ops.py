@@ -76,15 +76,15 @@ torch.library.define(f"{NAMESPACE}::prepare", "(Tensor x, Tensor? signs, str cod
 def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
     from .triton import launch
 
-    checks.check_prepare(x, signs)
-    return x.new_empty(launch.prepared_words(codec, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int64)
+    checks.check_prepare(x, signs, codec)
+    return x.new_empty(launch.prepared_words(codec, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int32)
 
 
 @torch.library.impl(f"{NAMESPACE}::prepare", "default")
 def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
     from .triton import launch
 
-    checks.check_prepare(x, signs)
+    checks.check_prepare(x, signs, codec)
     return launch.prepare(x, signs, codec)
 
 

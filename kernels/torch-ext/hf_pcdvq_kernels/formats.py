@@ -103,6 +103,14 @@ _STREAM_STRIDES = {2.0: (2,), 2.25: (2, 2, 2, 3), 2.5: (2, 3), 3.0: (3,), 4.0: (
 STREAM_BITS = tuple(_STREAM_STRIDES)
 STREAM_WINDOWS = (12, 13, 14, 15, 16)
 
+# Every format by the name that `prepare` takes: method and bits per weight.
+CODECS = (
+    "pcdvq 2.0",
+    "pcdvq 2.25",
+    *(f"ccq {name}" for name in CCQ_LAYOUTS),
+    *(f"stream {bits}" for bits in STREAM_BITS),
+)
+
 
 def stream_layout(bits: float, window: int) -> StreamLayout:
     """The stream layout of these parameters.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._checks import check_codec
 from ._ops import OPS
 from .backend import use_triton
 
@@ -39,12 +40,13 @@ def prepare(x: Tensor, signs: Tensor | None, codec: str) -> Tensor | None:
         codec: the format of the weights: `"pcdvq 2.25"`, `"ccq 2.5"`, `"stream 2.0"` and so on.
 
     Returns:
-        An int64 buffer for the argument `prepared` of products with the same `x`, `signs` and format, whatever the number
+        An int32 buffer for the argument `prepared` of products with the same `x`, `signs` and format, whatever the number
         of output features; None where products would not read it: PyTorch computes them, or they have no kernel.
 
     Raises:
-        ValueError: a wrong shape, device or stride.
+        ValueError: a wrong shape, device or stride, or a format that there is not.
     """
+    check_codec("prepare", codec)
     if not use_triton(x.device, x.dtype):
         return None
     from .triton import launch

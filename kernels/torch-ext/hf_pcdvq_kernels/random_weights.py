@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import CCQ_LAYOUTS, GROUP, STREAM_BITS, stream_layout
+from .formats import CCQ_LAYOUTS, GROUP, stream_layout
 from .weights import CcqWeight, PcdvqWeight, StreamWeight, Weight
-
-CODECS = ("pcdvq 2.0", "pcdvq 2.25", *(f"ccq {name}" for name in CCQ_LAYOUTS), *(f"stream {b}" for b in STREAM_BITS))
 
 
 def random_packed(
@@ -19,7 +17,7 @@ def random_packed(
     """The arguments of `<method>_dequantize` before `dtype`, for a weight of random codes: every bit pattern is one.
 
     Args:
-        codec: one of `CODECS`.
+        codec: one of `formats.CODECS`.
         rows, columns: of the weight; `columns` as the format allows.
         seed: of the codes.
         device: where to make them.

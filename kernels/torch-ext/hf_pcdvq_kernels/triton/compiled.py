@@ -17,8 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..formats import CCQ_LAYOUTS, stream_layout
-from ..random_weights import CODECS
+from ..formats import CCQ_LAYOUTS, CODECS, stream_layout
 from . import activations, ccq, config, launch, pcdvq, stream, tiles
 
 TARGETS = {

@@ -112,7 +112,7 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
 
 
 def prepare(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
-    """What products with a weight of a format ("pcdvq 2.25") make of `x` `[..., K]` first, in one int64 buffer."""
+    """What products with a weight of a format ("pcdvq 2.25") make of `x` `[..., K]` first, in one int32 buffer."""
     flat = x.reshape(-1, x.shape[-1])
     order, scaled = _default_order(codec, *flat.shape)
     with _on(x.device):
@@ -209,19 +209,19 @@ def _default_order(codec: str, tokens: int, columns: int) -> tuple[activations.O
 
 def _buffer_words(order: activations.Order, scaled: bool, tokens: int, columns: int) -> int:
     scales = tokens * order.blocks(columns) * order.units if scaled else 0
-    return tokens * order.words(columns) + (scales + 1) // 2
+    return 2 * tokens * order.words(columns) + scales
 
 
 def _parts(prepared: Tensor, order: activations.Order, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
     """Of a buffer, the quads and the scales that follow them."""
-    words = tokens * order.words(columns)
-    return prepared[:words], prepared[words:].view(torch.float32)
+    words = 2 * tokens * order.words(columns)
+    return prepared[:words].view(torch.int64), prepared[words:].view(torch.float32)
 
 
 def _prepare(x: Tensor, signs: Tensor | None, order: activations.Order, scaled: bool) -> Tensor:
     tokens, columns = x.shape
     blocks = order.blocks(columns)
-    prepared = torch.empty(_buffer_words(order, scaled, tokens, columns), dtype=torch.int64, device=x.device)
+    prepared = torch.empty(_buffer_words(order, scaled, tokens, columns), dtype=torch.int32, device=x.device)
     quads, x_scale = _parts(prepared, order, tokens, columns)
     block = 1 if signs is None else len(signs)
     tile = max(activations.TILE, block)
