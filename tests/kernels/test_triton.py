@@ -66,7 +66,7 @@ def activations(*shape, seed=1):
 
 
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16), (9, torch.float16)])  # fmt: skip
-@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (37, 576)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (19, 576)])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_products(setting, shape, tokens, dtype):
     packed = random_packed(setting, *shape)
@@ -78,9 +78,9 @@ def test_products(setting, shape, tokens, dtype):
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
-def test_products_over_several_rings_and_blocks(setting):
-    """More output channels than a ring of 256, more inputs than a block, and no rotation."""
-    rows, columns = (270, 1088) if "stream" in setting else (20, 2112)
+def test_products_over_several_rings_or_blocks(setting):
+    """More output channels than a ring of 256, or more inputs than a block, and no rotation."""
+    rows, columns = (270, 192) if "stream" in setting else (20, 2112)
     packed = random_packed(setting, rows, columns)
     x = activations(2, columns).half()
     out = op_pair(setting)[1](x.to(DEVICE), *on_device(packed))
@@ -91,10 +91,10 @@ def test_products_over_several_rings_and_blocks(setting):
 @pytest.mark.parametrize("setting", ["pcdvq 2.0", "ccq 2.5", "stream 2.25"])
 def test_every_config_gives_the_same_product(setting, tokens):
     """However a product is cut into programs; and the same bits every time."""
-    packed, x = random_packed(setting, 9, 2176), activations(tokens, 2176).half()
+    packed, x = random_packed(setting, 5, 2176), activations(tokens, 2176).half()
     expected = x.double() @ exact_weight(setting, packed).T
     weight = WEIGHTS[setting.split()[0]].checked("test", *on_device(packed))
-    shape = config.Shape(setting, config.tokens_per_program(tokens), 9, 2176)
+    shape = config.Shape(setting, config.tokens_per_program(tokens), 5, 2176)
     choices = config.candidates(shape)
     assert len({choice.splits for choice in choices}) > 1
     for choice in choices:
@@ -109,7 +109,7 @@ def test_every_config_gives_the_same_product(setting, tokens):
 )
 def test_products_with_weights_of_a_stack(setting, tokens, dtype):
     """Groups take experts in any order, some the same one, and a group without one gets zeros."""
-    packed = [random_packed(setting, 37, 192, seed) for seed in range(4)]
+    packed = [random_packed(setting, 9, 192, seed) for seed in range(4)]
     experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
     x = activations(len(experts), tokens, 192).to(dtype)
     shared = 2 if setting.startswith("pcdvq") else 0  # patterns and levels are not stacked
@@ -122,7 +122,7 @@ def test_products_with_weights_of_a_stack(setting, tokens, dtype):
     out = ops.grouped_matmul(
         setting.split()[0], x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE)
     )
-    assert out.shape == (len(experts), tokens, 37) and out.dtype == dtype
+    assert out.shape == (len(experts), tokens, 9) and out.dtype == dtype
     for group, expert in enumerate(experts.tolist()):
         if expert < 0:
             assert not out[group].any()
