@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from .evaluation_record import EvaluationRecord, markdown_table, read_record, scope
 
 NAME = "comparison"
+FAR = 10  # times the original's perplexity: models beyond are of no use, and share a line in the plot
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ def point_rows(points: Sequence[Point], originals: dict[str, float]) -> list[lis
 def plot_quality(points: Sequence[Point], originals: dict[str, float], title: str, file: Path) -> None:
     """A PNG: divergence and perplexity against bits per packed weight, every point named.
 
+    Perplexities of more than `FAR` times the originals' would take the room of all others: they lie on that line, with an
+    arrow and their value.
+
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: no point has bits.
@@ -128,7 +133,6 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
 
@@ -138,32 +142,46 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     # Without pyplot: its backend and its list of figures are global.
     figure = Figure(figsize=(10, 12), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 1)
-    for axes, field in zip(panels, ("kl_mean", "perplexity")):
-        series: dict[str, list[Point]] = {}
-        for point in points:
-            series.setdefault(point.series, []).append(point)
-        for name, members in series.items():
-            values = [getattr(point, field) for point in members]
-            axes.plot([point.bits for point in members], values, "o", label=name or None)
-        axes.set(xlabel="bits per packed weight, scales included, counted on the files", yscale="log")
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.yaxis.set_major_formatter("{x:,.10g}")
-        axes.yaxis.set_minor_formatter("{x:,.10g}")
-        axes.grid(alpha=0.3, which="both")
-        axes.margins(x=0.1, y=0.1)
-        left, right = axes.get_xlim()
-        axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
-    upper, lower = panels
+    upper, lower = figure.subplots(2, 1)
+    names = {
+        upper: _draw(upper, points, "kl_mean", math.inf),
+        lower: _draw(lower, points, "perplexity", FAR * max(originals.values())),
+    }
     upper.set(ylabel="KL(original || packed), mean, nats", title=title)
     lower.set(ylabel="perplexity")
     for name, value in originals.items():
         lower.axhline(value, linestyle="--", color="gray", label=f"original: {Path(name).name}")
     lower.legend(fontsize="small")
     canvas.draw()  # places the axes, which the names are arranged in
-    for axes, field in zip(panels, ("kl_mean", "perplexity")):
-        _label(axes, [(point.label, point.bits, getattr(point, field)) for point in points])
+    for axes, places in names.items():
+        _label(axes, places)
     figure.savefig(file, dpi="figure")
+
+
+def _draw(axes, points: Sequence[Point], field: str, most: float) -> list[tuple[str, float, float]]:
+    """Points over a logarithmic axis, those above `most` on that line; their names and places."""
+    from matplotlib.ticker import LogLocator
+
+    names = []
+    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
+        members = [point for point in points if point.series == series]
+        bits = [point.bits for point in members]
+        values = [getattr(point, field) for point in members]
+        axes.plot(bits, [min(value, most) for value in values], "o", color=f"C{number}", label=series or None)
+        far = [place for place, value in zip(bits, values) if value > most]
+        axes.plot(far, [most] * len(far), marker="$\\uparrow$", color="white", linestyle="", markersize=4)
+        for point, value in zip(members, values):
+            name = f"{point.label}: {value:,.0f}" if value > most else point.label
+            names.append((name, point.bits, min(value, most)))
+    axes.set(xlabel="bits per packed weight, scales included, counted on the files", yscale="log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+    axes.yaxis.set_minor_formatter("{x:,.10g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.margins(x=0.1, y=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+    return names
 
 
 def _label(axes, points: list[tuple[str, float, float]]) -> None:
@@ -172,7 +190,6 @@ def _label(axes, points: list[tuple[str, float, float]]) -> None:
 
     places = axes.transData.transform([place for _, *place in points])
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]  # in pixels
-    arrow = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5}
     for (name, *place), (x, y) in zip(points, places):
         measured = axes.text(*place, name, fontsize="x-small")
         width, height = measured.get_window_extent().size + 2
@@ -189,7 +206,14 @@ def _label(axes, points: list[tuple[str, float, float]]) -> None:
         free = (item for item in inside if not any(map(item[0].overlaps, taken)))
         box, right, up = next(free, boxes[0])
         taken.append(box)
-        line = arrow if abs(up + height / 2) > height else None
+        line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5, "relpos": (0 if right > 0 else 1, 0.5)}
+        far = abs(up + height / 2) > height
         axes.annotate(
-            name, place, (right, up), textcoords="offset pixels", va="bottom", fontsize="x-small", arrowprops=line
+            name,
+            place,
+            (right, up),
+            textcoords="offset pixels",
+            va="bottom",
+            fontsize="x-small",
+            arrowprops=line if far else None,
         )

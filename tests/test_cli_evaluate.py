@@ -280,16 +280,30 @@ def test_files_that_are_no_records_are_named(records, tmp_path, change, message)
     fail(1, "`hf-pcdvq eval` writes it", "compare", tmp_path, "--out", tmp_path / "out")
 
 
-def test_labels_of_the_plot_lie_neither_on_one_another_nor_on_points(tmp_path, monkeypatch):
+def plotted(points, tmp_path, monkeypatch):
+    """The figure that `plot_quality` would save."""
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
-    points = [Point(f"a model with a name {number}", 2.0 + 0.01 * number, 30, 0.5, 1, 0.6) for number in range(6)]
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plot_quality(points, {"original": 25.0}, "title", tmp_path / "plot.png")
-    figure = figures[0]
-    figure.canvas.draw()
+    figures[0].canvas.draw()
+    return figures[0]
+
+
+def test_a_useless_model_leaves_the_others_the_room_of_the_plot(tmp_path, monkeypatch):
+    good, bad = Point("good", 2.0, 30, 0.5, 1, 0.6), Point("bad", 2.1, 3_745_297.7, 12, 20, 0.0)
+    divergence, perplexity = plotted([good, bad], tmp_path, monkeypatch).axes
+    assert perplexity.get_ylim()[1] < 500 and divergence.get_ylim()[1] > 12
+    assert [text.get_text() for text in perplexity.texts] == ["good", "bad: 3,745,298"]
+    assert [text.get_text() for text in divergence.texts] == ["good", "bad"]
+
+
+def test_labels_of_the_plot_lie_neither_on_one_another_nor_on_points(tmp_path, monkeypatch):
+    from matplotlib.text import Text
+
+    points = [Point(f"a model with a name {number}", 2.0 + 0.01 * number, 30, 0.5, 1, 0.6) for number in range(6)]
+    figure = plotted(points, tmp_path, monkeypatch)
     renderer = figure.canvas.get_renderer()
     for axes in figure.axes:
         # of the text alone; an annotation's own includes the line to its point
