@@ -226,7 +226,7 @@ def test_commands_explain_themselves_with_an_example(command):
     assert f"  hf-pcdvq {command} " in CliRunner().invoke(main, [command, "--help"]).stdout
 
 
-@pytest.mark.parametrize("name", ["pcdvq-2.25"])
+@pytest.mark.parametrize("name", ["pcdvq-2.25", "ccq-stream-2.0"])
 def test_examples_are_valid_cards_of_the_template_as_it_is(name, hub):
     folder = EXAMPLES / f"SmolLM2-135M-Instruct-{name}"
     card = ModelCard.load(folder / "README.md")
