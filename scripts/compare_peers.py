@@ -72,8 +72,8 @@ PEERS = [
     Peer("quanto qint4, groups of 128", *QUANTO, {"bits": 4, "group_size": 128}),
     Peer("torchao int2, groups of 64", *TORCHAO, {"bits": 2, "group_size": 64}),
     Peer("torchao int3, groups of 64", *TORCHAO, {"bits": 3, "group_size": 64}),
-    Peer("GPTQModel 2-bit, groups of 64", *GPTQ, {"bits": 2, "group_size": 64}),
-    Peer("GPTQModel 3-bit, groups of 64", *GPTQ, {"bits": 3, "group_size": 64}),
+    Peer("GPTQModel 2-bit, groups of 64", *GPTQ, {"bits": 2, "group_size": 64, "sym": False}),
+    Peer("GPTQModel 3-bit, groups of 64", *GPTQ, {"bits": 3, "group_size": 64, "sym": False}),
     Peer(
         "AutoRound 2-bit, groups of 64",
         *AUTOROUND,
