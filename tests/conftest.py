@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def pytest_configure(config: pytest.Config) -> None:
     # A process of pytest-xdist has a core for itself: threads of several that wait for each other take turns spinning.
-    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
+    threads = 1 if hasattr(config, "workerinput") else 2
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
