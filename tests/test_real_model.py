@@ -51,7 +51,6 @@ def test_real_weights_round_trip(dense_dir, config, error, overhead, tmp_path):
 
     code = (
         "import sys, torch, hf_pcdvq; from transformers import AutoModelForCausalLM\n"
-        "torch.set_num_threads(2)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "with torch.inference_mode(): torch.save(model(torch.arange(1000, 1064)[None]).logits, sys.argv[2])\n"
     )

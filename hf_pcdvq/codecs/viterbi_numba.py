@@ -20,12 +20,14 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
     tables = tuple(by_code.get(stride, np.empty((0, 0), np.float32)) for stride in (2, 3, 4))
     most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it at run time
+    threads = torch.get_num_threads()  # which Numba's OpenMP layer sets to all cores when it starts its own
     before = get_num_threads()
-    set_num_threads(min(torch.get_num_threads(), most))
+    set_num_threads(min(threads, most))
     try:
         _search(targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window, overlap, found)
     finally:
         set_num_threads(before)
+        torch.set_num_threads(threads)
     return torch.from_numpy(found)
 
 

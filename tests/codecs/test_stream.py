@@ -1,5 +1,6 @@
 """The stream layout against a decoder written bit by bit from its description, and its search against brute force."""
 
+import subprocess
 import sys
 from itertools import product
 
@@ -208,6 +209,18 @@ def test_extreme_rows(weight):
     decoded = decode(codec().encode(weight), 2.0)
     assert torch.isfinite(decoded).all()
     assert (decoded - weight).double().norm() <= 0.3 * weight.double().norm()
+
+
+def test_encoding_leaves_pytorchs_threads_alone():
+    """In a process of its own: Numba starts its threads once, and sets OpenMP's number for all of the process."""
+    code = (
+        "import torch\n"
+        "from hf_pcdvq.codecs.stream import StreamCodec\n"
+        "torch.set_num_threads(1)\n"
+        "StreamCodec(128, 0, 2.0, 12).encode(torch.ones(16, 64))\n"
+        "raise SystemExit(torch.get_num_threads() != 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_numba_it_says_so(monkeypatch):

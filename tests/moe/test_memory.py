@@ -25,7 +25,6 @@ def watch():
         peaks.append(owned())
         time.sleep(0.002)
 
-torch.set_num_threads(2)
 before, peaks, watching = owned(), [], True
 watcher = threading.Thread(target=watch)
 watcher.start()

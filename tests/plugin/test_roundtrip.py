@@ -55,7 +55,6 @@ def test_saved_and_reloaded_in_a_new_process_gives_identical_logits(tiny_model_d
     model.save_pretrained(tmp_path / "packed")
     code = (
         "import sys, torch, hf_pcdvq; from transformers import AutoModelForCausalLM\n"
-        "torch.set_num_threads(2)\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "with torch.inference_mode(): torch.save(model(torch.arange(3, 40)[None]).logits, sys.argv[2])\n"
     )
