@@ -116,6 +116,8 @@ def test_peer_that_cannot_run_is_listed_with_what_it_said(peers, reference, sour
 def test_weights_that_were_not_decoded_are_an_error_of_the_peer(peers, reference, source):
     error = row(peers, reference, source, "scaling", factor=-1.0)["error"]
     assert "q_proj.weight was not decoded: its cosine to the original is -1" in error
+    # Further from the original than zeros are, and still what the peer made of it.
+    assert row(peers, reference, source, "scaling", factor=3.0)["kl_mean"] > 0.01
 
 
 def test_importance_is_the_mean_square_of_each_input(peers, reference, source):

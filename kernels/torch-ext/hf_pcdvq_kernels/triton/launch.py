@@ -208,6 +208,7 @@ def _default_order(codec: str, tokens: int, columns: int) -> tuple[activations.O
 
 
 def _buffer_words(order: activations.Order, scaled: bool, tokens: int, columns: int) -> int:
+    """Int32 words of what is prepared: two for each of `order.words`, and one per scale."""
     scales = tokens * order.blocks(columns) * order.units if scaled else 0
     return 2 * tokens * order.words(columns) + scales
 
