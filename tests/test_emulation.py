@@ -10,7 +10,7 @@ import hf_pcdvq.calibration.run
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.data import sample_from_model, split_windows
 from hf_pcdvq.emulation import is_emulated, placed
-from hf_pcdvq.evaluate import evaluate
+from hf_pcdvq.evaluation.metrics import evaluate
 from hf_pcdvq.modules import QuantLinear
 
 CPU = torch.device("cpu")

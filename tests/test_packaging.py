@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOTS = {"hf_pcdvq": ROOT / "hf_pcdvq", "hf_pcdvq_kernels": ROOT / "kernels/torch-ext/hf_pcdvq_kernels"}

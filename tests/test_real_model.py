@@ -1,6 +1,6 @@
 """Real trained weights: the first layers of SmolLM2-135M through every setting.
 
-Six of its thirty layers, to keep the suite short; `scripts/roundtrip.py` does the same with the whole model.
+Six of its thirty layers, to keep the suite short; `benchmarks/roundtrip.py` does the same with the whole model.
 """
 
 import subprocess
@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_pcdvq import CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.data import read_windows
-from hf_pcdvq.evaluate import evaluate
-from hf_pcdvq.report import count_folder
+from hf_pcdvq.evaluation.metrics import evaluate
+from hf_pcdvq.files.size import count_folder
 
 LAYERS = 6
 IDS = torch.arange(1000, 1064)[None]

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, moved, placed
-from ..evaluate import Evaluation, compare_logits
+from ..evaluation.metrics import Evaluation, compare_logits
 from ..modules import dense_weights, packed_type
 from .blocks import Call, Shortcuts, capture, find_blocks, logits_of, run_block
 from .experts import RoutedTokens, quantize_experts, routed_tokens

@@ -32,9 +32,9 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     """
     from rich.table import Table
 
-    from ..comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
-    from ..folders import check_writable
-    from ..records import write_text
+    from ..evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
+    from ..files.folders import check_writable
+    from ..files.records import write_text
 
     check_writable(out)
     comparison = Comparison.read(records)

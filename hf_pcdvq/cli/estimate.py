@@ -39,7 +39,7 @@ def estimate(
     from ..config import config_of_setting
     from ..estimate import estimate as run
     from ..estimate import estimate_table, read_model_config
-    from ..report import left_table
+    from ..files.size import left_table
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, **options)

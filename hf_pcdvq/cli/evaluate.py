@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation_record import EvaluationRecord, TaskScore
+    from ..evaluation.record import EvaluationRecord, TaskScore
 
 
 @click.command("eval", cls=Command)
@@ -64,9 +64,9 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
     """
     from transformers import AutoTokenizer
 
-    from ..evaluate import token_windows
-    from ..evaluation_record import check_record_folder
-    from ..folders import check_source
+    from ..evaluation.metrics import token_windows
+    from ..evaluation.record import check_record_folder
+    from ..files.folders import check_source
 
     for model in (original, packed):
         check_source(model)
@@ -94,7 +94,7 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
 
 def _read(file: Path | None) -> tuple[str, str]:
     """A text and what to call it."""
-    from ..benchmarks import WIKITEXT2, wikitext2
+    from ..evaluation.tasks import WIKITEXT2, wikitext2
 
     if file is None:
         return wikitext2(), WIKITEXT2
@@ -104,7 +104,7 @@ def _read(file: Path | None) -> tuple[str, str]:
 
 
 def _task_manager(tasks: list[str], folder: Path | None) -> Any:
-    from ..benchmarks import task_manager
+    from ..evaluation.tasks import task_manager
 
     return task_manager(tasks, folder) if tasks else None
 
@@ -118,9 +118,9 @@ def _measure(
     manager: Any,
 ) -> EvaluationRecord:
     """Everything that was asked for; never more than two models are in memory."""
-    from ..evaluate import evaluate
-    from ..evaluation_record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
-    from ..records import device_name, package_versions
+    from ..evaluation.metrics import evaluate
+    from ..evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
+    from ..files.records import device_name, package_versions
 
     options = ctx.params
     placement = {name: options[name] for name in ("dtype", "device_map", "trust_remote_code")}
@@ -165,8 +165,8 @@ def _run_tasks(
     """Scores of both models, and the version of lm-eval."""
     import lm_eval
 
-    from ..benchmarks import run_tasks
-    from ..evaluation_record import TaskScore
+    from ..evaluation.record import TaskScore
+    from ..evaluation.tasks import run_tasks
 
     limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
     before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
@@ -181,8 +181,8 @@ def _run_tasks(
 def _tables(record: EvaluationRecord) -> list[Table]:
     from rich.table import Table
 
-    from ..evaluation_record import TASK_HEADINGS, task_rows
-    from ..report import evaluation_table
+    from ..evaluation.record import TASK_HEADINGS, task_rows
+    from ..files.size import evaluation_table
 
     floor = record.noise_floor
     column = (floor.metrics, f"original, {floor.dtype}") if floor else ()

@@ -36,7 +36,7 @@ def generate(
     """
     from transformers import AutoTokenizer, TextStreamer, set_seed
 
-    from ..folders import check_source
+    from ..files.folders import check_source
 
     check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=options["trust_remote_code"])

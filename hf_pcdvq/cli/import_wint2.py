@@ -35,9 +35,9 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
       hf-pcdvq import-wint2 ERNIE-4.5-300B-A47B-2Bits-Paddle --out ernie-2bit
     """
     from ..estimate import read_model_config
-    from ..folders import folder_in_place
-    from ..report import count_folder, size_table
-    from ..wint2 import import_wint2
+    from ..files.folders import folder_in_place
+    from ..files.size import count_folder, size_table
+    from ..importers.wint2 import import_wint2
 
     out = out.resolve()
     with folder_in_place(out, source, force) as folder:

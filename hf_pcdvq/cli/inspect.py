@@ -21,7 +21,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     Example:
       hf-pcdvq inspect qwen-2bit
     """
-    from ..report import count_folder, layer_table, left_table, size_table
+    from ..files.size import count_folder, layer_table, left_table, size_table
 
     count = count_folder(folder)
     if as_json:

@@ -13,7 +13,7 @@ from rich.table import Table
 from .common import Command, note
 
 if TYPE_CHECKING:
-    from ..hub import Publication
+    from ..publish.push import Publication
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -83,7 +83,7 @@ def push(
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --dry-run
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --private
     """
-    from ..hub import planned, push_folder
+    from ..publish.push import planned, push_folder
 
     if create_pr and revision:
         raise click.UsageError("--create-pr is made against the main branch; leave out --revision")
@@ -105,7 +105,7 @@ def push(
 
 
 def _show(publication: Publication, repo: str) -> None:
-    from ..report import readable_size
+    from ..files.size import readable_size
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
@@ -133,8 +133,8 @@ def check(folder: Path) -> None:
     Example:
       hf-pcdvq check qwen-2bit
     """
-    from ..integrity import check_folder
-    from ..report import readable_size
+    from ..files.size import readable_size
+    from ..publish.integrity import check_folder
 
     count = check_folder(folder)
     click.echo(f"{folder} is whole: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
@@ -154,8 +154,8 @@ def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
     Example:
       hf-pcdvq card qwen-2bit me/Qwen3-0.6B-2bit --base-model Qwen/Qwen3-0.6B --license apache-2.0
     """
-    from ..hub import planned
-    from ..records import write_text
+    from ..files.records import write_text
+    from ..publish.push import planned
 
     text = str(planned(folder, repo, **_card_arguments(**options)).card)
     if out is None:

@@ -117,7 +117,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
     """
     from ..calibration.store import clear
-    from ..folders import check_source, folder_in_place
+    from ..files.folders import check_source, folder_in_place
 
     config = _quantization_config(ctx, skip)
     check_source(model)
@@ -178,11 +178,11 @@ def _quantize_into(
     """Quantize and save. Returns whether there was a tokenizer to save."""
     import torch
 
-    from ..gguf import dense_from_gguf
-    from ..provenance import Provenance, hub_name, inherited_metadata
+    from ..files.provenance import Provenance, hub_name, inherited_metadata
+    from ..files.records import package_versions
+    from ..importers.gguf import dense_from_gguf
     from ..quantize import quantize_model
     from ..quiet import quiet
-    from ..records import package_versions
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
@@ -240,8 +240,8 @@ def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedToken
 
 
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
-    from ..folders import weight_bytes
-    from ..report import count_folder, left_table, readable_size, size_table
+    from ..files.folders import weight_bytes
+    from ..files.size import count_folder, left_table, readable_size, size_table
 
     count = count_folder(out)
     console = Console()
@@ -256,9 +256,9 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
 
 def _print_comparison(out: Path) -> None:
     """How the result compares with the original, where a calibrated run has measured it."""
-    from ..evaluate import Evaluation
-    from ..quantization_report import NAME
-    from ..report import evaluation_table
+    from ..calibration.report import NAME
+    from ..evaluation.metrics import Evaluation
+    from ..files.size import evaluation_table
 
     file = out / f"{NAME}.json"
     comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None

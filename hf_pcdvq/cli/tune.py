@@ -12,7 +12,7 @@ from rich.table import Table
 from .common import Command, note
 
 if TYPE_CHECKING:
-    from hf_pcdvq_kernels.triton.config import Shape
+    from hf_pcdvq_kernels.triton.launch_config import Shape
 
 
 @click.command(cls=Command)
@@ -64,9 +64,9 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
 
 def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
     """The products of a packed model, each once."""
-    from hf_pcdvq_kernels.triton.config import Shape, tokens_per_program
+    from hf_pcdvq_kernels.triton.launch_config import Shape, tokens_per_program
 
-    from ..report import count_folder
+    from ..files.size import count_folder
 
     count = count_folder(folder)
     if not count.layers:

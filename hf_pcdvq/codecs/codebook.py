@@ -1,6 +1,6 @@
 """The codebooks of PCDVQ, shipped as data.
 
-They are trained once (`scripts/train_codebooks.py`) and never again on a user's machine: floats trained anew would decode
+They are trained once (`tools/train_codebooks.py`) and never again on a user's machine: floats trained anew would decode
 other weights. One safetensors file per codebook holds
 
     patterns           int8 [128 or 512, 8]   non-negative, each of norm about 127

@@ -45,7 +45,7 @@ from torch.nn.functional import pad
 
 from .base import Codec, Packed, Specs, UnitEncoder
 
-# The code cluster that we write, the winner of `scripts/search_code_cluster.py` for normal weights. As multiples of
+# The code cluster that we write, the winner of `tools/search_code_cluster.py` for normal weights. As multiples of
 # 1/16 they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic decode alike.
 CODE_SCALE = 120.9375
 CODE_ZERO = 802.4375

@@ -32,7 +32,7 @@ channel is the `L` bits that end with its own new bits; before the ring's first 
 Values lie in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
 float16, and no step can overflow. Channels that fill up the last period decode to nothing.
 
-Encoding finds, for fixed scales, rings of nearly the least squared error by a Viterbi search (`viterbi.py`). A ring
+Encoding finds, for fixed scales, rings of nearly the least squared error by a Viterbi search (`viterbi/`). A ring
 spends its freedom where it counts: on the channels of large scale, at the cost of the others.
 """
 

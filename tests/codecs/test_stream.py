@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import warnings
 from itertools import product
 
+import hf_pcdvq_kernels
 import pytest
 import torch
 from hf_pcdvq_kernels.formats import STREAM_BITS, STREAM_WINDOWS, stream_layout
@@ -11,7 +13,6 @@ from hf_pcdvq_kernels.reference import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_pcdvq import codecs
 from hf_pcdvq.codecs import base, viterbi
 from hf_pcdvq.codecs.base import counted_bits
 from hf_pcdvq.codecs.stream import DEVIATION, StreamCodec
@@ -150,7 +151,7 @@ def test_compiled_search_finds_what_the_reference_finds(bits, rows):
     layout = stream_layout(bits, 12)
     values = stream.values(12, "cpu").float() / DEVIATION
     targets, cost = normal(3, rows), torch.rand(rows, generator=torch.Generator().manual_seed(1))
-    expected = viterbi.reference_search(targets, cost, values, layout)
+    expected = viterbi.reference.search(targets, cost, values, layout)
     found = viterbi.search(targets, cost, values, layout)
     # Codes may differ where two paths cost the same to float32 rounding.
     torch.testing.assert_close(
@@ -226,11 +227,30 @@ def test_encoding_leaves_pytorchs_threads_alone():
 def test_without_numba_it_says_so(monkeypatch):
     weight = normal(32, 8)
     expected = codec().relative_error(weight, codec().encode(weight))
-    monkeypatch.setitem(sys.modules, "hf_pcdvq.codecs.viterbi_numba", None)
-    monkeypatch.delattr(codecs, "viterbi_numba", raising=False)
+    monkeypatch.setitem(sys.modules, "hf_pcdvq.codecs.viterbi.numba", None)
+    monkeypatch.delattr(viterbi, "numba", raising=False)
     with pytest.warns(UserWarning, match=r"without Numba \(pip install 'hf_pcdvq\[stream\]'\)"):
         packed = codec().encode(weight)
     assert codec().relative_error(weight, packed) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_search_obeys_the_backend(monkeypatch):
+    """The reference is taken where it is asked for, though Numba is installed, and Triton is not replaced silently."""
+    weight = normal(32, 8)
+    expected = codec().encode(weight)
+    monkeypatch.setitem(sys.modules, "hf_pcdvq.codecs.viterbi.numba", None)
+    monkeypatch.delattr(viterbi, "numba", raising=False)
+    hf_pcdvq_kernels.set_backend("reference")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            packed = codec().encode(weight)
+        assert codec().relative_error(weight, packed) == pytest.approx(codec().relative_error(weight, expected), 1e-5)
+        hf_pcdvq_kernels.set_backend("triton")
+        with pytest.raises(RuntimeError, match="Triton"):
+            codec().encode(weight)
+    finally:
+        hf_pcdvq_kernels.set_backend("auto")
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25, 3.0])

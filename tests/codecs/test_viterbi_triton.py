@@ -16,17 +16,18 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 # interpreter takes milliseconds for each.
 INTERPRETED = """
 import torch
-from hf_pcdvq.codecs import viterbi, viterbi_triton
+from hf_pcdvq.codecs.viterbi import reference
+from hf_pcdvq.codecs.viterbi import triton as viterbi_triton
 from hf_pcdvq_kernels.formats import stream_layout
 from hf_pcdvq_kernels.reference.stream import values
 
-viterbi_triton.STREAM_RING = viterbi.STREAM_RING = {ring}
+viterbi_triton.STREAM_RING = reference.STREAM_RING = {ring}
 layout, table = stream_layout({bits}, 12), values(12, "cpu").float() / 148
 generator = torch.Generator().manual_seed(0)
 targets, cost = torch.randn(1, {rows}, generator=generator), torch.rand({rows}, generator=generator)
-viterbi.OVERLAP = 20
+reference.OVERLAP = 20
 found = viterbi_triton.search(targets, cost, table, layout, 20)
-expected = viterbi.reference_search(targets, cost, table, layout)
+expected = reference.search(targets, cost, table, layout)
 assert found.shape == expected.shape and torch.equal(found, expected), (found, expected)
 """
 
@@ -48,7 +49,7 @@ def test_kernel_compiles_for_gpus_without_spilling(target, bits, window):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_pcdvq.codecs import viterbi_triton
+    from hf_pcdvq.codecs.viterbi import triton as viterbi_triton
 
     constants = viterbi_triton.constants(stream_layout(bits, window), 96)
     pointers = {name: "*fp32" for name in ("p_targets", "p_cost", "p_values", "p_errors")}

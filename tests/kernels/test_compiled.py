@@ -17,7 +17,7 @@ EVERY_CODEC = [variant.name for variant in compiled.products((1,))]
 ONE_EACH = ["pcdvq 2.25, 1 tokens", "ccq 2.5, 1 tokens", "stream 2.0, 1 tokens"]
 OTHERS = [variant.name for variant in compiled.others()]
 SEVERAL = [f"{codec}, {tokens} tokens" for codec in ("pcdvq 2.25", "ccq 2.5", "stream 2.0") for tokens in (8, 16, 64)]
-# scripts/kernel_report.py compiles everything for every target. Here is what compiles in two minutes: for AMD `stream`
+# tools/kernel_report.py compiles everything for every target. Here is what compiles in two minutes: for AMD `stream`
 # takes twenty seconds a kernel.
 PAIRS = [
     *((name, target) for name in EVERY_CODEC for target in ("sm_80", "sm_90")),

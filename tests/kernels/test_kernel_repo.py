@@ -15,7 +15,7 @@ from packing import SETTINGS, op_pair, random_packed
 pytest.importorskip("kernels", reason="the extra `dev` is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts/build_kernel_repo.py"
+SCRIPT = ROOT / "tools/build_kernel_repo.py"
 BACKENDS = ("cuda", "rocm", "xpu", "cpu")
 
 # The products of every codec in a new process. An import of the package by its own name, instead of a relative one, would

@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
 
-from hf_pcdvq_kernels.triton import config, launch, timing, tuned, tuning  # noqa: E402
+from hf_pcdvq_kernels.triton import launch, launch_config, timing, tuned, tuning  # noqa: E402
 from hf_pcdvq_kernels.weights import CcqWeight, PcdvqWeight, StreamWeight  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -94,8 +94,8 @@ def test_every_config_gives_the_same_product(setting, tokens):
     packed, x = random_packed(setting, 5, 2176), activations(tokens, 2176).half()
     expected = x.double() @ exact_weight(setting, packed).T
     weight = WEIGHTS[setting.split()[0]].checked("test", *on_device(packed))
-    shape = config.Shape(setting, config.tokens_per_program(tokens), 5, 2176)
-    choices = config.candidates(shape)
+    shape = launch_config.Shape(setting, launch_config.tokens_per_program(tokens), 5, 2176)
+    choices = launch_config.candidates(shape)
     assert len({choice.splits for choice in choices}) > 1
     for choice in choices:
         (out,) = launch.product(x.to(DEVICE)[None], weight, None, choice, None)
@@ -136,13 +136,13 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of as many as no cache holds
     monkeypatch.setattr(timing, "REPLAYS", 1)
-    shape = config.Shape("pcdvq 2.0", 1, 8, 1088)
+    shape = launch_config.Shape("pcdvq 2.0", 1, 8, 1088)
     packed, x = random_packed("pcdvq 2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
-    default = config.default(shape, config.processors(x.device))
+    default = launch_config.default(shape, launch_config.processors(x.device))
     measured = tuning.measure(shape, x.device)
-    assert measured.config in {default, *config.candidates(shape)}
+    assert measured.config in {default, *launch_config.candidates(shape)}
     assert 0 < measured.seconds <= measured.default_seconds
-    other = next(choice for choice in config.candidates(shape) if choice.splits != default.splits)
+    other = next(choice for choice in launch_config.candidates(shape) if choice.splits != default.splits)
     tuned.write(tuned.file_of(x.device), "a device", {shape: dataclasses.replace(measured, config=other)})
     allocate, allocated = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *sizes, **kw: allocated.append(sizes) or allocate(*sizes, **kw))

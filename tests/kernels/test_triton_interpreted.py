@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
 KERNELS = Path(__file__).with_name("test_triton.py")
-LAYERS = Path(__file__).parents[1] / "test_shared_input.py"
+LAYERS = Path(__file__).parents[1] / "modules" / "test_shared_input.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the files run on the GPU themselves")

@@ -8,13 +8,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from hf_pcdvq_kernels.triton import config, tuned, tuning  # noqa: E402
+from hf_pcdvq_kernels.triton import launch_config, tuned, tuning  # noqa: E402
 
 CPU = torch.device("cpu")
-SHAPE = config.Shape("pcdvq 2.25", 1, 4096, 8192)
-OTHER = config.Shape("stream 2.0", 8, 4096, 8192)
-DEFAULT = config.default(SHAPE, config.processors(CPU))
-CONFIG = next(choice for choice in config.candidates(SHAPE) if choice != DEFAULT)
+SHAPE = launch_config.Shape("pcdvq 2.25", 1, 4096, 8192)
+OTHER = launch_config.Shape("stream 2.0", 8, 4096, 8192)
+DEFAULT = launch_config.default(SHAPE, launch_config.processors(CPU))
+CONFIG = next(choice for choice in launch_config.candidates(SHAPE) if choice != DEFAULT)
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +36,14 @@ def test_what_was_measured_is_chosen_and_deleting_the_file_brings_the_default_ba
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuned.choose(SHAPE, CPU) == CONFIG
-        assert tuned.choose(OTHER, CPU) == config.default(OTHER, config.processors(CPU))
+        assert tuned.choose(OTHER, CPU) == launch_config.default(OTHER, launch_config.processors(CPU))
         written.unlink()
         tuned.load.cache_clear()  # as in a new process
         assert tuned.choose(SHAPE, CPU) == DEFAULT
 
 
 def test_written_files_are_read_back_whole(written):
-    measured = {**tuned.load(CPU), OTHER: tuned.Measured(config.candidates(OTHER)[-1], 3e-6, 3e-6)}
+    measured = {**tuned.load(CPU), OTHER: tuned.Measured(launch_config.candidates(OTHER)[-1], 3e-6, 3e-6)}
     tuned.write(written, "a device", measured)
     assert tuned.load(CPU) == measured and tuned.read(written, 1) == measured
     assert list(written.parent.iterdir()) == [written]
@@ -75,7 +75,7 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_warning(written, change, r
     written.write_text(json.dumps(change(json.loads(written.read_text()))))
     with pytest.warns(UserWarning, match=reason) as caught:
         assert tuned.choose(SHAPE, CPU) == DEFAULT
-        assert tuned.choose(OTHER, CPU) == config.default(OTHER, config.processors(CPU))
+        assert tuned.choose(OTHER, CPU) == launch_config.default(OTHER, launch_config.processors(CPU))
     assert len(caught) == 1 and str(written) in str(caught[0].message)
 
 

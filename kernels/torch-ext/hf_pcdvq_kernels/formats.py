@@ -18,7 +18,7 @@ SIGN_BITS = 7  # PCDVQ: the eighth sign is the parity of the other seven
 MAGNITUDE_BITS = 2  # PCDVQ: four magnitude levels
 GROUP = 64  # CCQ: consecutive inputs of one output channel that share a group scale
 STREAM_RING = 256  # CCQ stream: output channels whose bits, for one input, form a ring
-STREAM_MULTIPLIER = 0x8A7050F1  # CCQ stream: of the hash, the winner of `scripts/search_stream_hash.py`
+STREAM_MULTIPLIER = 0x8A7050F1  # CCQ stream: of the hash, the winner of `tools/search_stream_hash.py`
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..formats import CCQ_LAYOUTS
-from . import config, stream
+from . import launch_config, stream
 
 TILE = 1024  # inputs per program
 
@@ -60,7 +60,7 @@ def order_of(codec: str, units: int) -> Order:
     if method == "stream":  # a span is the same for any number of lanes
         return Order(2 * stream.SPAN.value, 1, 1)
     slots = len(CCQ_LAYOUTS[setting].shifts) if method == "ccq" else 1
-    return Order(config.LANE_INPUTS[method], slots, units)
+    return Order(launch_config.LANE_INPUTS[method], slots, units)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..formats import CCQ_LAYOUTS, CODECS, stream_layout
-from . import activations, ccq, config, launch, pcdvq, stream, tiles
+from . import activations, ccq, launch, launch_config, pcdvq, stream, tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,22 +55,22 @@ def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
     """The kernels of products, bfloat16, with their default configs."""
     for codec in CODECS:
         for count in tokens:
-            shape = config.Shape(codec, count, ROWS, COLUMNS)
-            yield product(codec, count, config.default(shape, PROCESSORS))
+            shape = launch_config.Shape(codec, count, ROWS, COLUMNS)
+            yield product(codec, count, launch_config.default(shape, PROCESSORS))
 
 
 def grouped_products() -> Iterator[Variant]:
     """The kernels of products with weights of a stack, of one token each and of many."""
     for codec in CODECS:
         for count in (1, 16, 64):
-            shape = config.Shape(codec, count, ROWS, COLUMNS)
-            yield product(codec, count, config.default(shape, 1), grouped=True)
+            shape = launch_config.Shape(codec, count, ROWS, COLUMNS)
+            yield product(codec, count, launch_config.default(shape, 1), grouped=True)
 
 
-def product(codec: str, tokens: int, choice: config.Config, grouped: bool = False) -> Variant:
+def product(codec: str, tokens: int, choice: launch_config.Config, grouped: bool = False) -> Variant:
     """The kernel of a product of bfloat16."""
     method = codec.split()[0]
-    dot = tokens > config.VECTOR_TOKENS
+    dot = tokens > launch_config.VECTOR_TOKENS
     units = 32 if dot else 32 * choice.warps
     constants = {
         **_format(codec),
@@ -94,7 +94,7 @@ def product(codec: str, tokens: int, choice: config.Config, grouped: bool = Fals
         kernel = stream.matmul_kernel
         constants["CHANNELS"] = stream.channels(constants) if dot else choice.rows
     types = {**x, **_packed(codec), "p_experts": "*i32", "p_out": "*bf16", **dict.fromkeys(sizes, "i32")}
-    weights = choice.rows * units * config.LANE_INPUTS[method] / (32 * choice.warps)
+    weights = choice.rows * units * launch_config.LANE_INPUTS[method] / (32 * choice.warps)
     name = f"{codec}, {tokens} tokens{' of experts' if grouped else ''}"
     return Variant(name, kernel, types, constants, choice.warps, weights)
 

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .._checks import check_prepared
 from ..reference.sliced import sliced_dequantize, sliced_matmul
 from ..weights import CcqWeight, PcdvqWeight, Weight
-from . import activations, ccq, config, pcdvq, stream, tiles, tuned
+from . import activations, ccq, launch_config, pcdvq, stream, tiles, tuned
 
 INTERPRETED = isinstance(tiles.dequantize_kernel, InterpretedFunction)
 # Weights decoded at a time where PyTorch multiplies: 128 MiB of 16-bit floats, and enough for a GPU's matrix product.
@@ -128,7 +128,7 @@ def product(
     x: Tensor,
     weight: Weight,
     signs: Tensor | None,
-    choice: config.Config | None,
+    choice: launch_config.Config | None,
     experts: Tensor | None,
     prepared: Tensor | None = None,
 ) -> Tensor:
@@ -139,16 +139,16 @@ def product(
     """
     packed = form(weight)
     groups, tokens, columns = x.shape
-    shape = config.Shape(packed.codec, config.tokens_per_program(tokens), weight.rows, columns)
+    shape = launch_config.Shape(packed.codec, launch_config.tokens_per_program(tokens), weight.rows, columns)
     if choice is None and experts is None:
         choice = tuned.choose(shape, x.device)
         # What is prepared lies in the order of the default config, which other warps may not read.
         default = _default_order(packed.codec, tokens, columns)[0]
         if prepared is not None and activations.order_of(packed.codec, _units(shape, choice)) != default:
-            choice = config.default(shape, config.processors(x.device))
+            choice = launch_config.default(shape, launch_config.processors(x.device))
     elif choice is None:  # groups keep the device busy, so that there is less to split
-        choice = config.default(shape, -(-config.processors(x.device) // groups))
-    dot = shape.tokens > config.VECTOR_TOKENS
+        choice = launch_config.default(shape, -(-launch_config.processors(x.device) // groups))
+    dot = shape.tokens > launch_config.VECTOR_TOKENS
     units = _units(shape, choice)
     is_stream = packed.codec.startswith("stream")
     order = activations.order_of(packed.codec, units)
@@ -185,9 +185,9 @@ def product(
         return out[0] if splits == 1 else _sum(out, x.dtype)
 
 
-def _units(shape: config.Shape, choice: config.Config) -> int:
+def _units(shape: launch_config.Shape, choice: launch_config.Config) -> int:
     """Units of inputs that a program takes at a time."""
-    return 32 if shape.tokens > config.VECTOR_TOKENS else 32 * choice.warps
+    return 32 if shape.tokens > launch_config.VECTOR_TOKENS else 32 * choice.warps
 
 
 def _kernel(packed: Form, constants: dict[str, Any]) -> tuple[Any, tuple[Tensor, ...]]:
@@ -201,9 +201,9 @@ def _kernel(packed: Form, constants: dict[str, Any]) -> tuple[Any, tuple[Tensor,
 
 def _default_order(codec: str, tokens: int, columns: int) -> tuple[activations.Order, bool]:
     """How products read their activations unless their config was measured or given, and whether units are scaled."""
-    dot = tokens > config.VECTOR_TOKENS
+    dot = tokens > launch_config.VECTOR_TOKENS
     # Neither the number of tokens, up to that bound, nor that of rows makes a difference to the warps.
-    warps = config.unit_warps(config.Shape(codec, 1, 1, columns))
+    warps = launch_config.unit_warps(launch_config.Shape(codec, 1, 1, columns))
     return activations.order_of(codec, 32 if dot else 32 * warps), not dot
 
 
@@ -285,7 +285,7 @@ def reads_prepared(codec: str, tokens: int, columns: int, dtype: torch.dtype) ->
     """Whether products of this size have kernels, which begin with `prepare`. They read several words of a row at once."""
     whole = columns % (32 if codec.startswith("pcdvq") else 2) == 0
     # Triton's interpreter multiplies matrices of bfloat16 as if their bits were integers.
-    most = config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else config.DOT_TOKENS
+    most = launch_config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else launch_config.DOT_TOKENS
     return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= most
 
 

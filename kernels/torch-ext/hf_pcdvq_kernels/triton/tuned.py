@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import triton
 
-from . import config
-from .config import Config, Shape
+from . import launch_config
+from .launch_config import Config, Shape
 
 FORMAT = 1  # raised with every change to the kernels that makes old measurements worthless
 
@@ -36,7 +36,7 @@ class Measured:
 def choose(shape: Shape, device: torch.device) -> Config:
     """The measured config for a product on a device, or else the default one."""
     measured = load(device).get(shape)
-    return config.default(shape, config.processors(device)) if measured is None else measured.config
+    return launch_config.default(shape, launch_config.processors(device)) if measured is None else measured.config
 
 
 @cache
@@ -46,7 +46,7 @@ def load(device: torch.device) -> Mapping[Shape, Measured]:
     if not file.is_file():
         return {}
     try:
-        return read(file, config.processors(device))
+        return read(file, launch_config.processors(device))
     except (OSError, ValueError) as error:
         warnings.warn(
             f"hf_pcdvq ignores the measured launch configs in {file}: {error}. Delete it, or measure again with "
@@ -86,7 +86,7 @@ def read(file: Path, processors: int) -> dict[Shape, Measured]:
         )
     for shape, measured in found.items():
         try:
-            known = {*config.candidates(shape), config.default(shape, processors)}
+            known = {*launch_config.candidates(shape), launch_config.default(shape, processors)}
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"there is no product like {shape}") from None
         if measured.config not in known:

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from ..random_weights import random_weight
-from . import config, launch, timing, tuned
-from .config import Shape
+from . import launch, launch_config, timing, tuned
+from .launch_config import Shape
 from .tuned import Measured
 
 
@@ -36,9 +36,9 @@ def measure(shape: Shape, device: torch.device) -> Measured:
     weights = [first, *(random_weight(shape.codec, shape.rows, shape.columns, seed, device) for seed in seeds)]
     x = torch.randn(shape.tokens, shape.columns, device=device, dtype=torch.bfloat16)
     signs = torch.ones(min(128, shape.columns & -shape.columns), device=device)
-    default = config.default(shape, config.processors(device))
+    default = launch_config.default(shape, launch_config.processors(device))
     times = {}
-    for choice in {default: None, **dict.fromkeys(config.candidates(shape))}:
+    for choice in {default: None, **dict.fromkeys(launch_config.candidates(shape))}:
         calls = [partial(launch.product, x[None], weight, signs, choice, None) for weight in weights]
         times[choice] = timing.seconds_per_call(calls, device)
     best = min(times, key=times.__getitem__)

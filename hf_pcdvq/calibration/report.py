@@ -1,0 +1,161 @@
+"""The report of a calibrated run: `quantization_report.json`, the same as Markdown, and a plot of the damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.metrics import Evaluation
+from ..files.records import device_name, package_versions, write_text
+from ..files.size import count_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import PackedConfig
+    from .records import BlockRecord, LayerRecord
+    from .run import CalibratedRun
+
+logger = logging.getLogger(__name__)
+
+NAME = "quantization_report"
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What a calibrated run did, and what it did to the model.
+
+    Attributes:
+        config: the quantization config, JSON-clean, calibration settings included.
+        windows, length: what was calibrated on: windows of so many tokens.
+        seconds: the whole run.
+        device: name of what blocks were computed on.
+        layers, blocks: a record of each.
+        comparison: of the packed model with the original, on windows of the same data that were not calibrated on; None
+            if there were none, or the model has no output head.
+        bits_per_packed_weight: counted on the files; None before the model has been saved.
+    """
+
+    config: dict[str, Any]
+    windows: int
+    length: int
+    seconds: float
+    device: str
+    layers: list[LayerRecord]
+    blocks: list[BlockRecord]
+    comparison: Evaluation | None
+    bits_per_packed_weight: float | None = None
+
+    @classmethod
+    def of(cls, config: PackedConfig, run: CalibratedRun, windows: Tensor, seconds: float) -> QuantizationReport:
+        """The report of a finished run over `windows` `[n, L]`."""
+        count, length = windows.shape
+        fields = config.to_dict()
+        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks, run.comparison)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-clean, with the versions that made them."""
+        return {**asdict(self), "versions": package_versions()}
+
+    def write(self, folder: Path) -> None:
+        """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` beside the saved model.
+
+        Raises:
+            FileNotFoundError: `folder` holds no saved model, on whose files the bits are counted.
+        """
+        counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
+        text = json.dumps(counted.to_dict(), indent=2) + "\n"
+        write_text(folder / f"{NAME}.json", text)
+        write_text(folder / f"{NAME}.md", counted.markdown())
+        if find_spec("matplotlib") is None:
+            logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
+        else:
+            plot_damage(self, folder / f"{NAME}.png")
+
+    def markdown(self) -> str:
+        """The figures as text and tables."""
+        calibration = self.config["calibration"]
+        source = calibration["data"] or "text that the model wrote itself"
+        lines = [
+            "# Quantization report",
+            "",
+            f"Calibrated on {self.windows} windows of {self.length} tokens of {source}, seed {calibration['seed']}; "
+            f"{self.seconds:.0f} s on {self.device}.",
+            "",
+            "| | original | quantized |",
+            "|---|---|---|",
+        ]
+        bits = self.bits_per_packed_weight
+        lines += [f"| bits per packed weight, counted on the file | | {bits:.3f} |"] if bits is not None else []
+        lines += self._comparison_rows() if self.comparison else []
+        lines += ["", "## Layers", ""]
+        if noted := sum(layer.note is not None for layer in self.layers):
+            lines += [f"{noted} of {len(self.layers)} fell back to a rule, which stands beside them.", ""]
+        lines += ["| layer | size | kurtosis | max | SNR, dB | proxy loss | seconds | note |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [_layer_row(layer) for layer in self.layers]
+        lines += [
+            "",
+            "Kurtosis and max are those of the rotated weights, each row divided by its root mean square; a",
+        ]
+        lines += ["normal distribution has kurtosis 3. Proxy loss is tr(E H E^T) / tr(W H W^T).", ""]
+        lines += ["## Blocks", "", "| block | squared error of the output, relative | seconds |", "|---|---|---|"]
+        lines += [f"| {block.name} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks]
+        return "\n".join(lines) + "\n"
+
+    def _comparison_rows(self) -> list[str]:
+        result = self.comparison
+        scope = f"{result.windows} windows held out of the same data, context {result.context_length}"
+        return [
+            f"| perplexity ({scope}) | {result.perplexity_original:.2f} | {result.perplexity_packed:.2f} |",
+            f"| KL(original \\|\\| quantized), mean / 90 % | | {result.kl_mean:.3f} / {result.kl_p90:.3f} nats |",
+            f"| same likeliest token | | {100 * result.top1_agreement:.1f} % |",
+        ]
+
+
+def _layer_row(layer: LayerRecord) -> str:
+    snr = "" if layer.snr is None else f"{layer.snr:.1f}"
+    loss = "" if layer.proxy_loss is None else f"{layer.proxy_loss:.5f}"
+    notes = [layer.note] if layer.note else []
+    notes += [f"{layer.dead_inputs} dead inputs"] if layer.dead_inputs else []
+    size = f"{layer.out_features} x {layer.in_features}"
+    figures = f"{layer.kurtosis:.2f} | {layer.largest:.2f} | {snr} | {loss} | {layer.seconds:.1f}"
+    return f"| {layer.name} | {size} | {figures} | {'; '.join(notes)} |"
+
+
+def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:
+    """Proxy losses by the name of a layer in its block, the experts of a block under one name, and by block."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for layer in report.layers:
+        match = re.search(r"\.(\d+)\.(.+)", layer.name)
+        if match and layer.proxy_loss is not None:
+            name = re.sub(r"\.\d+\.", ".*.", match[2])
+            curves.setdefault(name, {}).setdefault(int(match[1]), []).append(layer.proxy_loss)
+    return curves
+
+
+def plot_damage(report: QuantizationReport, file: Path) -> None:
+    """A PNG: proxy loss of the layers (of experts the mean) and error behind the blocks, over the depth of the model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: its backend and its list of figures are global.
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1)
+    for name, losses in _curves(report).items():
+        upper.plot(list(losses), [sum(some) / len(some) for some in losses.values()], marker=".", label=name)
+    upper.set(ylabel="proxy loss tr(EHE$^T$) / tr(WHW$^T$)", xlabel="decoder block", yscale="log")
+    upper.set_title("Damage to the outputs of each layer")
+    upper.legend(fontsize="small", ncols=4)
+    lower.plot([block.output_error for block in report.blocks], marker=".", color="black")
+    lower.set(ylabel="squared error, relative", xlabel="decoder block", yscale="log")
+    lower.set_title("Hidden states behind each block, against the original's")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)

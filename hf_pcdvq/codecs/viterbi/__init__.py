@@ -1,0 +1,61 @@
+"""The rings of bits of the stream layout that leave nearly the least squared error: a Viterbi search over their windows.
+
+A window of `L` bits moves on by the `k` new bits of the next weight. What two neighbouring windows share are `L - k`
+bits, the trellis state between them; a window `w` leads from state `w >> k` to state `w mod 2^(L - k')`, where `k'` are
+the new bits of the weight after it. For every state the search keeps the least error of all paths that lead there.
+
+In a ring the path has to end in the state in which it began. That state is found first, by a search without the
+condition over a stretch of `OVERLAP` weights on either side of the ring's border; the search over the whole ring is
+exact, given that state. (Trying all states would take a search for each.)
+
+`search` chooses the implementation: `triton.py` on a GPU, on a CPU the loops that Numba compiles (`numba.py`) where it is
+installed, otherwise PyTorch operations (`reference.py`), which are the reference for both.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from hf_pcdvq_kernels.backend import get_backend, use_triton
+from hf_pcdvq_kernels.formats import StreamLayout
+from torch import Tensor
+
+from . import reference
+from .reference import OVERLAP
+
+__all__ = ["OVERLAP", "search"]
+
+
+def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) -> Tensor:
+    """Windows of nearly the least `sum of cost * (value of the window - target)^2` over every ring.
+
+    Which implementation runs, `hf_pcdvq_kernels.set_backend` says, as for the ops.
+
+    Args:
+        targets: float32 `[C, N]`, `N` a multiple of the layout's period; rings of 256 run along the second dimension,
+            the last one may be shorter.
+        cost: float32 `[N]`, not negative.
+        values: float32 `[2^L]`, of all windows.
+
+    Returns:
+        int32 `[C, N]`; in every ring each window continues the one before it, and the first one the last.
+
+    Raises:
+        RuntimeError: the backend is set to `"triton"`, and there is no Triton for this device.
+    """
+    if use_triton(targets.device, targets.dtype):
+        from . import triton
+
+        return triton.search(targets, cost, values, layout, OVERLAP)
+    if get_backend() != "reference" and targets.device.type == "cpu":
+        try:
+            from . import numba
+        except ImportError as reason:
+            warnings.warn(
+                "encoding the stream layout takes many times as long without Numba (pip install 'hf_pcdvq[stream]'), "
+                f"which cannot be imported: {reason}",
+                stacklevel=2,
+            )
+        else:
+            return numba.search(targets, cost, values, layout, OVERLAP)
+    return reference.search(targets, cost, values, layout)

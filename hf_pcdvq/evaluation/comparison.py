@@ -1,0 +1,219 @@
+"""Several evaluations side by side: one table, and one plot of quality against bits counted on the files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .record import EvaluationRecord, markdown_table, read_record, scope
+
+NAME = "comparison"
+FAR = 10  # times the original's perplexity: models beyond are of no use, and share a line in the plot
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in the table and in the plot.
+
+    Attributes:
+        label: what it is called there.
+        bits: per packed weight, counted on the files; None leaves it out of the plot.
+        perplexity, kl_mean, kl_p90, top1_agreement: see `Evaluation`.
+        series: points of one series share a colour.
+    """
+
+    label: str
+    bits: float | None
+    perplexity: float
+    kl_mean: float
+    kl_p90: float
+    top1_agreement: float
+    series: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Records that were measured on the same tokens, against one original or several, with distinct names."""
+
+    records: dict[str, EvaluationRecord]
+
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> Comparison:
+        """Read records from files, or from folders that hold an `evaluation.json`.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is damaged, or they were measured on different tokens.
+        """
+        records = [read_record(path) for path in paths]
+        first = records[0]
+        for path, record in zip(paths, records):
+            if record.tokens != first.tokens:
+                raise ValueError(
+                    f"{paths[0]} and {path} were measured on different tokens and cannot be compared: "
+                    f"{scope(first.metrics)} of {first.text}, and {scope(record.metrics)} of {record.text}; "
+                    "evaluate both with the same --text, --context and --windows, on models of one tokenizer"
+                )
+        short = [Path(record.packed).name for record in records]
+        names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
+        return cls(dict(zip(names, records)))
+
+    @property
+    def points(self) -> list[Point]:
+        """The models by ascending bits, those without at the end."""
+        points = []
+        for name, record in self.records.items():
+            result = record.metrics
+            figures = (result.perplexity_packed, result.kl_mean, result.kl_p90, result.top1_agreement)
+            points.append(Point(name, record.bits_per_packed_weight, *figures))
+        return sorted(points, key=lambda point: (point.bits is None, point.bits, point.label))
+
+    @property
+    def originals(self) -> dict[str, float]:
+        """Perplexity of every original."""
+        return {record.original: record.metrics.perplexity_original for record in self.records.values()}
+
+    @property
+    def title(self) -> str:
+        """What all were measured on."""
+        record = next(iter(self.records.values()))
+        return f"{record.text}: {scope(record.metrics)}"
+
+    def task_table(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows: a task's metric in each row, a model in each column, the originals first."""
+        scored = {name: record for name, record in self.records.items() if record.tasks}
+        columns: dict[str, dict[tuple[str, str], str]] = {}
+        for record in scored.values():
+            columns.setdefault(f"original: {record.original}", {}).update(
+                {(task.task, task.metric): f"{task.original:.4f}" for task in record.tasks}
+            )
+        for name, record in scored.items():
+            columns[name] = {(task.task, task.metric): f"{task.packed:.4f}" for task in record.tasks}
+        keys = dict.fromkeys(key for column in columns.values() for key in column)
+        rows = [[*key, *(column.get(key, "") for column in columns.values())] for key in keys]
+        return ["task", "metric", *columns], rows
+
+    def markdown(self) -> str:
+        """The tables, with the plot below."""
+        lines = ["# Comparison", "", self.title + ".", ""]
+        lines += markdown_table(HEADINGS, point_rows(self.points, self.originals))
+        headings, rows = self.task_table()
+        if rows:
+            lines += ["", "## Tasks", "", *markdown_table(headings, rows)]
+        if any(point.bits is not None for point in self.points):
+            lines += ["", f"![Quality against bits]({NAME}.png)"]
+        return "\n".join(lines) + "\n"
+
+
+HEADINGS = ["model", "bits per packed weight", "perplexity", "KL mean", "KL 90 %", "top 1"]
+
+
+def point_rows(points: Sequence[Point], originals: dict[str, float]) -> list[list[str]]:
+    """Cells of a table under `HEADINGS`, the originals first."""
+    rows = [[f"original: {name}", "", f"{value:,.2f}", "", "", ""] for name, value in originals.items()]
+    for point in points:
+        bits = "not counted" if point.bits is None else f"{point.bits:.3f}"
+        divergence = [f"{point.kl_mean:.3f}", f"{point.kl_p90:.3f}", f"{100 * point.top1_agreement:.1f} %"]
+        rows.append([point.label, bits, f"{point.perplexity:,.2f}", *divergence])
+    return rows
+
+
+def plot_quality(points: Sequence[Point], originals: dict[str, float], title: str, file: Path) -> None:
+    """A PNG: divergence and perplexity against bits per packed weight, every point named.
+
+    Perplexities of more than `FAR` times the originals' would take the room of all others: they lie on that line, with an
+    arrow and their value.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no point has bits.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
+
+    points = [point for point in points if point.bits is not None]
+    if not points:
+        raise ValueError("no model has bits counted on its files, so there is nothing to plot")
+    # Without pyplot: its backend and its list of figures are global.
+    figure = Figure(figsize=(10, 12), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1)
+    names = {
+        upper: _draw(upper, points, "kl_mean", math.inf),
+        lower: _draw(lower, points, "perplexity", FAR * max(originals.values())),
+    }
+    upper.set(ylabel="KL(original || packed), mean, nats", title=title)
+    lower.set(ylabel="perplexity")
+    for name, value in originals.items():
+        lower.axhline(value, linestyle="--", color="gray", label=f"original: {Path(name).name}")
+    lower.legend(fontsize="small")
+    canvas.draw()  # places the axes, which the names are arranged in
+    for axes, places in names.items():
+        _label(axes, places)
+    figure.savefig(file, dpi="figure")
+
+
+def _draw(axes, points: Sequence[Point], field: str, most: float) -> list[tuple[str, float, float]]:
+    """Points over a logarithmic axis, those above `most` on that line; their names and places."""
+    from matplotlib.ticker import LogLocator
+
+    names = []
+    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
+        members = [point for point in points if point.series == series]
+        bits = [point.bits for point in members]
+        values = [getattr(point, field) for point in members]
+        axes.plot(bits, [min(value, most) for value in values], "o", color=f"C{number}", label=series or None)
+        far = [place for place, value in zip(bits, values) if value > most]
+        axes.plot(far, [most] * len(far), marker="$\\uparrow$", color="white", linestyle="", markersize=4)
+        for point, value in zip(members, values):
+            name = f"{point.label}: {value:,.0f}" if value > most else point.label
+            names.append((name, point.bits, min(value, most)))
+    axes.set(xlabel="bits per packed weight, scales included, counted on the files", yscale="log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+    axes.yaxis.set_minor_formatter("{x:,.10g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.margins(x=0.1, y=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+    return names
+
+
+def _label(axes, points: list[tuple[str, float, float]]) -> None:
+    """Names beside the points: the nearest place where one lies neither on another nor on a point."""
+    from matplotlib.transforms import Bbox
+
+    places = axes.transData.transform([place for _, *place in points])
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]  # in pixels
+    for (name, *place), (x, y) in zip(points, places):
+        measured = axes.text(*place, name, fontsize="x-small")
+        width, height = measured.get_window_extent().size + 2
+        measured.remove()
+        # Right or left of the point, farther and farther up or down.
+        shifts = [
+            (side, (sign * step - 1) * height / 2)
+            for step in range(40)
+            for side in (10, -10 - width)
+            for sign in (1, -1)
+        ]
+        boxes = [(Bbox.from_bounds(x + right, y + up, width, height), right, up) for right, up in shifts]
+        inside = (item for item in boxes if axes.bbox.containsx(item[0].x0) and axes.bbox.containsy(item[0].y1))
+        free = (item for item in inside if not any(map(item[0].overlaps, taken)))
+        box, right, up = next(free, boxes[0])
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5, "relpos": (0 if right > 0 else 1, 0.5)}
+        far = abs(up + height / 2) > height
+        axes.annotate(
+            name,
+            place,
+            (right, up),
+            textcoords="offset pixels",
+            va="bottom",
+            fontsize="x-small",
+            arrowprops=line if far else None,
+        )

@@ -1,0 +1,109 @@
+"""How fast a packed model writes on this machine: `speed.json`, from which its model card states it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hf_pcdvq_kernels.backend import use_triton
+from tqdm.auto import tqdm
+
+from ..files.records import device_name, known_fields, package_versions, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "speed"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed of greedy generation, one sequence at a time.
+
+    Attributes:
+        tokens_per_second: new tokens by the time they took, the prompt included; the median of several runs.
+        prompt_tokens, new_tokens: their numbers in one run.
+        device: its name.
+        dtype: of what is not packed.
+        backend: what decoded the weights, `"triton"` or `"reference"`.
+        cache_implementation: as it was given.
+        peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
+    """
+
+    tokens_per_second: float
+    prompt_tokens: int
+    new_tokens: int
+    device: str
+    dtype: str
+    backend: str
+    cache_implementation: str | None
+    peak_memory_bytes: int | None
+
+    def write(self, folder: Path) -> None:
+        """Write `speed.json` beside the model."""
+        record = {"format": _FORMAT, **asdict(self), "versions": package_versions()}
+        write_text(folder / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Speed:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: it is of another format, or is no such record.
+        """
+        return cls(**known_fields(cls, content, _FORMAT))
+
+
+def measure_speed(
+    model: PreTrainedModel,
+    prompt_tokens: int = 16,
+    new_tokens: int = 64,
+    runs: int = 3,
+    progress: bool = True,
+    cache_implementation: str | None = None,
+) -> Speed:
+    """Let a model write `new_tokens` tokens after a prompt, once to warm up and `runs` times for the record.
+
+    Args:
+        cache_implementation: that of Transformers' `generate`. With `"static"` it compiles the model, if that is on a
+            GPU; None takes the model's default.
+
+    Raises:
+        ValueError: prompt and new tokens do not fit into the model's positions.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + new_tokens > positions:
+        raise ValueError(f"{prompt_tokens} + {new_tokens} tokens do not fit into the model's {positions} positions")
+    device = model.get_input_embeddings().weight.device
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    if accelerator is not None:
+        accelerator.reset_peak_memory_stats(device)
+    ids = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
+    # min_new_tokens, so that no run ends early.
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    if cache_implementation is not None:  # given as None, it would replace that of the model's generation config
+        options["cache_implementation"] = cache_implementation
+    seconds = []
+    for _ in tqdm(range(1 + runs), desc="Generating", unit="run", disable=not progress):
+        started = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        if accelerator is not None:
+            accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return Speed(
+        tokens_per_second=new_tokens / statistics.median(seconds[1:]),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=device_name(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend="triton" if use_triton(device, model.dtype) else "reference",
+        cache_implementation=cache_implementation,
+        peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
+    )

@@ -1,0 +1,375 @@
+"""How large a saved model is, counted on its files: which tensors each packed layer takes, and what the rest takes.
+
+"2 bits" in a format's name counts the codes. What a user downloads holds scales, embeddings, an output head and norms
+too, so every number here comes from the headers of the safetensors files, and the parts add up to their size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..codecs.base import Codec
+from ..config import CONFIGS, PackedConfig
+from ..evaluation.metrics import Evaluation
+from ..modules import STACKS, parameter_name
+from .headers import StoredTensor, checkpoint_files, read_headers
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """One packed layer as its file stores it.
+
+    Attributes:
+        name: name of the module; of fused experts, with the name of the stack.
+        out_features, in_features: size of the weight that the codes stand for.
+        tensors: its packed tensors, codes first, companions after them. A bias is not among them.
+        codec: the format.
+        experts: number of weights of that size: 1, or those of a stack.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    tensors: tuple[StoredTensor, ...]
+    codec: Codec
+    experts: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that the codes stand for."""
+        return self.experts * self.out_features * self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight with all companions."""
+        return 8 * self.nbytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields."""
+        return {
+            "name": self.name,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "experts": self.experts,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.nbytes,
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "shape": list(tensor.shape),
+                    "bytes": tensor.nbytes,
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class FolderCount:
+    """A saved model, counted. The five parts `*_bytes` add up to `file_bytes`.
+
+    Attributes:
+        folder: where it lies.
+        config: its quantization config, or None if it is not packed.
+        layers: its packed layers, in natural order of their names.
+        embedding_bytes: token embeddings (a tied output head included).
+        head_bytes: the output head, if it is stored by itself and not packed.
+        other_bytes: all other tensors: norms, biases, dense layers.
+        header_bytes: the headers of the safetensors files.
+        file_bytes: size of the safetensors files.
+        dense_parameters: number of values in the tensors that are not packed.
+    """
+
+    folder: Path
+    config: PackedConfig | None
+    layers: tuple[LayerCount, ...]
+    embedding_bytes: int
+    head_bytes: int
+    other_bytes: int
+    header_bytes: int
+    file_bytes: int
+    dense_parameters: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed layers, companions included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def packed_weights(self) -> int:
+        """Number of weights that the packed layers stand for."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values of the whole model, packed ones counted as the weights they stand for."""
+        return self.packed_weights + self.dense_parameters
+
+    @property
+    def bits_per_packed_weight(self) -> float | None:
+        """Bits per weight over the packed layers, companions included; None if there is none."""
+        return 8 * self.packed_bytes / self.packed_weights if self.layers else None
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits per value over the whole model: everything in the files, headers included."""
+        return 8 * self.file_bytes / self.parameters
+
+    @property
+    def left_unpacked(self) -> dict[str, str]:
+        """Parameters of two and more dimensions that were not packed, layer numbers folded to `*`, with the reason."""
+        return self.config.left_unpacked if self.config else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean fields."""
+        return {
+            "folder": str(self.folder),
+            "quantization_config": self.config.to_dict() if self.config else None,
+            "bits_per_packed_weight": self.bits_per_packed_weight,
+            "bits_per_parameter": self.bits_per_parameter,
+            "parameters": self.parameters,
+            "packed_weights": self.packed_weights,
+            "file_bytes": self.file_bytes,
+            "bytes": {
+                "packed": self.packed_bytes,
+                "embeddings": self.embedding_bytes,
+                "head": self.head_bytes,
+                "other": self.other_bytes,
+                "header": self.header_bytes,
+            },
+            "left_unpacked": self.left_unpacked,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+def count_folder(folder: Path) -> FolderCount:
+    """Count a model saved with `save_pretrained`, packed or not, without loading it.
+
+    Raises:
+        FileNotFoundError: `folder` holds no config.json or not all of its safetensors files.
+        ValueError: it is quantized with another method, written by a newer version, or damaged: a file is truncated,
+            or a packed layer lacks a tensor or has one of the wrong shape. The message names it.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{config_file} is missing; expected a model saved with save_pretrained in {folder}")
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    files = checkpoint_files(folder)
+    stored = read_headers(files)
+    config = _packed_config(settings.get("quantization_config"), folder)
+    layers = _packed_layers(stored, config) if config else ()
+    packed = {tensor.name for layer in layers for tensor in layer.tensors}
+    dense = [tensor for name, tensor in stored.items() if name not in packed]
+    embeddings, heads = _vocabulary_tensors(dense, settings)
+    file_bytes = sum(file.stat().st_size for file in files)
+    dense_bytes = sum(tensor.nbytes for tensor in dense)
+    embedding_bytes = sum(tensor.nbytes for tensor in embeddings)
+    head_bytes = sum(tensor.nbytes for tensor in heads)
+    return FolderCount(
+        folder=folder,
+        config=config,
+        layers=layers,
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
+        other_bytes=dense_bytes - embedding_bytes - head_bytes,
+        header_bytes=file_bytes - dense_bytes - sum(layer.nbytes for layer in layers),
+        file_bytes=file_bytes,
+        dense_parameters=sum(tensor.numel for tensor in dense),
+    )
+
+
+def _packed_config(fields: dict[str, Any] | None, folder: Path) -> PackedConfig | None:
+    if fields is None:
+        return None
+    method = fields.get("quant_method")
+    if method not in CONFIGS:
+        raise ValueError(f"{folder} is quantized with {method!r}; only {', '.join(CONFIGS)} can be counted")
+    return CONFIGS[method].from_dict(fields)
+
+
+def _packed_layers(stored: dict[str, StoredTensor], config: PackedConfig) -> tuple[LayerCount, ...]:
+    """The packed weights: every parameter that has packed words, or a companion of some."""
+    found: dict[str, str] = {}
+    for module in {name.rpartition(".")[0] for name in stored}:
+        codec = config.codec_of(module)
+        for parameter in ("weight", *STACKS) if codec else ():
+            for suffix, (_, dtype) in codec.specs(codec.row_multiple, codec.multiple).items():
+                tensor = stored.get(f"{module}.{parameter_name(suffix, parameter)}")
+                # A dense weight has the packed one's name, but never its integer dtype.
+                if tensor is not None and (suffix or tensor.dtype == dtype):
+                    found[f"{module}.{parameter}"] = module
+    names = sorted(found, key=_natural)
+    return tuple(_packed_layer(name, stored, config.codec_of(found[name])) for name in names)
+
+
+def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> LayerCount:
+    """One weight or stack, checked against the codec. The number of inputs follows from that of packed words."""
+    module, _, parameter = name.rpartition(".")
+    label = module if parameter == "weight" else name
+    unit = codec.specs(codec.row_multiple, codec.multiple)
+    names = {suffix: f"{module}.{parameter_name(suffix, parameter)}" for suffix in unit}
+    tensors = {suffix: stored.get(key) for suffix, key in names.items()}
+    missing = [names[suffix] for suffix, tensor in tensors.items() if tensor is None]
+    if missing:
+        raise ValueError(f"packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
+    words, scale = tensors[""], tensors["scale"]
+    per_unit, dimensions = unit[""][0][1], 2 if parameter == "weight" else 3
+    if len(words.shape) != dimensions or words.shape[-1] % per_unit:
+        raise ValueError(
+            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
+            f"last a multiple of {per_unit}"
+        )
+    if len(scale.shape) != dimensions - 1:
+        raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
+    *stack, out_features = scale.shape
+    in_features = words.shape[-1] // per_unit * codec.multiple
+    for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():
+        found = tensors[suffix]
+        if found.shape != (*stack, *shape) or found.dtype != dtype:
+            raise ValueError(
+                f"{found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
+                f"{in_features} inputs has {dtype} {[*stack, *shape]} there; file and config.json do not belong together"
+            )
+    return LayerCount(label, out_features, in_features, tuple(tensors.values()), codec, stack[0] if stack else 1)
+
+
+def _vocabulary_tensors(
+    dense: list[StoredTensor], settings: dict[str, Any]
+) -> tuple[list[StoredTensor], list[StoredTensor]]:
+    """Embeddings and output head, told by shape and place, so that no list of models' names is needed.
+
+    Both are matrices with one row per token; the head is a module of the outer model, the embeddings lie deeper, in
+    its base model. A single matrix is the embedding, which a tied head shares.
+    """
+    vocabulary = (settings.get("text_config") or settings).get("vocab_size")
+    matrices = [tensor for tensor in dense if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary]
+    depths = [tensor.name.count(".") for tensor in matrices]
+    outer = min(depths, default=0) if len(set(depths)) > 1 else -1
+    heads = [tensor for tensor, depth in zip(matrices, depths) if depth == outer]
+    return [tensor for tensor in matrices if tensor not in heads], heads
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """Sort key in which layer 10 follows layer 9."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+
+
+# ---------------------------------------------------------------------------------------------------- for a terminal
+
+
+def readable_size(nbytes: int) -> str:
+    """`1536` -> `1.5 KiB`."""
+    size, units = float(nbytes), ["bytes", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:,.1f} {units[0]}"
+
+
+def describe_config(config: PackedConfig) -> str:
+    """The method and the settings that decide how many bits it takes and how well it does."""
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in ("bits", "layout", "window", "magnitude", "hadamard") and value is not None
+    }
+    described = [config.method, *(f"{name} {value}" for name, value in settings.items())]
+    return ", ".join([*described, "other settings for some layers"] if config.overrides else described)
+
+
+def size_table(count: FolderCount) -> Table:
+    """What takes how much of the files, and the bits per weight."""
+    table = Table(title=str(count.folder), title_justify="left", show_header=False)
+    table.add_column("what", overflow="fold")
+    table.add_column("size", justify="right", overflow="fold")
+    table.add_row("method", describe_config(count.config) if count.config else "not packed")
+    for pattern, setting in count.config.overrides.items() if count.config else ():
+        table.add_row(f"  {escape(pattern)}", setting or "as it was")
+    table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
+    table.add_row("embeddings", readable_size(count.embedding_bytes))
+    table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
+    table.add_row("everything else", readable_size(count.other_bytes))
+    table.add_row("headers", readable_size(count.header_bytes))
+    table.add_row("safetensors files", readable_size(count.file_bytes), style="bold")
+    table.add_row("parameters", f"{count.parameters:,}")
+    if count.bits_per_packed_weight is not None:
+        table.add_row("bits per packed weight", f"{count.bits_per_packed_weight:.3f}", style="bold")
+    table.add_row("bits per parameter, whole files", f"{count.bits_per_parameter:.3f}", style="bold")
+    return table
+
+
+def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
+    """The packed layers by name, with layer numbers folded to `*`, outputs, inputs and format."""
+    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
+    for layer in count.layers:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
+    return groups
+
+
+def layer_table(count: FolderCount) -> Table:
+    """The packed layers, those that differ only in their number in one row."""
+    table = Table(title="Packed layers", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("count", "outputs x inputs", "bits per weight", "size"):
+        table.add_column(heading, justify="right")
+    for (name, out_features, in_features, _), layers in layer_groups(count).items():
+        size = readable_size(sum(layer.nbytes for layer in layers))
+        bits = f"{layers[0].bits_per_weight:.3f}"
+        table.add_row(
+            name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
+        )
+    return table
+
+
+def left_table(left_unpacked: dict[str, str]) -> Table:
+    """Parameters that were left as they were, and why."""
+    table = Table(title="Left as they were", title_justify="left")
+    table.add_column("parameter", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    for name, reason in left_unpacked.items():
+        table.add_row(name, reason)
+    return table
+
+
+def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list[list[str]]:
+    """The figures of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
+    rows = [["perplexity", f"{result.perplexity_original:,.3f}"]]
+    rows += [["KL(original || packed), mean", ""], ["KL, median", ""], ["KL, 90 %", ""], ["KL, 99 %", ""]]
+    rows += [["same likeliest token", ""]]
+    for column in (result, floor) if floor else (result,):
+        divergences = (column.kl_mean, column.kl_median, column.kl_p90, column.kl_p99)
+        figures = [f"{column.perplexity_packed:,.3f}", *(f"{value:.5f} nats" for value in divergences)]
+        for row, figure in zip(rows, [*figures, f"{100 * column.top1_agreement:.2f} %"]):
+            row.append(figure)
+    return rows
+
+
+def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_name: str = "") -> Table:
+    """The figures of a comparison, with what they were taken over.
+
+    Args:
+        result: the packed model against the original.
+        floor: the original against itself in another dtype, if that was measured.
+        floor_name: heading of its column.
+    """
+    windows = f"{result.windows} windows of {result.context_length} tokens, {result.predictions:,} predictions"
+    table = Table("", title=windows, title_justify="left")
+    for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
+        table.add_column(heading, justify="right")
+    for row in evaluation_rows(result, floor):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,1 @@
+"""Publishing packed models on the Hugging Face Hub."""

@@ -1,0 +1,244 @@
+"""The model card of a packed model. Every number in it is read from a file in the model's folder.
+
+What was not measured is left out: a section appears when its file does. The text is in `data/model_card.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..config import PackedConfig
+from ..evaluation.record import TASK_HEADINGS, markdown_table, task_rows
+from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
+from ..files.provenance import Provenance
+from ..files.size import FolderCount, count_folder, describe_config, layer_groups, readable_size
+from .measurements import Measured
+
+_METHOD_LINKS = {"pcdvq": "https://arxiv.org/abs/2506.05432", "ccq": "https://arxiv.org/abs/2507.07145"}
+
+
+def model_card(
+    folder: Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    loader_stub: bool = False,
+) -> ModelCard:
+    """Write the card of a packed model.
+
+    Args:
+        folder: the saved model, with whatever was measured: `quantization_report.json`, `evaluation.json`, `speed.json`.
+        repo_id: where it is published: the card's code loads it from there.
+        base_model: name of the original on the Hub; None takes the one that `provenance.json` records.
+        metadata: further YAML metadata: `license`, `language`, ...; goes before what the original's card said.
+        loader_stub: say that the model loads with `trust_remote_code=True` too.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no packed model, or a measurement that cannot be its own.
+    """
+    count = count_folder(folder)
+    if count.config is None:
+        raise ValueError(f"{folder} is not packed; a card is written for packed models only")
+    measured, provenance = Measured.read(folder, count), Provenance.read(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base_model = base_model or provenance.original
+    chat = (folder / "chat_template.jinja").is_file()
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
+        library_name="transformers",
+        pipeline_tag=_pipeline_tag(settings),
+        tags=[
+            "hf_pcdvq",
+            count.config.method,
+            f"{int(count.config.codec.bits)}-bit",
+            *(["conversational"] if chat else []),
+        ],
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(measured) or None,
+        **{**provenance.inherited, **(metadata or {})},
+    )
+    if not data.eval_results:
+        data.pop("model_name")  # it belongs to the results
+    facts = {
+        **_size_facts(count),
+        **_origin_facts(count.config, measured, provenance),
+        **_measured_facts(measured),
+        "base_model": base_model,
+        "title": repo_id.split("/")[-1],
+        "repo_id": repo_id,
+        "chat": chat,
+        "method": f"[{describe_config(count.config)}]({_METHOD_LINKS[count.config.method]})",
+        "loader_stub": loader_stub,
+        "has_report": (folder / "quantization_report.md").is_file(),
+        "has_plot": (folder / "quantization_report.png").is_file(),
+        "left_unpacked": count.left_unpacked,
+    }
+    with as_file(files(__package__) / "data" / "model_card.md") as template:
+        card = ModelCard.from_template(data, template_path=str(template), **facts)
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
+    return card
+
+
+def _pipeline_tag(settings: dict[str, Any]) -> str | None:
+    architecture = (settings.get("architectures") or [None])[0]
+    return "text-generation" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def _size_facts(count: FolderCount) -> dict[str, Any]:
+    """What the headers say."""
+    packed_parts = [
+        {
+            "name": name,
+            "count": sum(layer.experts for layer in layers),
+            "outputs": outputs,
+            "inputs": inputs,
+            "bits": 8 * sum(layer.nbytes for layer in layers) / sum(layer.weights for layer in layers),
+            "size": readable_size(sum(layer.nbytes for layer in layers)),
+        }
+        for (name, outputs, inputs, _), layers in layer_groups(count).items()
+    ]
+    others = {
+        "embeddings": count.embedding_bytes,
+        "output head": count.head_bytes,
+        "everything else": count.other_bytes,
+        "headers": count.header_bytes,
+    }
+    return {
+        "packed_parts": packed_parts,
+        "other_parts": [(name, readable_size(size)) for name, size in others.items() if size],
+        "file_size": readable_size(count.file_bytes),
+        "weight_size": readable_size(count.file_bytes - count.header_bytes),
+        "dense_size": readable_size(2 * count.parameters),
+        "parameters": f"{count.parameters:,}",
+        "bits_per_packed_weight": count.bits_per_packed_weight,
+        "bits_per_parameter": count.bits_per_parameter,
+    }
+
+
+def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenance) -> dict[str, Any]:
+    """Command, versions and calibration."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "left_unpacked"}
+    calibration = None
+    if config.calibration is not None:
+        report = measured.report or {}
+        calibration = {
+            "windows": report.get("windows", config.calibration.samples),
+            "length": report.get("length", config.calibration.length),
+            "data": _data_name(config.calibration.data),
+            "seed": config.calibration.seed,
+            "seconds": f"{report['seconds']:.0f}" if report else None,
+            "device": report.get("device"),
+        }
+    return {
+        "command": provenance.command,
+        "revision": provenance.revision,
+        "versions": provenance.versions or (measured.report or {}).get("versions"),
+        "settings": json.dumps(settings, indent=2),
+        "calibration": calibration,
+    }
+
+
+def _measured_facts(measured: Measured) -> dict[str, Any]:
+    """Quality and speed. Without an evaluation, the comparison that a calibrated run made."""
+    evaluation, noise, tasks, speed = None, None, None, None
+    record, report = measured.evaluation, measured.report
+    if record is not None:
+        text = record.text if record.text == WIKITEXT2 else f"`{Path(record.text).name}`"
+        scope = {"text": text, "device": record.device, "command": record.command, "held_out": False}
+        evaluation = {**record.metrics.to_dict(), **scope}
+        if record.noise_floor:
+            noise = {"dtype": record.noise_floor.dtype, **record.noise_floor.metrics.to_dict()}
+        if record.tasks:
+            lines = markdown_table(TASK_HEADINGS, task_rows(record.tasks))
+            tasks = {"table": "\n".join(lines), "lm_eval": record.versions.get("lm_eval")}
+    elif report is not None and report["comparison"]:
+        scope = {"text": "the calibration data", "device": report["device"], "command": None, "held_out": True}
+        evaluation = {**report["comparison"], **scope}
+    if measured.speed is not None:
+        peak = measured.speed.peak_memory_bytes
+        speed = {**asdict(measured.speed), "peak_memory": readable_size(peak) if peak else None}
+    return {"evaluation": evaluation, "noise": noise, "tasks": tasks, "speed": speed}
+
+
+def _data_name(data: str | None) -> str:
+    if data is None:
+        return "text that the model wrote itself"
+    return "data given in Python" if data == "given" else f"`{data}`"
+
+
+def _eval_results(measured: Measured) -> list[EvalResult]:
+    """The `model-index` of the card: what a user of the model gets, so of the packed model only."""
+    record = measured.evaluation
+    if record is None:
+        return []
+    metrics = record.metrics
+    arguments = {"context_length": metrics.context_length, "windows": metrics.windows}
+    results = [
+        _eval_result(metric, value, metric_name=title, dataset_args=arguments, **_dataset(record.text))
+        for metric, title, value in (
+            ("perplexity", "Perplexity", metrics.perplexity_packed),
+            ("kl_divergence", "KL divergence to the original, mean, nats", metrics.kl_mean),
+            ("accuracy", "Same likeliest next token as the original", metrics.top1_agreement),
+        )
+    ]
+    for task in record.tasks or []:
+        names = {"dataset_type": task.task, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
+        results.append(_eval_result(task.metric, task.packed, **names))
+    return results
+
+
+def _eval_result(metric: str, value: float, **names: Any) -> EvalResult:
+    return EvalResult(task_type="text-generation", metric_type=metric, metric_value=round(value, 5), **names)
+
+
+def _dataset(text: str) -> dict[str, str]:
+    """How the Hub calls what was measured on: WikiText-2 as it is there, a file by its name without the folder."""
+    if text == WIKITEXT2:
+        return WIKITEXT2_ON_HUB
+    file = Path(text)
+    return {"dataset_type": file.stem, "dataset_name": file.name}
+
+
+# ------------------------------------------------------------------------------------------------- cards written by hand
+
+# Not prose: code, addresses, comments, numbers of papers and versions behind a name.
+_NOT_PROSE = re.compile(
+    r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|https?://\S+|arXiv:?\s*\d+\.\d+", re.DOTALL | re.IGNORECASE
+)
+_UNITS = r"%|bits?\b|nats?\b|tok(?:ens?)?(?:/s| per second)|[KMGT]i?B\b|ms\b|s\b|x\b|×"
+_FIGURE = re.compile(rf"(?<![\w./-])(\d[\d,]*(?:\.\d+)?)(?![\w-]*\d)\s*({_UNITS})?")
+
+
+def unmeasured_figures(card: ModelCard, generated: ModelCard) -> list[str]:
+    """Figures that a card states and the card generated from the measurements does not, whole or rounded.
+
+    A figure is a number with a decimal point or a unit; also every value in the `model-index`.
+    """
+    known = {number for number, _ in _figures(generated.text)}
+    known_values = _metric_values(generated)
+    unknown = [value for value in _metric_values(card) if value not in known_values]
+    for number, shown in _figures(card.text):
+        decimals = len(number.partition(".")[2])
+        if not any(round(float(other), decimals) == float(number) for other in known):
+            unknown.append(shown)
+    return list(dict.fromkeys(unknown))
+
+
+def _metric_values(card: ModelCard) -> list[str]:
+    return [str(result.metric_value) for result in card.data.get("eval_results") or []]
+
+
+def _figures(text: str) -> list[tuple[str, str]]:
+    """Number without separators, and as it stands in the text."""
+    found = _FIGURE.finditer(_NOT_PROSE.sub(" ", text))
+    return [(m[1].replace(",", ""), m[0].strip()) for m in found if "." in m[1] or m[2]]

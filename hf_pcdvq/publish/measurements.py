@@ -1,0 +1,108 @@
+"""What was measured on a packed model and lies beside it: the report, the evaluation and the speed.
+
+Each file is compared with the model as far as it can be: a number must not be published beside a model that it does not
+belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..calibration.report import NAME as REPORT
+from ..evaluation.metrics import Evaluation
+from ..evaluation.record import NAME as EVALUATION
+from ..evaluation.record import EvaluationRecord
+from ..evaluation.speed import NAME as SPEED
+from ..evaluation.speed import Speed
+from ..files.records import read_json
+from ..files.size import FolderCount
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The records of a folder, each None if there is no such file.
+
+    Attributes:
+        report: `quantization_report.json`.
+        evaluation: `evaluation.json`.
+        speed: `speed.json`.
+    """
+
+    report: dict[str, Any] | None
+    evaluation: EvaluationRecord | None
+    speed: Speed | None
+
+    @classmethod
+    def read(cls, folder: Path, count: FolderCount) -> Measured:
+        """Read and check them.
+
+        Raises:
+            ValueError: a file is damaged, was written by a newer version, or belongs to another model.
+        """
+        report, evaluation, speed = (folder / f"{name}.json" for name in (REPORT, EVALUATION, SPEED))
+        return cls(
+            _report(report, count) if report.is_file() else None,
+            _evaluation(evaluation, count) if evaluation.is_file() else None,
+            _speed(speed) if speed.is_file() else None,
+        )
+
+
+def _report(file: Path, count: FolderCount) -> dict[str, Any]:
+    report = read_json(file, dict)
+    # Through the class, because a newer version may have added fields.
+    same = (
+        count.config is not None
+        and type(count.config).from_dict(report["config"]).to_dict() == count.config.to_dict()
+    )
+    if not same or report["bits_per_packed_weight"] != count.bits_per_packed_weight:
+        raise ValueError(
+            f"{file} belongs to another model: its settings or its bits per weight are not those of the files beside it. "
+            "Delete it, or quantize again"
+        )
+    return report
+
+
+def _evaluation(file: Path, count: FolderCount) -> EvaluationRecord:
+    record = read_json(file, EvaluationRecord.from_dict)
+    if record.bits_per_packed_weight not in (None, count.bits_per_packed_weight):
+        raise ValueError(
+            f"{file} belongs to another model, of {record.bits_per_packed_weight:.3f} bits per packed weight; the files "
+            f"beside it have {count.bits_per_packed_weight:.3f}. Delete it, or measure again with hf-pcdvq eval"
+        )
+    _check_metrics(file, record.metrics)
+    if record.noise_floor:
+        _check_metrics(file, record.noise_floor.metrics)
+    for task in record.tasks or []:
+        if not _finite(task.original, task.packed):
+            raise ValueError(f"{file}: task {task.task!r} has no finite results; measure again")
+    return record
+
+
+def _speed(file: Path) -> Speed:
+    speed = read_json(file, Speed.from_dict)
+    if not _finite(speed.tokens_per_second) or speed.tokens_per_second <= 0 or not speed.device:
+        raise ValueError(f"{file} names no speed and device; write it with hf-pcdvq speed")
+    return speed
+
+
+def _check_metrics(file: Path, metrics: Evaluation) -> None:
+    """Refuse what no evaluation can have given."""
+    plausible = (
+        _finite(*astuple(metrics))
+        and min(metrics.perplexity_original, metrics.perplexity_packed) >= 1
+        and metrics.kl_mean >= -1e-6
+        and metrics.kl_median <= metrics.kl_p90 <= metrics.kl_p99
+        and 0 <= metrics.top1_agreement <= 1
+        and metrics.predictions == metrics.windows * (metrics.context_length - 1)
+    )
+    if not plausible:
+        raise ValueError(
+            f"{file} holds metrics that no evaluation gives: {metrics.to_dict()}. Measure again with hf-pcdvq eval"
+        )
+
+
+def _finite(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)

@@ -1,0 +1,343 @@
+"""Publishing a packed model on the Hugging Face Hub: `push_to_hub` for one in memory, `push_folder` for a saved one.
+
+A push is refused before anything is sent if the folder is damaged, if its card states what was not measured, or if the
+repository holds another model. What goes is laid out in a temporary folder, of links and of the few files that are made
+for it, so the model's own folder is never written to. All of it goes in one commit, unless there are hundreds of files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+
+from ..calibration.report import NAME as REPORT
+from ..evaluation.record import NAME as EVALUATION
+from ..evaluation.record import EvaluationRecord, read_record
+from ..evaluation.speed import NAME as SPEED
+from ..files.provenance import Provenance, hub_name, inherited_metadata
+from ..files.records import package_versions, write_text
+from .card import model_card, unmeasured_figures
+from .errors import PushError, told_plainly
+from .integrity import check_folder
+from .loader_stub import MODULE, add_loader_stub
+from .remote_model import refuse_other_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+_SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".py", ".safetensors", ".tiktoken", ".txt"}
+_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_FOLDERS = {"additional_chat_templates"}
+# Where a push leaves these out, those of the model before must not stay.
+_REPLACED = [
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    f"{REPORT}.*",
+    f"{EVALUATION}.*",
+    f"{SPEED}.json",
+    f"{MODULE}.py",
+]
+_GENERATED = "<!-- Written by hf_pcdvq from the files beside it"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a push sends.
+
+    Attributes:
+        files: size in bytes by name in the repository.
+        left_out: files of the folder that are not sent.
+        card: the model card.
+    """
+
+    files: dict[str, int]
+    left_out: tuple[str, ...]
+    card: ModelCard
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    force: bool = False,
+    commit_message: str | None = None,
+    max_shard_size: str = "5GB",
+    evaluation: str | Path | None = None,
+    base_model: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    loader_stub: bool = False,
+    work_dir: str | Path | None = None,
+) -> CommitInfo:
+    """Publish a packed model: weights, tokenizer, generation config, report and a model card with what was measured.
+
+    Args:
+        model: quantized with `quantize_model` or while loading.
+        tokenizer: its tokenizer, with the chat template if there is one.
+        repo_id: `"namespace/name"`; created if there is no such repository.
+        private: make a new repository private. None leaves it to the namespace.
+        revision: branch to push to; created if there is none. None is the main one.
+        create_pr: open a pull request instead of changing the branch.
+        token: None takes the one that `hf auth login` has stored.
+        force: replace whatever model the repository holds.
+        commit_message: None writes one.
+        max_shard_size: of one file, as for `save_pretrained`.
+        evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote about this model, or the folder that holds it.
+        base_model: name of the original on the Hub; None takes what the model was loaded from.
+        metadata: further YAML metadata of the card, such as `license` and `language`.
+        loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`.
+        work_dir: where the files are saved before they are sent, and deleted afterwards; None takes the system's
+            temporary folder.
+
+    Returns:
+        The commit, with `commit_url` and, for a pull request, `pr_url`.
+
+    Raises:
+        ValueError: the model is not packed, its files are damaged, the card states what was not measured, or the
+            repository holds another model.
+        OSError: the files cannot be saved, or there is no such evaluation.
+        PushError: the Hub or the network failed; the message says what to do.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        raise ValueError(f"{type(model).__name__} is not packed; quantize it first")
+    record = None if evaluation is None else read_record(Path(evaluation))
+    with tempfile.TemporaryDirectory(prefix="hf_pcdvq-", dir=work_dir) as temporary:
+        folder = Path(temporary) / "model"
+        try:
+            _save(model, tokenizer, folder, max_shard_size, record)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the files to push could not be saved in {temporary}: {error}. Make room there, or give another work_dir"
+            ) from error
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            force=force,
+            commit_message=commit_message,
+            base_model=base_model,
+            metadata=metadata,
+            loader_stub=loader_stub,
+        )
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str, evaluation: EvaluationRecord | None
+) -> None:
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    report = model.hf_quantizer.report
+    if report is not None:
+        report.write(folder)
+    _provenance(model).write(folder)
+    if evaluation is not None:
+        evaluation.write(folder)
+
+
+def _provenance(model: PreTrainedModel) -> Provenance:
+    """Of a model in memory: what it was quantized from, or what lies beside the packed model that it was loaded from."""
+    source = Path(model.name_or_path)
+    local = bool(model.name_or_path) and source.is_dir()
+    if model.hf_quantizer.pre_quantized:
+        return Provenance.read(source) if local else Provenance()
+    inherited = inherited_metadata(str(source)) if local else {}
+    commit = getattr(model.config, "_commit_hash", None)
+    return Provenance(hub_name(model.name_or_path), commit, None, package_versions(), inherited)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    force: bool = False,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    loader_stub: bool = False,
+) -> CommitInfo:
+    """Publish a packed model that is saved in a folder, with its tokenizer. An interrupted push goes on if called again.
+
+    Args, returns and raises like `push_to_hub`.
+    """
+    if create_pr and revision is not None:
+        raise ValueError("create_pr opens a pull request against the main branch; leave out the revision")
+    _check_repo_id(repo_id)
+    metadata = dict(metadata or {})
+    with told_plainly(repo_id):
+        inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
+    with _staged(folder, repo_id, base_model, {**inherited, **metadata}, loader_stub) as (staging, publication):
+        if publication.card.data.get("license") is None:
+            logger.warning(
+                "the card of %s states no licence: give one with --license, or metadata={'license': ...}", repo_id
+            )
+        api = HfApi(token=token)
+        with told_plainly(repo_id):
+            parent = _prepared_branch(api, repo_id, private, revision, create_pr, publication.card, staging, force)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staging,
+                commit_message=commit_message or f"Upload {repo_id.split('/')[1]}, packed with hf_pcdvq",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=None if create_pr else parent,
+                delete_patterns=_REPLACED,
+            )
+
+
+def planned(folder: Path, repo_id: str, **options: Any) -> Publication:
+    """What `push_folder` would send, after all checks that need no network.
+
+    Args:
+        options: `base_model`, `metadata` and `loader_stub` of `push_folder`. Without network, the card lacks the licence
+            unless it was recorded when the model was quantized, or `metadata` has it.
+
+    Raises:
+        ValueError, FileNotFoundError: see `push_to_hub`.
+    """
+    _check_repo_id(repo_id)
+    with _staged(folder, repo_id, **options) as (_, publication):
+        return publication
+
+
+def _check_repo_id(repo_id: str) -> None:
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"give the repository with its namespace, as in your-name/{repo_id}")
+
+
+def _inherited(folder: Path, base_model: str | None, token: str | bool | None) -> dict[str, Any]:
+    """Licence and language from the original's card on the Hub, if they were not recorded when it was quantized."""
+    provenance = Provenance.read(folder)
+    original = base_model or provenance.original
+    if provenance.inherited or original is None:
+        return {}
+    try:
+        return inherited_metadata(original, token=token)
+    except RepositoryNotFoundError:
+        logger.warning("%s, the original, cannot be seen on the Hub, so its licence is not known", original)
+        return {}
+
+
+# ------------------------------------------------------------------------------------------------------- what is sent
+
+
+@contextmanager
+def _staged(
+    folder: Path,
+    repo_id: str,
+    base_model: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    loader_stub: bool = False,
+) -> Iterator[tuple[Path, Publication]]:
+    """A temporary folder with everything that is sent, checked."""
+    check_folder(folder)
+    generated = model_card(folder, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
+    card = _card(folder / CARD, generated)
+    chosen, left_out = _selection(folder)
+    with tempfile.TemporaryDirectory(prefix="hf_pcdvq-push-") as temporary:
+        staging = Path(temporary)
+        for name in chosen:
+            target = staging / name
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to((folder / name).resolve())
+        if loader_stub:
+            add_loader_stub(json.loads((folder / "config.json").read_text(encoding="utf-8")), staging)
+        write_text(staging / CARD, str(card))
+        files = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
+        yield staging, Publication(files, tuple(left_out), card)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _selection(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the files that belong to a model, and of the others."""
+    chosen: list[str] = []
+    left_out: list[str] = []
+    for path in _files(folder):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        placed = len(name.parts) == 1 or name.parts[0] in _FOLDERS
+        known = path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
+        (chosen if placed and known and not hidden else left_out).append(name.as_posix())
+    return chosen, left_out
+
+
+def _card(file: Path, generated: ModelCard) -> ModelCard:
+    """The user's own card if there is one, which may state nothing that was not measured; else the generated one."""
+    if not file.is_file() or _GENERATED in file.read_text(encoding="utf-8"):
+        return generated
+    own = ModelCard.load(file)
+    unknown = unmeasured_figures(own, generated)
+    if unknown:
+        raise ValueError(
+            f"{file} states figures that no measurement beside it holds: {', '.join(unknown)}. Measure them with "
+            "hf-pcdvq eval, take them out, or delete the file to have a card written"
+        )
+    return own
+
+
+# ----------------------------------------------------------------------------------------------------- where it is sent
+
+
+def _prepared_branch(
+    api: HfApi,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    card: ModelCard,
+    staging: Path,
+    force: bool,
+) -> str | None:
+    """Make repository and branch if they are missing, or else look whether they may be changed. Returns its head."""
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        if create_pr:
+            raise PushError(
+                f"{repo_id} does not exist, or the token may not see it; push without create_pr"
+            ) from None
+        api.create_repo(repo_id, private=private)
+        info = api.model_info(repo_id)
+    if private and not info.private:
+        raise ValueError(
+            f"{repo_id} exists and is public. Make it private in its settings on the Hub, then push again"
+        )
+    if create_pr:
+        return None
+    if revision is not None:
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:
+            api.create_branch(repo_id, branch=revision)
+            return api.model_info(repo_id, revision=revision).sha  # a new branch has nothing to lose
+    if not force:
+        refuse_other_model(api, info, staging, card)
+    return info.sha

@@ -1,0 +1,116 @@
+"""Every damage to a packed folder is found and named."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from hf_pcdvq.cli import main
+from hf_pcdvq.publish.integrity import check_folder
+
+pytest_plugins = ["hub_fixtures"]
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def shard_of(folder, name):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def change(folder, name, edit):
+    """Rewrite the shard that holds a tensor, after `edit` has changed its dictionary of tensors."""
+    file = shard_of(folder, name)
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def drop(name):
+    return lambda folder: change(folder, name, lambda tensors: tensors.pop(name))
+
+
+def add(folder):
+    change(folder, "lm_head.weight", lambda tensors: tensors.update({"model.layers.7.extra": torch.zeros(2)}))
+
+
+def reshape(folder):
+    change(folder, "model.norm.weight", lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
+
+
+def infinite(folder):
+    name = f"{LAYER}.weight_scale"
+
+    def spoil(tensors):
+        tensors[name][5] = torch.inf
+
+    change(folder, name, spoil)
+
+
+def truncate(folder):
+    file = shard_of(folder, "lm_head.weight")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def other_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 256
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def other_vocabulary(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["word"] = 300
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop(f"{LAYER}.weight_scale"), f"packed layer '{LAYER}' lacks {LAYER}.weight_scale"),
+        (drop("model.norm.weight"), "lacks model.norm.weight, which its config.json asks for"),
+        (add, "holds model.layers.7.extra, of which its config.json knows nothing"),
+        (reshape, "model.norm.weight has the shape [3], but config.json asks for [128]"),
+        (infinite, f"{LAYER}.weight_scale holds infinite or NaN values"),
+        (truncate, "is truncated: tensor"),
+        (other_config, "do not belong together"),
+        (other_vocabulary, "has the token id 300, but the model knows 258 tokens"),
+        (lambda folder: shard_of(folder, "lm_head.weight").unlink(), "is missing; expected a model saved with"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "holds no tokenizer"),
+        (
+            lambda folder: (folder / "old.safetensors").write_bytes(b""),
+            "old.safetensors does not belong to the model",
+        ),
+    ],
+    ids=[
+        "scale",
+        "norm",
+        "extra",
+        "shape",
+        "infinite",
+        "truncated",
+        "config",
+        "vocabulary",
+        "shard",
+        "tokenizer",
+        "stray",
+    ],
+)
+def test_damage_is_named(packed, damage, message):
+    damage(packed)
+    with pytest.raises((ValueError, OSError)) as caught:
+        check_folder(packed)
+    assert message in str(caught.value)
+
+
+def test_whole_folder_passes(packed):
+    result = CliRunner().invoke(main, ["check", str(packed)])
+    assert result.exit_code == 0, result.output
+    assert "is whole: 14 packed layers" in result.stdout
+
+
+def test_dense_model_is_not_a_packed_one(tiny_model_dir):
+    with pytest.raises(ValueError, match="is not packed"):
+        check_folder(tiny_model_dir)

@@ -1,0 +1,95 @@
+"""A whole push by HTTP, and loading what it made in new processes with empty caches."""
+
+import re
+
+import torch
+from fake_hub import FakeHub
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, pipeline
+
+import hf_pcdvq
+from hf_pcdvq.publish.push import push_folder
+
+pytest_plugins = ["hub_fixtures"]
+
+REPO = "me/tiny-2bit"
+PUSH = "from hf_pcdvq.cli import main; main(prog_name='hf-pcdvq')"
+
+# The card's own code comes first: nothing is imported that it does not import itself.
+LOAD = """
+import re, sys
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8").read()
+exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1])
+
+import torch
+from transformers import pipeline
+logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(2, 40)[None]).logits
+torch.save(logits, sys.argv[2])
+print("pipeline", pipeline("text-generation", sys.argv[1])("abc", max_new_tokens=8, do_sample=False))
+"""
+
+STUB = """
+import sys, torch
+from transformers import AutoModelForCausalLM, pipeline
+
+def load(name):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    return model, model(torch.arange(2, 40)[None]).logits
+
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "hf_pcdvq":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())  # as if it were not installed
+try:
+    load(sys.argv[1])
+except ImportError as error:
+    print("missing:", error)
+del sys.meta_path[0]
+model, logits = load(sys.argv[1])
+torch.save(logits, sys.argv[2])
+print("class:", type(model).__name__)
+model.save_pretrained(sys.argv[3])
+assert torch.equal(load(sys.argv[3])[1], logits)
+print(pipeline("text-generation", sys.argv[1], trust_remote_code=True)("abc", max_new_tokens=2))
+"""
+
+
+def test_pushed_model_loads_in_a_new_process_bit_identically(evaluated_once, run_with, tmp_path):
+    with FakeHub(lfs=True) as hub:
+        options = ["--private", "--license", "mit", "--base-model", "org/tiny"]
+        printed = run_with(hub, PUSH, "push", evaluated_once, REPO, *options)
+        repo = hub.repos[REPO]
+        assert printed.strip() == f"{hub.url}/{REPO}/commit/{repo.branches['main']}"
+        shown = run_with(hub, LOAD, REPO, tmp_path / "logits.pt")
+    assert repo.private
+    assert repo.messages == ["initial commit", "Upload tiny-2bit, packed with hf_pcdvq"]
+    files = {name: content for name, content in repo.files().items() if name not in ("README.md", ".gitattributes")}
+    assert files == {path.name: path.read_bytes() for path in evaluated_once.iterdir()}
+    assert sum(name.endswith(".safetensors") for name in files) > 1
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(evaluated_once)(torch.arange(2, 40)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    local = pipeline("text-generation", str(evaluated_once))("abc", max_new_tokens=8, do_sample=False)
+    assert f"pipeline {local}" in shown
+
+
+def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_model_dir, hub, run_with, tmp_path):
+    """With a mixture of experts, whose weights Transformers would not rename for a class of custom code."""
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=hf_pcdvq.PcdvqConfig())
+    model.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
+    push_folder(tmp_path / "packed", REPO, loader_stub=True)
+    shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
+    assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
+    assert "class: MixtralForCausalLM" in shown
+    assert "trust_remote_code=True" in hub.repos[REPO].files()["README.md"].decode()
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(torch.arange(2, 40)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)

@@ -1,0 +1,41 @@
+"""The report on the compiled kernels, on two small ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/kernel_report.py"
+
+
+def run(*arguments):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_table_and_file_hold_the_same_figures(tmp_path):
+    file = tmp_path / "report.json"
+    done = run("--kernel", "rotation", "--kernel", "ccq 2.5, 1 t", "--target", "sm_90", "--json", file, "--jobs", 1)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    names = ["ccq 2.5, 1 tokens", "ccq 2.5, 1 tokens of experts", "rotation"]
+    assert [(row["kernel"], row["target"]) for row in rows] == [(name, "sm_90") for name in names]
+    product, _, rotation = rows
+    # The test of the compiled kernels holds the product at 3.5; a loop that was not found would count next to nothing.
+    assert 2 < product["instructions"] < 3.5 and rotation["instructions"] is None
+    assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in rows)
+    assert f"{product['instructions']:.2f}" in done.stdout and "sm_90" in done.stdout
+    assert [file] == list(tmp_path.iterdir())
+
+
+def test_wrong_names_are_refused_before_anything_is_compiled(tmp_path):
+    done = run("--kernel", "qtip")
+    assert (
+        done.returncode == 1 and "no kernel is called like ['qtip']; there are: pcdvq 2.0, 1 tokens;" in done.stderr
+    )
+    done = run("--kernel", "rotation", "--json", tmp_path / "none/report.json")
+    assert done.returncode == 2 and "there is no folder" in done.stderr

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""What the compiler makes of every Triton kernel: registers, spills, shared memory, instructions per decoded weight.
+
+Needs no GPU. Every kernel is compiled as it is launched by default for a layer of 8192 x 8192 on an H100. The first run
+takes some twenty minutes on two cores; Triton caches what it compiled, so a run that was interrupted goes on there.
+
+    python tools/kernel_report.py --json benchmarks/results/kernel_report.json
+    python tools/kernel_report.py --target sm_90 --kernel "stream 2.0" --kernel rotation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from hf_pcdvq_kernels.triton import compiled
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+
+def chosen(parts: list[str]) -> list[str]:
+    """Names of the kernels that contain one of these texts; all of them without any."""
+    names = [name for name in compiled.variants() if not parts or any(part in name for part in parts)]
+    if not names:
+        raise SystemExit(f"no kernel is called like {parts}; there are: {'; '.join(compiled.variants())}")
+    return names
+
+
+def report(names: list[str], targets: list[str], jobs: int) -> list[dict[str, Any]]:
+    """One row per kernel and target, in the order of the arguments."""
+    pairs = [(name, target) for name in names for target in targets]
+    figures = {}
+    with tqdm(total=len(pairs), unit="kernel") as bar:
+        for pair, result in compiled.measure_all(pairs, jobs):
+            figures[pair] = asdict(result)
+            bar.update()
+    warps = {name: compiled.variants()[name].warps for name in names}
+    return [{"kernel": pair[0], "target": pair[1], "warps": warps[pair[0]], **figures[pair]} for pair in pairs]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows, with what should not be there in red."""
+    made = Table("kernel", title="instructions: SASS instructions per decoded weight in the main loop")
+    for name in ("target", "warps", "registers", "spills", "shared bytes", "instructions"):
+        made.add_column(name, justify="right")
+    for row in rows:
+        count = "" if row["instructions"] is None else f"{row['instructions']:.2f}"
+        spills = f"[red]{row['spills']}[/]" if row["spills"] else "0"
+        values = (row["target"], row["warps"], row["registers"], spills, row["shared"], count)
+        made.add_row(row["kernel"], *map(str, values))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--target", action="append", choices=list(compiled.TARGETS), help="may be repeated; default: all"
+    )
+    parser.add_argument(
+        "--kernel", action="append", default=[], metavar="TEXT", help="only kernels with this in their name"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    rows = report(chosen(args.kernel), args.target or list(compiled.TARGETS), args.jobs)
+    Console().print(table(rows))
+    if args.json is not None:
+        content = {
+            "command": "python tools/kernel_report.py",
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+            "layer": [compiled.ROWS, compiled.COLUMNS],
+            "units": {
+                "spills": "bytes per thread on NVIDIA, vector registers on AMD",
+                "shared": "bytes per thread block",
+                "instructions": "SASS instructions per decoded weight in the main loop of a thread",
+            },
+            "rows": rows,
+        }
+        temporary = args.json.with_name(args.json.name + ".part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(args.json)
+
+
+if __name__ == "__main__":
+    main()
