@@ -35,7 +35,7 @@ from hf_pcdvq.evaluation.speed import measure_speed
 from hf_pcdvq.files.records import package_versions, write_text
 from hf_pcdvq.files.size import readable_size
 from hf_pcdvq.modules import QuantLinear
-from hf_pcdvq.registration import METHODS
+from hf_pcdvq.quantizer import PackedHfQuantizer
 
 CHOICES = [name for name, (method, _) in SETTINGS.items() if method != "int8"]
 DEFAULT = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.5", "stream-2.0")
@@ -71,7 +71,7 @@ def dense_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedMod
 def packed_model(config: PreTrainedConfig, setting: str, device: torch.device) -> PreTrainedModel:
     """The same with random codes in the layers that the setting packs."""
     model, quantization = dense_model(config, device), config_of_setting(setting)
-    for name in dict(METHODS)[type(quantization)](quantization, pre_quantized=False).select(model):
+    for name in PackedHfQuantizer(quantization, pre_quantized=False).select(model):
         layer = model.get_submodule(name)
         if not isinstance(layer, torch.nn.Linear):
             raise ValueError(f"{name} is {type(layer).__name__}; only models of linear layers are measured here")

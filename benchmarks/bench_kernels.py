@@ -9,7 +9,7 @@ Needs PyTorch and Triton only, and some minutes, most of them for compiling. The
 of tokens; what it holds is not measured again, so that a run that was interrupted goes on where it stopped.
 
     PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py
-    PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py --models Llama-3-70B --tokens 1 8 --codecs "ccq 2.5"
+    PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py --models Llama-3-70B --tokens 1 8 --codecs "ccq-2.5"
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hf_pcdvq_kernels.random_weights import random_packed
 from hf_pcdvq_kernels.triton import timing, tuned
 from torch.nn.functional import linear
 
-CODECS = ("pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625", "stream 2.0")
+CODECS = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0")
 TOKENS = (1, 2, 4, 8, 16, 64, 2048)
 SMOKE_TOKENS = (1, 4)
 ROTATION = 128  # the largest block of the rotation, as configs have it by default
@@ -52,9 +52,9 @@ def packed(codec: str, outputs: int, inputs: int, seed: int, device: torch.devic
     """One of ours, called as layers call it."""
     weight = random_packed(codec, outputs, inputs, seed, device)
     signs = torch.ones(min(ROTATION, inputs & -inputs), device=device)
-    matmul = getattr(ops, f"{codec.split()[0]}_matmul")
     nbytes = sum(tensor.nbytes for tensor in weight if isinstance(tensor, torch.Tensor))
-    return Product(lambda x: matmul(x, *weight, signs=signs), nbytes)
+    family = ops.family_of(codec).family
+    return Product(lambda x: ops.matmul(family, x, weight, signs=signs), nbytes)
 
 
 def maker(weight: str) -> Callable[[int, int, int, torch.device], Product]:

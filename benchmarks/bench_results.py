@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_pcdvq_kernels import FORMATS
+
 FORMAT = 1
 DENSE = "bf16"
 
@@ -39,7 +41,7 @@ SMOKE_LAYERS = (Layer("smoke", "up", 256, 128, 2), Layer("smoke", "down", 128, 2
 
 # Issue 5, on an H200. Over the layers of a block, one token:
 TARGET_MODEL = "Llama-3-70B"
-TARGETS = {"pcdvq 2.0": 3.0, "pcdvq 2.25": 3.0, "ccq 2.5": 3.5, "stream 2.0": 2.5}
+TARGETS = {"pcdvq-2.0": 3.0, "pcdvq-2.25": 3.0, "ccq-2.5": 3.5, "stream-2.0": 2.5}
 # ... and for every layer by itself, over a range of tokens:
 LEAST = ((range(1, 65), 1.0), (range(2048, 2049), 0.8))
 
@@ -192,7 +194,7 @@ def targets(results: Results) -> Iterator[tuple[str, float | None, float]]:
 
 def own_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """Those of our codecs."""
-    return (row for row in rows if row.weight.split()[0] in ("pcdvq", "ccq", "stream"))
+    return (row for row in rows if row.weight in FORMATS)
 
 
 def target_lines(results: Results) -> str:

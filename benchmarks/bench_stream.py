@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_pcdvq_kernels.formats import STREAM_BITS, STREAM_RING
+from hf_pcdvq_kernels.formats.stream import STREAM_BITS, STREAM_RING
 from rich.console import Console
 from rich.table import Table
 

@@ -6,7 +6,7 @@ Quantizes LLaMA-2-7B, LLaMA-3-8B and Mistral-7B from the Hub (the first two want
 computed again; packed models are kept in --work. docs/reproduce.md says what to expect of it.
 
     python benchmarks/reproduce_paper.py --out reproduction.json
-    python benchmarks/reproduce_paper.py --out reproduction.json --models mistralai/Mistral-7B-v0.1 --settings "PCDVQ 2.25"
+    python benchmarks/reproduce_paper.py --out reproduction.json --models mistralai/Mistral-7B-v0.1 --settings "pcdvq-2.25"
     python benchmarks/reproduce_paper.py --out smoke.json --smoke      # two blocks of SmolLM2-135M: a minute
 """
 
@@ -37,12 +37,12 @@ from hf_pcdvq.importers.gguf import dense_from_gguf
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"]
 SETTINGS = {
-    "PCDVQ 2.0": PcdvqConfig(bits=2.0),
-    "PCDVQ 2.25": PcdvqConfig(bits=2.25),
-    "CCQ 2.0625": CcqConfig(layout="2.0625"),
-    "CCQ 2.5": CcqConfig(layout="2.5"),
-    "CCQ 2.75": CcqConfig(layout="2.75"),
-    "stream 2.0": CcqConfig(layout="stream", bits=2.0),
+    "pcdvq-2.0": PcdvqConfig(bits=2.0),
+    "pcdvq-2.25": PcdvqConfig(bits=2.25),
+    "ccq-2.0625": CcqConfig(layout="2.0625"),
+    "ccq-2.5": CcqConfig(layout="2.5"),
+    "ccq-2.75": CcqConfig(layout="2.75"),
+    "stream-2.0": CcqConfig(layout="stream", bits=2.0),
 }
 
 
@@ -177,7 +177,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     plan = SMOKE if args.smoke else Plan()
     models = args.models or ([smollm2(args.work)] if args.smoke else MODELS)
-    settings = args.settings or (["PCDVQ 2.25"] if args.smoke else list(SETTINGS))
+    settings = args.settings or (["pcdvq-2.25"] if args.smoke else list(SETTINGS))
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
     for model in models:
         for setting in settings:

@@ -10,7 +10,7 @@ from .calibration.settings import Calibration
 from .config import CcqConfig, PcdvqConfig
 from .publish.push import push_to_hub
 from .quantize import quantize_model
-from .quantizer import CcqHfQuantizer, PcdvqHfQuantizer
+from .quantizer import PackedHfQuantizer
 from .registration import register
 from .version import FORMAT_VERSION, __version__
 
@@ -20,9 +20,8 @@ __all__ = [
     "FORMAT_VERSION",
     "Calibration",
     "CcqConfig",
-    "CcqHfQuantizer",
+    "PackedHfQuantizer",
     "PcdvqConfig",
-    "PcdvqHfQuantizer",
     "__version__",
     "get_backend",
     "push_to_hub",

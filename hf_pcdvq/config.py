@@ -9,27 +9,29 @@ from __future__ import annotations
 import copy
 import re
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
-from hf_pcdvq_kernels import CCQ_LAYOUTS, STREAM_BITS, STREAM_WINDOWS
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .calibration.settings import Calibration
-from .codecs.base import Codec
+from .codecs import SETTINGS, Codec, codec_of_setting
+from .codecs.base import one_of
 from .codecs.codebook import codebook_hash
-from .codecs.convolutional import ConvolutionalCodec
-from .codecs.polar import CODEBOOKS, PolarCodec
-from .codecs.scalar import ScalarCodec
-from .codecs.stream import StreamCodec
+from .codecs.polar import PolarCodec
 from .version import FORMAT_VERSION
 
 _NOT_SAVED = ("dequantize", "tokenizer")
 
 
-def _one_of(owner: str, field: str, value: Any, allowed: tuple) -> Any:
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        raise ValueError(f"{owner}: {field} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
+@contextmanager
+def _named(owner: str) -> Iterator[None]:
+    """Put the name of the config before what is wrong with one of its fields."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from None
 
 
 def _names(owner: str, field: str, value: Any) -> list[str] | None:
@@ -57,7 +59,8 @@ def _overrides(owner: str, value: Any) -> dict[str, str | None]:
         except (re.error, TypeError) as error:
             raise ValueError(f"{owner}: overrides: {pattern!r} is not a regular expression: {error}") from error
         if setting is not None:
-            _one_of(owner, f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
+            with _named(owner):
+                one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
     return overrides
 
 
@@ -88,22 +91,24 @@ class PackedConfig(QuantizationConfigMixin):
         ValueError: a field has a value that is not allowed, or is unknown.
     """
 
-    method: str
+    method: ClassVar[str]
+    paper: ClassVar[str]  # where the method is from
+    format_fields: ClassVar[tuple[str, ...]]  # what tells its formats apart
 
     def __init__(
         self,
         *,
-        hadamard_block: int,
-        hadamard_seed: int,
-        modules_to_not_convert: list[str] | None,
-        modules_to_convert: list[str] | None,
-        calibration: Calibration | dict[str, Any] | str | None,
-        tokenizer: Any,
-        overrides: dict[str, str | None] | list[list[str | None]] | None,
-        dequantize: bool,
-        left_unpacked: dict[str, str] | None,
-        format_version: int,
-        unknown: dict[str, Any],
+        hadamard_block: int = 128,
+        hadamard_seed: int = 0,
+        modules_to_not_convert: list[str] | None = None,
+        modules_to_convert: list[str] | None = None,
+        calibration: Calibration | dict[str, Any] | str | None = None,
+        tokenizer: Any = None,
+        overrides: dict[str, str | None] | list[list[str | None]] | None = None,
+        dequantize: bool = False,
+        left_unpacked: dict[str, str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
     ):
         owner = type(self).__name__
         self._check_version(owner, format_version, unknown)
@@ -118,7 +123,8 @@ class PackedConfig(QuantizationConfigMixin):
         self.calibration = Calibration.of(calibration)
         self.tokenizer = tokenizer
         self.overrides = _overrides(owner, overrides)
-        self.dequantize = _one_of(owner, "dequantize", dequantize, (False, True))
+        with _named(owner):
+            self.dequantize = one_of("dequantize", dequantize, (False, True))
         self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
 
     def _check_version(self, owner: str, format_version: Any, unknown: dict[str, Any]) -> None:
@@ -149,17 +155,18 @@ class PackedConfig(QuantizationConfigMixin):
         return self.codec
 
     def _codec_of_setting(self, setting: str) -> Codec:
-        kind, fields = SETTINGS[setting]
-        if kind == "int8":
-            return ScalarCodec(self.hadamard_block, self.hadamard_seed)
-        rotation: dict[str, Any] = {"hadamard_block": self.hadamard_block, "hadamard_seed": self.hadamard_seed}
-        return CONFIGS[kind](**fields, **rotation).codec
+        return codec_of_setting(setting, self.hadamard_block, self.hadamard_seed)
 
     @property
     def codecs(self) -> list[Codec]:
         """Every codec that modules may have."""
         settings = [setting for setting in self.overrides.values() if setting is not None]
         return [self.codec, *(self._codec_of_setting(setting) for setting in dict.fromkeys(settings))]
+
+    def describe(self) -> str:
+        """The setting, by name, and what differs from it: `"stream-2.0, windows of 14 bits"`."""
+        described = ", ".join([self.codec.format, *self.codec.details()])
+        return f"{described}, other settings for some layers" if self.overrides else described
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Fields that a config given to `from_pretrained` may set for a model that is packed already."""
@@ -188,6 +195,8 @@ class PcdvqConfig(PackedConfig):
     """
 
     method = "pcdvq"
+    paper = "https://arxiv.org/abs/2506.05432"
+    format_fields = ("bits",)
 
     def __init__(
         self,
@@ -195,39 +204,13 @@ class PcdvqConfig(PackedConfig):
         magnitude: str = "norm",
         codebook: str | None = None,
         codebook_sha256: str | None = None,
-        hadamard_block: int = 128,
-        hadamard_seed: int = 0,
-        modules_to_not_convert: list[str] | None = None,
-        modules_to_convert: list[str] | None = None,
-        calibration: Calibration | dict[str, Any] | str | None = None,
-        tokenizer: Any = None,
-        overrides: dict[str, str | None] | list[list[str | None]] | None = None,
-        dequantize: bool = False,
-        left_unpacked: dict[str, str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        **unknown: Any,
+        **common: Any,
     ):
-        super().__init__(
-            hadamard_block=hadamard_block,
-            hadamard_seed=hadamard_seed,
-            modules_to_not_convert=modules_to_not_convert,
-            modules_to_convert=modules_to_convert,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            overrides=overrides,
-            dequantize=dequantize,
-            left_unpacked=left_unpacked,
-            format_version=format_version,
-            unknown=unknown,
-        )
-        self.bits = float(_one_of("PcdvqConfig", "bits", bits, tuple(CODEBOOKS)))
-        self.magnitude = _one_of("PcdvqConfig", "magnitude", magnitude, ("norm", "projection"))
-        self.codebook = CODEBOOKS[self.bits] if codebook is None else codebook
-        self.codebook_sha256 = codebook_hash(self.codebook)
-        if self.codec.bits != self.bits:
-            raise ValueError(
-                f"PcdvqConfig: codebook {self.codebook!r} is for {self.codec.bits} bits, but bits is {self.bits}"
-            )
+        super().__init__(**common)
+        with _named("PcdvqConfig"):
+            codec = PolarCodec.of(self.hadamard_block, self.hadamard_seed, bits, magnitude, codebook)
+            self.codebook_sha256 = codebook_hash(codec.codebook)
+        self.bits, self.magnitude, self.codebook = codec.bits, codec.magnitude, codec.codebook
         if codebook_sha256 not in (None, self.codebook_sha256):
             raise ValueError(
                 f"PcdvqConfig: the model was packed with a codebook {self.codebook!r} of SHA-256 {codebook_sha256}, "
@@ -235,7 +218,7 @@ class PcdvqConfig(PackedConfig):
             )
 
     @property
-    def codec(self) -> PolarCodec:
+    def codec(self) -> Codec:
         return PolarCodec(self.hadamard_block, self.hadamard_seed, self.codebook, self.magnitude)
 
 
@@ -247,72 +230,46 @@ class CcqConfig(PackedConfig):
             at the same bits (`codecs/stream.py`).
         hadamard: rotate the inputs (default; far better at these bits). False is the published form.
         bits: bits per weight. Only `"stream"` leaves a choice: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
-        window: of `"stream"` only: bits per window, 12 (default) to 16. Each bit more takes over twice as long to encode,
-            for about 1 % less squared error.
+        window_bits: of `"stream"` only: 12 (default) to 16. Each bit more takes over twice as long to encode, for about 1 %
+            less squared error.
 
     The other fields are described in `PackedConfig`.
     """
 
     method = "ccq"
+    paper = "https://arxiv.org/abs/2507.07145"
+    format_fields = ("bits", "layout")
 
     def __init__(
         self,
         layout: str = "2.5",
         hadamard: bool = True,
         bits: float | None = None,
-        window: int | None = None,
-        hadamard_block: int = 128,
-        hadamard_seed: int = 0,
-        modules_to_not_convert: list[str] | None = None,
-        modules_to_convert: list[str] | None = None,
-        calibration: Calibration | dict[str, Any] | str | None = None,
-        tokenizer: Any = None,
-        overrides: dict[str, str | None] | list[list[str | None]] | None = None,
-        dequantize: bool = False,
-        left_unpacked: dict[str, str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        **unknown: Any,
+        window_bits: int | None = None,
+        **common: Any,
     ):
-        super().__init__(
-            hadamard_block=hadamard_block,
-            hadamard_seed=hadamard_seed,
-            modules_to_not_convert=modules_to_not_convert,
-            modules_to_convert=modules_to_convert,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            overrides=overrides,
-            dequantize=dequantize,
-            left_unpacked=left_unpacked,
-            format_version=format_version,
-            unknown=unknown,
-        )
-        self.layout = _one_of("CcqConfig", "layout", layout, (*CCQ_LAYOUTS, "stream"))
-        if layout == "stream":
-            self.bits = float(_one_of("CcqConfig", "bits", 2.0 if bits is None else bits, STREAM_BITS))
-            self.window = int(_one_of("CcqConfig", "window", 12 if window is None else window, STREAM_WINDOWS))
-        else:
-            for name, value, own in (("bits", bits, CCQ_LAYOUTS[layout].bits), ("window", window, None)):
-                if value not in (None, own):
-                    raise ValueError(f"CcqConfig: {name} {value!r} needs layout 'stream', the layout is {layout!r}")
-            self.bits, self.window = CCQ_LAYOUTS[layout].bits, None
-        self.hadamard = _one_of("CcqConfig", "hadamard", hadamard, (False, True))
+        super().__init__(**common)
+        with _named("CcqConfig"):
+            self.layout = one_of("layout", layout, tuple(_layouts()))
+            self.hadamard = one_of("hadamard", hadamard, (False, True))
+            codec = self._codec_with(bits, window_bits)
+        self.bits, self.window_bits = codec.bits, codec.parameters().get("window_bits")
+
+    def _codec_with(self, bits: float | None, window_bits: int | None) -> Codec:
+        block = self.hadamard_block if self.hadamard else 0
+        fields = {"layout": self.layout, "bits": bits, "window_bits": window_bits}
+        return _layouts()[self.layout].of(block, self.hadamard_seed, **fields)
 
     @property
-    def codec(self) -> ConvolutionalCodec | StreamCodec:
-        block = self.hadamard_block if self.hadamard else 0
-        if self.layout == "stream":
-            return StreamCodec(block, self.hadamard_seed, self.bits, self.window)
-        return ConvolutionalCodec(block, self.hadamard_seed, self.layout)
+    def codec(self) -> Codec:
+        return self._codec_with(self.bits, self.window_bits)
 
 
-# Settings by name: the method, and the fields of its config. "int8" is for overrides alone (`codecs/scalar.py`).
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"pcdvq-{bits}": ("pcdvq", {"bits": bits}) for bits in CODEBOOKS},
-    **{f"ccq-{layout}": ("ccq", {"layout": layout}) for layout in CCQ_LAYOUTS},
-    **{f"ccq-{layout}-published": ("ccq", {"layout": layout, "hadamard": False}) for layout in CCQ_LAYOUTS},
-    **{f"stream-{bits}": ("ccq", {"layout": "stream", "bits": bits}) for bits in STREAM_BITS},
-    "int8": ("int8", {}),
-}
+def _layouts() -> dict[str, type[Codec]]:
+    """The codecs of `CcqConfig`, by layout."""
+    settings = [entry for entry in SETTINGS.values() if entry[0].method == CcqConfig.method]
+    return {fields["layout"]: codec for codec, fields in settings}
+
 
 CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}
 
@@ -323,6 +280,7 @@ def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
     Raises:
         ValueError: there is no such setting, it is for overrides alone, or a field has a value that is not allowed.
     """
-    names = tuple(name for name, (method, _) in SETTINGS.items() if method in CONFIGS)
-    method, own = SETTINGS[_one_of("config", "setting", setting, names)]
-    return CONFIGS[method](**own, **fields)
+    names = tuple(name for name, (codec, _) in SETTINGS.items() if codec.method in CONFIGS)
+    with _named("config"):
+        codec, own = SETTINGS[one_of("setting", setting, names)]
+    return CONFIGS[codec.method](**own, **fields)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .codecs.base import counted_bits
 from .config import PackedConfig
 from .modules import dense_weights, is_fused_experts
-from .registration import METHODS
+from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -105,7 +105,7 @@ def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int 
     model_config = AutoConfig.for_model(**{**model_config.to_dict(), "quantization_config": None})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16).eval()
-    quantizer = {known: quantizer for known, quantizer in METHODS}[type(config)](config, pre_quantized=False)
+    quantizer = PackedHfQuantizer(config, pre_quantized=False)
     packed = {
         id(weight): _packed_bytes(config, name, weight)
         for name in quantizer.select(model)

@@ -10,7 +10,7 @@ import torch
 
 from .calibration.settings import Calibration
 from .config import PackedConfig
-from .registration import METHODS
+from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def quantize_model(
     data = settings.data if calibration is None else calibration
     name = str(data) if isinstance(data, (str, Path)) else "given" if data is not None else None
     config.calibration = settings.with_data(name)
-    quantizer = {known: quantizer for known, quantizer in METHODS}[type(config)](config, pre_quantized=False)
+    quantizer = PackedHfQuantizer(config, pre_quantized=False)
     quantizer.calibrate(
         model,
         quantizer.select(model),

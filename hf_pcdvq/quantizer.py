@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class PackedHfQuantizer(HfQuantizer):
-    """What both methods share: everything but the codec, which the config makes."""
+    """The quantizer of every method: the config says which codecs its layers have."""
 
     requires_calibration = False
     quantization_config: PackedConfig
@@ -345,14 +345,6 @@ class PackedHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-class PcdvqHfQuantizer(PackedHfQuantizer):
-    """Quantizer of `PcdvqConfig`."""
-
-
-class CcqHfQuantizer(PackedHfQuantizer):
-    """Quantizer of `CcqConfig`."""
 
 
 def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:

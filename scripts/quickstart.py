@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq import Calibration, quantize_model
+from hf_pcdvq.config import PackedConfig, config_of_setting
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluation.metrics import Evaluation, evaluate, token_windows
 from hf_pcdvq.files.folders import folder_in_place
-from hf_pcdvq.files.size import FolderCount, count_folder, describe_config, readable_size
+from hf_pcdvq.files.size import FolderCount, count_folder, readable_size
 from hf_pcdvq.importers.gguf import dense_from_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="folder with safetensors, or name on the Hugging Face Hub (default: SmolLM2-135M-Instruct)"
     )
-    parser.add_argument("--method", choices=("pcdvq", "ccq"), default="pcdvq", help="default: %(default)s")
-    parser.add_argument("--bits", type=float, help="of pcdvq: 2.0 or 2.25 (default: 2.25)")
-    parser.add_argument("--layout", help="of ccq: 2.75, 2.5 or 2.0625 (default: 2.5)")
+    parser.add_argument(
+        "--setting", default="pcdvq-2.25", help="how to pack, such as stream-2.0 (default: %(default)s)"
+    )
     parser.add_argument(
         "--calibration",
         metavar="DATA",
@@ -63,27 +64,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=48, help="windows to evaluate at most (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "quickstart", help="where to save (default: %(default)s)")
     args = parser.parse_args()
-    if args.method == "pcdvq" and args.layout is not None:
-        parser.error("--layout belongs to --method ccq")
-    if args.method == "ccq" and args.bits is not None:
-        parser.error("--bits belongs to --method pcdvq; ccq has --layout")
     if args.no_calibration and args.calibration is not None:
         parser.error("--no-calibration excludes --calibration")
     if not args.text.is_file():
         parser.error(f"--text: there is no file {args.text}")
     try:
-        args.config = make_config(args.method, args.bits, args.layout)
+        args.config = config_of_setting(args.setting)
     except ValueError as error:
         parser.error(str(error))
     if not args.no_calibration:
         args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
     return args
-
-
-def make_config(method: str, bits: float | None, layout: str | None) -> PcdvqConfig | CcqConfig:
-    if method == "ccq":
-        return CcqConfig() if layout is None else CcqConfig(layout=layout)
-    return PcdvqConfig() if bits is None else PcdvqConfig(bits=bits)
 
 
 def original_folder(model: str | None, out: Path) -> Path:
@@ -109,7 +100,7 @@ def smollm2(out: Path) -> Path:
     return folder
 
 
-def quantize(original: Path, packed: Path, config: PcdvqConfig | CcqConfig) -> None:
+def quantize(original: Path, packed: Path, config: PackedConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(original)
     with folder_in_place(packed, original, force=True) as partial:
         if config.calibration is None:
@@ -161,7 +152,7 @@ def compare(original: Path, packed: Path, windows: torch.Tensor) -> Evaluation:
 
 
 def result_table(before: FolderCount, after: FolderCount, result: Evaluation, seconds: dict[str, float]) -> Table:
-    table = Table(title=f"{before.folder.name}, {describe_config(after.config)}", title_justify="left")
+    table = Table(title=f"{before.folder.name}, {after.config.describe()}", title_justify="left")
     table.add_column("")
     table.add_column("original", justify="right")
     table.add_column("packed", justify="right")
@@ -207,8 +198,7 @@ def main() -> None:
             windows = text_windows(original, args)
     except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
-    setting = args.config.bits if args.method == "pcdvq" else args.config.layout
-    packed = args.out.resolve() / f"{original.name}-{args.method}-{setting}"
+    packed = args.out.resolve() / f"{original.name}-{args.setting}"
     with step("calibrate, quantize and save" if args.config.calibration else "quantize and save"):
         quantize(original, packed, args.config)
     with step("load and generate in a new process"):

@@ -59,7 +59,7 @@ def projection():
 
 
 def wide_window():
-    return CcqConfig(layout="stream", window=14, **BLOCK)
+    return CcqConfig(layout="stream", window_bits=14, **BLOCK)
 
 
 CONFIGS = {

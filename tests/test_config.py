@@ -25,17 +25,16 @@ def test_ccq_survives_json(layout, hadamard):
     assert again.codec.layout == layout and bool(again.codec.max_block) == hadamard
 
 
-@pytest.mark.parametrize("bits, window", [(2, 12), (2.25, 16), (2.5, 13)])
-def test_stream_survives_json(bits, window):
-    config = CcqConfig(layout="stream", bits=bits, window=float(window))
+@pytest.mark.parametrize("bits, window_bits", [(2, 12), (2.25, 16), (2.5, 13)])
+def test_stream_survives_json(bits, window_bits):
+    config = CcqConfig(layout="stream", bits=bits, window_bits=float(window_bits))
     again = CcqConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
-    assert again.codec.bits == bits and again.codec.window == window and again.codec.max_block == 128
+    assert again.codec.bits == bits and again.codec.window_bits == window_bits and again.codec.max_block == 128
 
 
 def test_published_layouts_have_their_own_bits():
     assert CcqConfig(layout="2.75").bits == 2.75
-    # Saved before `bits` and `window` were there.
     assert CcqConfig.from_dict({"layout": "2.0625", "quant_method": "ccq"}).codec.bits == 2.0625
 
 
@@ -49,9 +48,9 @@ REFUSED = [
     (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', 'stream', got '2'"),
     (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
     (CcqConfig, {"layout": "2.5", "bits": 3.0}, r"bits 3.0 needs layout 'stream', the layout is '2.5'"),
-    (CcqConfig, {"layout": "2.5", "window": 12}, r"window 12 needs layout 'stream', the layout is '2.5'"),
+    (CcqConfig, {"layout": "2.5", "window_bits": 12}, r"window_bits 12 needs layout 'stream', the layout is '2.5'"),
     (CcqConfig, {"layout": "stream", "bits": 2.1}, r"bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
-    (CcqConfig, {"layout": "stream", "window": 17}, r"window must be one of 12, 13, 14, 15, 16, got 17"),
+    (CcqConfig, {"layout": "stream", "window_bits": 17}, r"window_bits must be one of 12, 13, 14, 15, 16, got 17"),
     (CcqConfig, {"hadamard": 1}, r"hadamard must be one of False, True, got 1"),
     (CcqConfig, {"hadamard_block": 100}, r"hadamard_block must be a power of two from 8 to 1024, got 100"),
     (PcdvqConfig, {"hadamard_seed": -1}, r"hadamard_seed must be an integer from 0 .*, got -1"),

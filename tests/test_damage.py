@@ -134,7 +134,7 @@ def test_dequantize_needs_a_packed_model(tiny_model_dir):
 def test_registration_can_be_repeated():
     hf_pcdvq.register()
     importlib.reload(hf_pcdvq)
-    assert auto.AUTO_QUANTIZER_MAPPING["pcdvq"] is hf_pcdvq.PcdvqHfQuantizer
+    assert auto.AUTO_QUANTIZER_MAPPING["pcdvq"] is hf_pcdvq.PackedHfQuantizer
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ccq"] is CcqConfig
     assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(CcqConfig) == 1
 

@@ -108,8 +108,8 @@ def test_only_single_products_with_kernels_are_tuned(packed_dir):
 
 
 def test_a_recipe_can_be_given_on_the_command_line(tmp_path, tiny_model_dir):
-    arguments = ["quantize", str(tiny_model_dir), "--out", str(tmp_path / "packed"), "--method", "ccq"]
-    arguments += ["--layout", "stream", "--no-calibration", "--override", "self_attn=int8"]
+    arguments = ["quantize", str(tiny_model_dir), "--out", str(tmp_path / "packed"), "--setting", "stream-2.0"]
+    arguments += ["--no-calibration", "--override", "self_attn=int8"]
     arguments += ["--override", r"layers\.0\.mlp=none"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output

@@ -5,7 +5,7 @@ Needs no GPU. Every kernel is compiled as it is launched by default for a layer 
 takes some twenty minutes on two cores; Triton caches what it compiled, so a run that was interrupted goes on there.
 
     python tools/kernel_report.py --json benchmarks/results/kernel_report.json
-    python tools/kernel_report.py --target sm_90 --kernel "stream 2.0" --kernel rotation
+    python tools/kernel_report.py --target sm_90 --kernel "stream-2.0" --kernel rotation
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Iterable
 
 import torch
-from hf_pcdvq_kernels.formats import CCQ_LAYOUTS, GROUP
+from hf_pcdvq_kernels.formats.ccq import CCQ_LAYOUTS, GROUP
 from tqdm import tqdm, trange
 
 from hf_pcdvq.codecs.convolutional import chain_error, chains, cluster_table

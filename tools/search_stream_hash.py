@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 import torch
-from hf_pcdvq_kernels.formats import STREAM_RING, stream_layout
+from hf_pcdvq_kernels.formats.stream import STREAM_RING, stream_layout
 from hf_pcdvq_kernels.reference.stream import values
 from tqdm import tqdm
 

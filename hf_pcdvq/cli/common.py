@@ -73,6 +73,17 @@ def placement_options(command: Callable) -> Callable:
     return command
 
 
+def setting_option(command: Callable) -> Callable:
+    """The option of every command that chooses how layers are packed."""
+    return click.option(
+        "--setting",
+        default="pcdvq-2.25",
+        show_default=True,
+        metavar="NAME",
+        help="How the layers are packed: pcdvq-2.25, stream-2.0, ccq-2.5 and so on; a wrong name lists them all.",
+    )(command)
+
+
 def override_option(command: Callable) -> Callable:
     """The option of every command that chooses settings by module."""
     return click.option(

@@ -7,12 +7,12 @@ import json
 import click
 from rich.console import Console
 
-from .common import Command, override_option, overrides_of
+from .common import Command, override_option, overrides_of, setting_option
 
 
 @click.command(cls=Command)
 @click.argument("model", metavar="CONFIG.json|MODEL")
-@click.option("--setting", default="pcdvq-2.25", show_default=True, metavar="NAME", help="How the layers are packed.")
+@setting_option
 @override_option
 @click.option(
     "--skip", multiple=True, metavar="PATTERN", help="Leave the modules of this name, suffix or regular expression."

@@ -21,6 +21,7 @@ from .common import (
     override_option,
     overrides_of,
     placement_options,
+    setting_option,
 )
 
 if TYPE_CHECKING:
@@ -42,33 +43,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@setting_option
+@click.option("--magnitude", type=click.Choice(["norm", "projection"]), help="Of pcdvq only. [default: norm]")
 @click.option(
-    "--method",
-    type=click.Choice(["pcdvq", "ccq"]),
-    default="pcdvq",
-    show_default=True,
-    help="pcdvq: polar vector quantization. ccq: convolutional codes.",
-)
-@click.option(
-    "--bits",
-    type=float,
-    help="Bits per weight. pcdvq: 2.0 or 2.25 (default). ccq with --layout stream: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.",
-)
-@click.option("--magnitude", type=click.Choice(["norm", "projection"]), help="pcdvq only. [default: norm]")
-@click.option(
-    "--layout",
-    type=click.Choice(["2.75", "2.5", "2.0625", "stream"]),
-    help="ccq only: a published layout, named by its bits per weight, or stream, which is better. [default: 2.5]",
-)
-@click.option(
-    "--window",
+    "--window-bits",
     type=int,
-    help="ccq with --layout stream only: bits per window, 12 to 16; more take longer to encode. [default: 12]",
-)
-@click.option(
-    "--hadamard/--no-hadamard",
-    default=None,
-    help="ccq only: rotate the inputs; off is the published form, and far worse. [default: on]",
+    help="Of stream only: bits per window, 12 to 16; more take longer to encode. [default: 12]",
 )
 @click.option(
     "--skip",
@@ -113,8 +93,8 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     \b
     Examples:
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --calibration wiki.txt
-      hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout stream --bits 2.5
-      hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
+      hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
+      hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
     from ..calibration.store import clear
     from ..files.folders import check_source, folder_in_place
@@ -133,23 +113,14 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
-    """The config that the options ask for; an option of the other method is wrong usage."""
-    from .. import CcqConfig, PcdvqConfig
+    """The config that the options ask for; an option that does not belong to the setting is wrong usage."""
+    from ..config import config_of_setting
 
-    methods = {"pcdvq": ("bits", "magnitude"), "ccq": ("bits", "layout", "window", "hadamard")}
-    method = ctx.params["method"]
-    for owner, names in methods.items():
-        for name in names:
-            if name not in methods[method] and ctx.params[name] is not None:
-                raise click.UsageError(f"--{name} belongs to --method {owner}, but the method is {method}", ctx)
-    chosen = {name: ctx.params[name] for name in methods[method] if ctx.params[name] is not None}
-    config = {"pcdvq": PcdvqConfig, "ccq": CcqConfig}[method]
-    calibration = _calibration(ctx)
+    chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
+    common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
+    overrides = overrides_of(ctx.params["override"])
     try:
-        overrides = overrides_of(ctx.params["override"])
-        return config(
-            modules_to_not_convert=list(skip) or None, calibration=calibration, overrides=overrides, **chosen
-        )
+        return config_of_setting(ctx.params["setting"], overrides=overrides, **common, **chosen)
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
 

@@ -52,11 +52,18 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
     shapes = _shapes(folder, tokens)
     wanted = [shape for shape in shapes if force or shape not in tuned.load(where)]
     note(f"{len(wanted)} products to measure, {len(shapes) - len(wanted)} measured before")
-    table = Table("codec", "tokens", "outputs", "inputs", "rows", "warps", "splits", "µs", "default µs")
+    table = Table("format", "tokens", "outputs", "inputs", "block_n", "num_warps", "split_k", "µs", "default µs")
     for shape, found in tqdm(tuning.tune(wanted, where), total=len(wanted), unit="product"):
         times = f"{found.seconds * 1e6:.1f}", f"{found.default_seconds * 1e6:.1f}"
-        sizes = (shape.tokens, shape.rows, shape.columns, found.config.rows, found.config.warps, found.config.splits)
-        table.add_row(shape.codec, *map(str, sizes), *times)
+        sizes = (
+            shape.tokens,
+            shape.rows,
+            shape.columns,
+            found.config.block_n,
+            found.config.num_warps,
+            found.config.split_k,
+        )
+        table.add_row(shape.format, *map(str, sizes), *times)
     if wanted:
         Console().print(table)
     click.echo(tuned.file_of(where))
@@ -74,8 +81,8 @@ def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
     powers = sorted({tokens_per_program(number) for number in tokens})
     # What is measured is for single products, and experts are multiplied in groups.
     products = dict.fromkeys(
-        (layer.codec.kernels, layer.out_features, layer.in_features)
+        (layer.codec.format, layer.out_features, layer.in_features)
         for layer in count.layers
-        if layer.codec.kernels and layer.experts == 1
+        if layer.codec.has_kernels and layer.experts == 1
     )
-    return [Shape(codec, power, *size) for codec, *size in products for power in powers]
+    return [Shape(name, power, *size) for name, *size in products for power in powers]

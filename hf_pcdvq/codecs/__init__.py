@@ -1,0 +1,35 @@
+"""Codecs: weight <-> packed tensors, one file per method, all of them in one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Codec, one_of
+from .convolutional import ConvolutionalCodec
+from .polar import PolarCodec
+from .scalar import ScalarCodec
+from .stream import StreamCodec
+
+CODECS: tuple[type[Codec], ...] = (PolarCodec, ConvolutionalCodec, StreamCodec, ScalarCodec)
+# Codecs by the name of a setting, with the fields of the config that describe them.
+SETTINGS: dict[str, tuple[type[Codec], dict[str, Any]]] = {
+    name: (codec, fields) for codec in CODECS for name, fields in codec.settings().items()
+}
+
+
+def codec_of_setting(setting: str, max_block: int, seed: int) -> Codec:
+    """The codec of a named setting.
+
+    Args:
+        max_block, seed: of the rotation, which settings that are not rotated leave out.
+
+    Raises:
+        ValueError: there is no such setting.
+    """
+    codec, fields = SETTINGS[one_of("setting", setting, tuple(SETTINGS))]
+    rotated = fields.get("hadamard", True)
+    own = {name: value for name, value in fields.items() if name != "hadamard"}
+    return codec.of(max_block if rotated else 0, seed, **own)
+
+
+__all__ = ["CODECS", "SETTINGS", "Codec", "codec_of_setting"]

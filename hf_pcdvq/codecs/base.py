@@ -11,8 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+import hf_pcdvq_kernels as ops
 import torch
+from hf_pcdvq_kernels.formats import PackedWeight
 from torch import Tensor
 
 from . import hadamard
@@ -74,13 +77,48 @@ class UnitEncoder(ABC):
 class Codec(ABC):
     """A packed format for weights `[N, K]`: `N` output channels, `K` input features.
 
+    A subclass says how weights are encoded. What is packed where, and how it is decoded and multiplied, follows from the
+    description of its family in `hf_pcdvq_kernels.formats`.
+
     Attributes:
         max_block: the largest Hadamard block; 0 switches the rotation off.
         seed: seed of the rotation's signs.
+        family: the description of the format's family.
+        method: the quantization method whose config describes the codec; None if it is for overrides alone.
     """
 
     max_block: int
     seed: int
+
+    family: ClassVar[type[PackedWeight]]
+    method: ClassVar[str | None]
+
+    # ---------------------------------------------------------------------------------------- how it is asked for
+
+    @classmethod
+    @abstractmethod
+    def settings(cls) -> dict[str, dict[str, Any]]:
+        """The codecs of this class that have a name, each with the fields of the config that describe it."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, max_block: int, seed: int, *args: Any, **fields: Any) -> Self:
+        """The codec that fields of a config describe.
+
+        Raises:
+            ValueError: a field has a value that is not allowed.
+        """
+
+    # ----------------------------------------------------------------------------------------------- the format
+
+    @property
+    @abstractmethod
+    def format(self) -> str:
+        """The name of the packed format: `"pcdvq-2.25"`, `"stream-2.0"` and so on."""
+
+    def details(self) -> list[str]:
+        """What a user wants to know of the codec besides its format, in words."""
+        return [] if self.max_block else ["not rotated"]
 
     @property
     @abstractmethod
@@ -88,27 +126,31 @@ class Codec(ABC):
         """Nominal bits per weight: codes only, without scales per channel."""
 
     @property
-    @abstractmethod
     def multiple(self) -> int:
         """The number of input features must be a multiple of this."""
-
-    @property
-    def kernels(self) -> str | None:
-        """What `hf_pcdvq_kernels.triton` calls the format; None if it has no kernels for it."""
-        return None
+        return self.family.multiple(self.format)
 
     @property
     def row_multiple(self) -> int:
         """Packed tensors can be cut after any multiple of this many output channels."""
-        return 1
+        return self.family.row_multiple
+
+    def specs(self, out_features: int, in_features: int) -> Specs:
+        """Shape and dtype of every packed tensor, by suffix."""
+        specs = self.family.specs(self.format, out_features, in_features)
+        return {_suffix(name): spec for name, spec in specs.items()}
+
+    def parameters(self) -> dict[str, Any]:
+        """The arguments of the format's ops that are no tensors."""
+        return self.family.parameters(self.format)
 
     def rows(self, packed: Packed, start: int, stop: int) -> Packed:
         """The packed tensors of output channels `start` to `stop`, `start` a multiple of `row_multiple`."""
-        return {suffix: tensor[start:stop] for suffix, tensor in packed.items()}
+        stop = min(stop, len(packed["scale"]))
+        first, last = (self.specs(rows, self.multiple) for rows in (start, stop))
+        return {suffix: tensor[first[suffix][0][0] : last[suffix][0][0]] for suffix, tensor in packed.items()}
 
-    @abstractmethod
-    def specs(self, out_features: int, in_features: int) -> Specs:
-        """Shape and dtype of every packed tensor, by suffix."""
+    # ------------------------------------------------------------------------------------------------- encoding
 
     @abstractmethod
     def encode_rotated(self, weight: Tensor) -> Packed:
@@ -118,16 +160,24 @@ class Codec(ABC):
     def unit_encoder(self, weight: Tensor) -> UnitEncoder:
         """An encoder with the scales that suit a rotated float32 weight `[N, K]`."""
 
-    @abstractmethod
+    # ------------------------------------------------------------------------------------ decoding and multiplying
+
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         """The rotated weight `[N, K]` that the codes stand for."""
+        return ops.dequantize(self.family.family, self._arguments(packed, tables), dtype)
 
-    @abstractmethod
     def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
         """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives.
 
         `prepared` is what `hf_pcdvq_kernels.prepare` made of the same `x` for this format.
         """
+        arguments = self._arguments(packed, tables)
+        return ops.matmul(self.family.family, x, arguments, signs=tables.get("signs"), prepared=prepared)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether products run as kernels of their own where there is a device for them."""
+        return self.family.has_kernels
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
         """`x[g] @ W[experts[g]].T` for stacks of packed tensors, without waiting for the device.
@@ -137,9 +187,19 @@ class Codec(ABC):
             experts: int32 `[G]`; the product is zero where it is negative.
 
         Returns:
-            `[G, T, N]` in the dtype of `x`; None if the format has no op for it.
+            `[G, T, N]` in the dtype of `x`; None if the format has no kernels for it.
         """
-        return None
+        if not self.has_kernels:
+            return None
+        return ops.grouped_matmul(
+            self.family.family, x, experts, self._arguments(packed, tables), tables.get("signs")
+        )
+
+    def _arguments(self, packed: Packed, tables: Packed) -> list[Any]:
+        """Of the ops, in their order."""
+        values = {**tables, **self.parameters()}
+        names = (argument.name for argument in self.family.arguments)
+        return [values[name] if name in values else packed.get(_suffix(name)) for name in names]
 
     def code_tables(self) -> Packed:
         """Constants that decoding reads, on the CPU; none unless the format has a codebook."""
@@ -200,6 +260,22 @@ class Codec(ABC):
             rotated = self.decode_rotated(self.rows(packed, start, start + rows), tables, torch.float32)
             parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))
         return torch.cat(parts)
+
+
+def _suffix(argument: str) -> str:
+    """The suffix of a packed tensor, of which the packed weight itself has none."""
+    return "" if argument == "weight" else argument
+
+
+def one_of(field: str, value: Any, allowed: tuple) -> Any:
+    """The value of a field, if it is allowed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
 
 
 def row_scale(weight: Tensor) -> Tensor:

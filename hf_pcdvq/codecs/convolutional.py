@@ -34,16 +34,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
-import hf_pcdvq_kernels as ops
 import torch
-from hf_pcdvq_kernels.formats import CCQ_LAYOUTS, GROUP, CcqLayout
+from hf_pcdvq_kernels.formats.ccq import CCQ_LAYOUTS, GROUP, CcqLayout, CcqWeight, ccq_layout
 from hf_pcdvq_kernels.reference.ccq import cluster_words, windows
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .base import Codec, Packed, Specs, UnitEncoder
+from .base import Codec, Packed, UnitEncoder
 
 # The code cluster that we write, the winner of `tools/search_code_cluster.py` for normal weights. As multiples of
 # 1/16 they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic decode alike.
@@ -74,33 +73,34 @@ class ConvolutionalCodec(Codec):
 
     layout: str
 
+    family = CcqWeight
+    method = "ccq"
+
     def __post_init__(self) -> None:
-        if self.layout not in CCQ_LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(map(repr, CCQ_LAYOUTS))}, got {self.layout!r}")
+        ccq_layout(self.layout)
+
+    @classmethod
+    def settings(cls) -> dict[str, dict[str, Any]]:
+        rotated = {f"ccq-{layout}": {"layout": layout} for layout in CCQ_LAYOUTS}
+        published = {f"ccq-{layout}-published": {"layout": layout, "hadamard": False} for layout in CCQ_LAYOUTS}
+        return {**rotated, **published}
+
+    @classmethod
+    def of(
+        cls, max_block: int, seed: int, layout: str, bits: float | None = None, window_bits: int | None = None
+    ) -> Self:
+        for name, value, own in (("bits", bits, ccq_layout(layout).bits), ("window_bits", window_bits, None)):
+            if value not in (None, own):
+                raise ValueError(f"{name} {value!r} needs layout 'stream', the layout is {layout!r}")
+        return cls(max_block, seed, layout)
+
+    @property
+    def format(self) -> str:
+        return f"ccq-{self.layout}"
 
     @property
     def bits(self) -> float:
         return CCQ_LAYOUTS[self.layout].bits
-
-    @property
-    def multiple(self) -> int:
-        return GROUP
-
-    @property
-    def kernels(self) -> str:
-        return f"ccq {self.layout}"
-
-    def specs(self, out_features: int, in_features: int) -> Specs:
-        layout, groups = CCQ_LAYOUTS[self.layout], in_features // GROUP
-        specs: Specs = {
-            "": ((out_features, groups * layout.words), layout.storage),
-            "scale": ((out_features,), torch.float32),
-        }
-        if layout.clustered:
-            specs["local_scale"] = ((out_features, (groups + 1) // 2), torch.uint8)
-            specs["code_scale"] = ((out_features,), torch.float32)
-            specs["code_zero"] = ((out_features,), torch.float32)
-        return specs
 
     def encode_rotated(self, weight: Tensor) -> Packed:
         layout = CCQ_LAYOUTS[self.layout]
@@ -111,21 +111,6 @@ class ConvolutionalCodec(Codec):
 
     def unit_encoder(self, weight: Tensor) -> ConvolutionalEncoder:
         return ConvolutionalEncoder(CCQ_LAYOUTS[self.layout], weight)
-
-    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        return ops.ccq_dequantize(*self._arguments(packed), self.layout, dtype)
-
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
-        arguments = [*self._arguments(packed), self.layout]
-        return ops.ccq_matmul(x, *arguments, signs=tables.get("signs"), prepared=prepared)
-
-    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
-        arguments = [*self._arguments(packed), self.layout]
-        return ops.grouped_matmul("ccq", x, experts, arguments, tables.get("signs"))
-
-    @staticmethod
-    def _arguments(packed: Packed) -> tuple[Tensor | None, ...]:
-        return tuple(packed.get(suffix) for suffix in ("", "scale", "local_scale", "code_scale", "code_zero"))
 
 
 class ConvolutionalEncoder(UnitEncoder):

@@ -30,15 +30,14 @@ least-squares choice and takes 2 % off the squared error, though not off the per
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-import hf_pcdvq_kernels as ops
 import torch
-from hf_pcdvq_kernels.formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
+from hf_pcdvq_kernels.formats.pcdvq import MAGNITUDE_BITS, SIGN_BITS, VECTOR, PcdvqWeight
 from hf_pcdvq_kernels.reference.pcdvq import sign_table
 from torch import Tensor
 
-from .base import Codec, Packed, Specs, UnitEncoder, row_scale
+from .base import Codec, Packed, UnitEncoder, one_of, row_scale
 from .codebook import load_codebook
 
 CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
@@ -61,18 +60,39 @@ class PolarCodec(Codec):
     codebook: str
     magnitude: str
 
+    family = PcdvqWeight
+    method = "pcdvq"
+
+    @classmethod
+    def settings(cls) -> dict[str, dict[str, Any]]:
+        return {f"pcdvq-{bits}": {"bits": bits} for bits in CODEBOOKS}
+
+    @classmethod
+    def of(
+        cls, max_block: int, seed: int, bits: float = 2.25, magnitude: str = "norm", codebook: str | None = None
+    ) -> Self:
+        one_of("bits", bits, tuple(CODEBOOKS))
+        one_of("magnitude", magnitude, ("norm", "projection"))
+        made = cls(max_block, seed, CODEBOOKS[bits] if codebook is None else codebook, magnitude)
+        if made.bits != bits:
+            raise ValueError(f"codebook {codebook!r} is for {made.bits} bits, but bits is {bits}")
+        return made
+
     @property
     def _split(self) -> bool:
         """True where magnitudes lie in a tensor of their own."""
         return self.bits > 2
 
     @property
-    def bits(self) -> float:
-        return (SIGN_BITS + len(self.patterns).bit_length() - 1 + MAGNITUDE_BITS) / VECTOR
+    def format(self) -> str:
+        return f"pcdvq-{self.bits}"
+
+    def details(self) -> list[str]:
+        return [f"magnitude {self.magnitude}"]
 
     @property
-    def multiple(self) -> int:
-        return 4 * VECTOR if self._split else VECTOR
+    def bits(self) -> float:
+        return (SIGN_BITS + len(self.patterns).bit_length() - 1 + MAGNITUDE_BITS) / VECTOR
 
     @property
     def patterns(self) -> Tensor:
@@ -84,17 +104,6 @@ class PolarCodec(Codec):
 
     def code_tables(self) -> Packed:
         return {"patterns": self.patterns.clone(), "levels": self.levels.clone()}
-
-    @property
-    def kernels(self) -> str:
-        return f"pcdvq {self.bits}"
-
-    def specs(self, out_features: int, in_features: int) -> Specs:
-        specs: Specs = {"": ((out_features, in_features // VECTOR), torch.int16)}
-        if self._split:
-            specs["magnitude"] = ((out_features, in_features // (4 * VECTOR)), torch.uint8)
-        specs["scale"] = ((out_features,), torch.float32)
-        return specs
 
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
@@ -116,22 +125,6 @@ class PolarCodec(Codec):
         packed[""] = words.to(torch.int16).reshape(rows, -1)
         packed["scale"] = scale
         return packed
-
-    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        return ops.pcdvq_dequantize(
-            packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"], dtype
-        )
-
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
-        return ops.pcdvq_matmul(x, *_arguments(packed, tables), signs=tables.get("signs"), prepared=prepared)
-
-    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
-        return ops.grouped_matmul("pcdvq", x, experts, _arguments(packed, tables), tables.get("signs"))
-
-
-def _arguments(packed: Packed, tables: Packed) -> list[Any]:
-    """Of the ops, in their order."""
-    return [packed[""], packed.get("magnitude"), packed["scale"], tables["patterns"], tables["levels"]]
 
 
 class PolarEncoder(UnitEncoder):

@@ -17,21 +17,35 @@ what bfloat16 activations cost. So one scale per row will do, and there is nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
-import hf_pcdvq_kernels as ops
 import torch
+from hf_pcdvq_kernels.formats.int8 import Int8Weight
 from torch import Tensor
-from torch.nn import functional
 
-from .base import Codec, Packed, Specs, UnitEncoder
+from .base import Codec, Packed, UnitEncoder
 
 LIMIT = 127
-_PER_WORD = 4
 
 
 @dataclass(frozen=True)
 class ScalarCodec(Codec):
     """Signed bytes with a scale per row."""
+
+    family = Int8Weight
+    method = None
+
+    @classmethod
+    def settings(cls) -> dict[str, dict[str, Any]]:
+        return {"int8": {}}
+
+    @classmethod
+    def of(cls, max_block: int, seed: int) -> Self:
+        return cls(max_block, seed)
+
+    @property
+    def format(self) -> str:
+        return "int8"
 
     @property
     def bits(self) -> float:
@@ -41,28 +55,12 @@ class ScalarCodec(Codec):
     def multiple(self) -> int:
         return 8  # smaller blocks of the rotation do next to nothing
 
-    def specs(self, out_features: int, in_features: int) -> Specs:
-        return {
-            "": ((out_features, in_features // _PER_WORD), torch.int32),
-            "scale": ((out_features,), torch.float32),
-        }
-
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
         return encoder.pack(encoder.nearest(weight, encoder.scale[:, None]))
 
     def unit_encoder(self, weight: Tensor) -> ScalarEncoder:
         return ScalarEncoder(weight)
-
-    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        return (packed[""].view(torch.int8).float() * packed["scale"][:, None]).to(dtype)
-
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
-        # Bytes are exact in every floating dtype, so that only the result needs scaling, which is done in float32.
-        if "signs" in tables:
-            x = ops.hadamard(x, tables["signs"])
-        out = functional.linear(x, packed[""].view(torch.int8).to(x.dtype))
-        return (out.float() * packed["scale"]).to(x.dtype)
 
 
 class ScalarEncoder(UnitEncoder):

@@ -39,16 +39,16 @@ spends its freedom where it counts: on the channels of large scale, at the cost 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
-import hf_pcdvq_kernels as ops
 import torch
-from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout, stream_layout
+from hf_pcdvq_kernels.formats.stream import STREAM_BITS, STREAM_RING, StreamLayout, StreamWeight, stream_layout
 from hf_pcdvq_kernels.reference.stream import values
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import viterbi
-from .base import Codec, Packed, Specs, UnitEncoder, row_scale
+from .base import Codec, Packed, UnitEncoder, row_scale
 
 # Standard deviation of a sum of four bytes.
 DEVIATION = (4 * (2**16 - 1) / 12) ** 0.5
@@ -62,18 +62,32 @@ class StreamCodec(Codec):
 
     Attributes:
         stream_bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
-        window: bits per window, 12 to 16: larger windows err less and take longer to encode.
+        window_bits: 12 to 16: larger windows err less and take longer to encode.
     """
 
     stream_bits: float
-    window: int
+    window_bits: int
+
+    family = StreamWeight
+    method = "ccq"
+
+    @classmethod
+    def settings(cls) -> dict[str, dict[str, Any]]:
+        return {f"stream-{bits}": {"layout": "stream", "bits": bits} for bits in STREAM_BITS}
+
+    @classmethod
+    def of(
+        cls, max_block: int, seed: int, layout: str, bits: float | None = None, window_bits: int | None = None
+    ) -> Self:
+        bits, window_bits = (2.0 if bits is None else bits), (12 if window_bits is None else window_bits)
+        return cls(max_block, seed, float(stream_layout(bits, window_bits).bits), int(window_bits))
 
     def __post_init__(self) -> None:
-        stream_layout(self.stream_bits, self.window)
+        stream_layout(self.stream_bits, self.window_bits)
 
     @property
     def layout(self) -> StreamLayout:
-        return stream_layout(self.stream_bits, self.window)
+        return stream_layout(self.stream_bits, self.window_bits)
 
     @property
     def bits(self) -> float:
@@ -85,24 +99,14 @@ class StreamCodec(Codec):
         return 8 if self.max_block else 1
 
     @property
-    def row_multiple(self) -> int:
-        return STREAM_RING
+    def format(self) -> str:
+        return f"stream-{self.stream_bits}"
 
-    @property
-    def kernels(self) -> str:
-        return f"stream {self.stream_bits}"
+    def details(self) -> list[str]:
+        return [f"windows of {self.window_bits} bits", *super().details()]
 
-    def specs(self, out_features: int, in_features: int) -> Specs:
-        return {
-            "": ((self.layout.words(out_features), in_features), torch.int32),
-            "scale": ((out_features,), torch.float32),
-        }
-
-    def rows(self, packed: Packed, start: int, stop: int) -> Packed:
-        layout = self.layout
-        first = start // layout.period * layout.period_words
-        scale = packed["scale"][start:stop]
-        return {"": packed[""][first : first + layout.words(len(scale))], "scale": scale}
+    def parameters(self) -> dict[str, Any]:
+        return {"bits": self.stream_bits, "window_bits": self.window_bits}
 
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
@@ -116,17 +120,6 @@ class StreamCodec(Codec):
     def unit_encoder(self, weight: Tensor) -> StreamEncoder:
         return StreamEncoder(self.layout, weight)
 
-    def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        return ops.stream_dequantize(packed[""], packed["scale"], self.stream_bits, self.window, dtype)
-
-    def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
-        arguments = packed[""], packed["scale"], self.stream_bits, self.window
-        return ops.stream_matmul(x, *arguments, signs=tables.get("signs"), prepared=prepared)
-
-    def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
-        arguments = [packed[""], packed["scale"], self.stream_bits, self.window]
-        return ops.grouped_matmul("stream", x, experts, arguments, tables.get("signs"))
-
 
 class StreamEncoder(UnitEncoder):
     """Encodes one input at a time: all its rings. The code of a weight is its window, of which the new bits are stored.
@@ -139,7 +132,7 @@ class StreamEncoder(UnitEncoder):
     def __init__(self, layout: StreamLayout, weight: Tensor):
         self.layout, self.rows = layout, len(weight)
         self.scale = row_scale(weight) * (_SHRINK[layout.bits] / DEVIATION)
-        self.values = values(layout.window, weight.device).float()
+        self.values = values(layout.window_bits, weight.device).float()
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
 
     def search(self, columns: Tensor) -> Tensor:

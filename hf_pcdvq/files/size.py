@@ -279,23 +279,12 @@ def readable_size(nbytes: int) -> str:
     return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:,.1f} {units[0]}"
 
 
-def describe_config(config: PackedConfig) -> str:
-    """The method and the settings that decide how many bits it takes and how well it does."""
-    settings = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in ("bits", "layout", "window", "magnitude", "hadamard") and value is not None
-    }
-    described = [config.method, *(f"{name} {value}" for name, value in settings.items())]
-    return ", ".join([*described, "other settings for some layers"] if config.overrides else described)
-
-
 def size_table(count: FolderCount) -> Table:
     """What takes how much of the files, and the bits per weight."""
     table = Table(title=str(count.folder), title_justify="left", show_header=False)
     table.add_column("what", overflow="fold")
     table.add_column("size", justify="right", overflow="fold")
-    table.add_row("method", describe_config(count.config) if count.config else "not packed")
+    table.add_row("method", count.config.describe() if count.config else "not packed")
     for pattern, setting in count.config.overrides.items() if count.config else ():
         table.add_row(f"  {escape(pattern)}", setting or "as it was")
     table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))

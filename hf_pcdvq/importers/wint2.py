@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..config import CcqConfig
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
 from ..modules import QuantExperts, is_fused_experts
-from ..quantizer import CcqHfQuantizer
+from ..quantizer import PackedHfQuantizer
 from ..version import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _empty_model(model_config: PreTrainedConfig, config: CcqConfig) -> PreTraine
     if not known.issuperset(config.modules_to_convert):
         missing = sorted(set(config.modules_to_convert) - known)
         raise ValueError(f"{type(model).__name__} has no experts {', '.join(missing)}, which the checkpoint holds")
-    quantizer = CcqHfQuantizer(config, pre_quantized=False)
+    quantizer = PackedHfQuantizer(config, pre_quantized=False)
     for name in quantizer.select(model):
         model.set_submodule(name, QuantExperts.empty_like(model.get_submodule(name), config.codec))
     model.config.quantization_config = config

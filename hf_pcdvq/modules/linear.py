@@ -107,10 +107,10 @@ def share_inputs(model: nn.Module) -> None:
             continue
         groups: dict[tuple[Codec, int], list[QuantLinear]] = {}
         for child in parent.children():
-            if isinstance(child, QuantLinear) and child.shared_input is None and child.codec.kernels:
+            if isinstance(child, QuantLinear) and child.shared_input is None and child.codec.has_kernels:
                 groups.setdefault((child.codec, child.in_features), []).append(child)
         for (codec, _), layers in groups.items():
             if len(layers) > 1:
-                shared = SharedInput(parent, codec.kernels)
+                shared = SharedInput(parent, codec.format)
                 for layer in layers:
                     layer.shared_input = shared

@@ -23,11 +23,11 @@ class SharedInput:
 
     Args:
         parent: the module that calls the layers.
-        kernels: what the kernels call their format, see `Codec.kernels`.
+        format: of their packed weights, see `Codec.format`.
     """
 
-    def __init__(self, parent: nn.Module, kernels: str):
-        self._kernels = kernels
+    def __init__(self, parent: nn.Module, format: str):
+        self._format = format
         # While the module runs, the last input, its version and what was made of it, or nothing yet; None outside.
         self._last: tuple[Any, ...] | None = None
         # `always_call`: also after an exception, by which checkpointing ends what it computes again.
@@ -41,7 +41,7 @@ class SharedInput:
             return None
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if not last or last[0] is not x or last[1] != version:
-            last = self._last = (x, version, ops.prepare(x, signs, self._kernels))
+            last = self._last = (x, version, ops.prepare(x, signs, self._format))
         return last[2]
 
     def remove(self) -> None:

@@ -19,10 +19,8 @@ from ..config import PackedConfig
 from ..evaluation.record import TASK_HEADINGS, markdown_table, task_rows
 from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
 from ..files.provenance import Provenance
-from ..files.size import FolderCount, count_folder, describe_config, layer_groups, readable_size
+from ..files.size import FolderCount, count_folder, layer_groups, readable_size
 from .measurements import Measured
-
-_METHOD_LINKS = {"pcdvq": "https://arxiv.org/abs/2506.05432", "ccq": "https://arxiv.org/abs/2507.07145"}
 
 
 def model_card(
@@ -77,7 +75,7 @@ def model_card(
         "title": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "chat": chat,
-        "method": f"[{describe_config(count.config)}]({_METHOD_LINKS[count.config.method]})",
+        "method": f"[{count.config.describe()}]({count.config.paper})",
         "loader_stub": loader_stub,
         "has_report": (folder / "quantization_report.md").is_file(),
         "has_plot": (folder / "quantization_report.png").is_file(),

@@ -9,10 +9,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelInfo
 
+from ..config import CONFIGS
+
 # Files of weights, whatever library wrote them.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
-# Fields of quantization_config that users choose a repository by.
-_FORMAT_FIELDS = ("quant_method", "bits", "layout")
 
 
 def refuse_other_model(api: HfApi, info: ModelInfo, folder: Path, card: ModelCard) -> None:
@@ -57,7 +57,8 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     packed_there, packed_here = there.get("quantization_config"), here["quantization_config"]
     if packed_there is None:
         return "one that is not quantized"
-    for name in _FORMAT_FIELDS:
+    # Fields that users choose a repository by.
+    for name in ("quant_method", *CONFIGS[packed_here["quant_method"]].format_fields):
         if packed_there.get(name) != packed_here.get(name):
             return f"{name} {packed_there.get(name)}, here {packed_here.get(name)}"
     return _other_size(there, here)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-CODECS = ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.5", "ccq 2.0625", "stream 2.0"]
+CODECS = ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0"]
 
 
 def rows_of(file):
@@ -71,15 +71,15 @@ def test_ratios_and_rates_are_quotients_of_the_times(smoke):
         assert row["copy_share"] == row["bytes_per_second"] / copy_rate
     assert rows["up", 1, "bf16"]["nbytes"] == 2 * 256 * 128
     assert (
-        rows["up", 1, "pcdvq 2.0"]["nbytes"] == 256 * 128 // 4 + 4 * 256 + 128 * 8 + 4 * 4
+        rows["up", 1, "pcdvq-2.0"]["nbytes"] == 256 * 128 // 4 + 4 * 256 + 128 * 8 + 4 * 4
     )  # codes, scales, codebook
-    assert rows["down", 4, "stream 2.0"]["nbytes"] == 128 * 256 // 4 + 4 * 128
+    assert rows["down", 4, "stream-2.0"]["nbytes"] == 128 * 256 // 4 + 4 * 128
 
     def block(weight):
         return 2 * rows["up", 4, weight]["seconds"] + rows["down", 4, weight]["seconds"]
 
-    (line,) = (line for line in output.splitlines() if line.startswith("ccq 2.5 "))
-    assert line.split()[3] == f"{block('bf16') / block('ccq 2.5'):.2f}"
+    (line,) = (line for line in output.splitlines() if line.startswith("ccq-2.5 "))
+    assert line.split()[3] == f"{block('bf16') / block('ccq-2.5'):.2f}"
 
 
 def test_nothing_is_measured_twice(copied, main, capsys):
@@ -91,11 +91,11 @@ def test_nothing_is_measured_twice(copied, main, capsys):
 
 def test_a_group_that_lacks_a_row_is_measured_again_with_all_its_rows(copied, main, capsys):
     content = json.loads(copied.read_text())
-    gone = ("down", 4, "ccq 2.5")
+    gone = ("down", 4, "ccq-2.5")
     content["rows"] = [row for row in content["rows"] if (row["layer"], row["tokens"], row["weight"]) != gone]
     copied.write_text(json.dumps(content))
     before = rows_of(copied)
-    main("--smoke", "--peers", "--codecs", "ccq 2.5", "--jobs", "1", "--out", copied)
+    main("--smoke", "--peers", "--codecs", "ccq-2.5", "--jobs", "1", "--out", copied)
     output = capsys.readouterr().out
     assert "1 layers and numbers of tokens to measure" in output and "compiled 1 of 1 products" in output
     after = rows_of(copied)
@@ -154,7 +154,7 @@ def test_targets(modules):
     for layer in bench_results.LAYERS:
         if layer.model == "Llama-3-70B":
             slow = layer.name == "k/v"
-            for weight, seconds in (("bf16", 4.0), ("ccq 2.5", 1.0), ("pcdvq 2.0", 5.0 if slow else 1.0)):
+            for weight, seconds in (("bf16", 4.0), ("ccq-2.5", 1.0), ("pcdvq-2.0", 5.0 if slow else 1.0)):
                 results.rows.append(bench_results.Row(*layer, 1, weight, 1, seconds, 4.0 / seconds, 1.0, 1.0))
     # A block has 7 layers, 2 of them k/v: 28 seconds against 7, and against 5 + 10.
     lines = bench_results.target_lines(results).splitlines()[1:]
@@ -180,9 +180,9 @@ def test_an_interrupted_run_keeps_what_was_measured(modules, main, monkeypatch, 
 
     monkeypatch.setattr(bench_kernels.timing, "seconds_per_call", seconds_per_call)
     with pytest.raises(SystemExit, match="results.json keeps what was measured"):
-        main("--smoke", "--peers", "--codecs", "ccq 2.5", "--out", tmp_path / "results.json")
+        main("--smoke", "--peers", "--codecs", "ccq-2.5", "--out", tmp_path / "results.json")
     rows = bench_results.Results.read(tmp_path / "results.json").rows
-    assert [(row.tokens, row.weight) for row in rows] == [(1, "bf16"), (1, "ccq 2.5")]
+    assert [(row.tokens, row.weight) for row in rows] == [(1, "bf16"), (1, "ccq-2.5")]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -200,12 +200,12 @@ def test_what_fails_is_noted_and_the_rest_is_measured(modules, main, monkeypatch
     monkeypatch.setattr(bench_kernels, "PEERS", {"absent": absent, "small": small})
     monkeypatch.setattr(bench_kernels, "random_packed", lambda *_: [torch.zeros(2)])
     with pytest.raises(SystemExit, match="4 products of ours failed"):
-        main("--smoke", "--codecs", "ccq 2.5", "--out", tmp_path / "results.json")
+        main("--smoke", "--codecs", "ccq-2.5", "--out", tmp_path / "results.json")
     results = bench_results.Results.read(tmp_path / "results.json")
     assert results.unavailable == {"absent": "ImportError: no module absent"}
     errors = {(row.layer, row.weight): row.error for row in results.rows if row.error}
-    assert set(errors) == {("up", "ccq 2.5"), ("down", "ccq 2.5"), ("up", "small")}
-    assert errors["up", "small"] == "RuntimeError: too large" and "ccq_matmul" in errors["up", "ccq 2.5"]
+    assert set(errors) == {("up", "ccq-2.5"), ("down", "ccq-2.5"), ("up", "small")}
+    assert errors["up", "small"] == "RuntimeError: too large" and "ccq_matmul" in errors["up", "ccq-2.5"]
     assert {row.weight for row in results.rows if row.ratio == 1} == {"bf16", "small"}
     text = bench_results.table(results)
     assert "not measured: absent: ImportError: no module absent" in text

@@ -46,7 +46,7 @@ def test_quantized_folder_is_the_model_that_from_pretrained_makes(tiny_model_dir
 
 
 def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
-    shown = succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "deep" / "packed", "--bits", "2.0").stdout
+    shown = succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "deep" / "packed", "--setting", "pcdvq-2.0").stdout
     assert "lm_head.weight" in shown
     assert "2.23" in shown  # bits per packed weight: 2 and the scales of rows of 128 and 192
     before = (tiny_model_dir / "model.safetensors").stat().st_size
@@ -57,9 +57,9 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fields"),
     [
-        (["--bits", "2.0", "--magnitude", "projection"], {"bits": 2.0, "magnitude": "projection"}),
-        (["--method", "ccq", "--layout", "2.75", "--no-hadamard"], {"layout": "2.75", "hadamard": False}),
-        (["--method", "ccq", "--layout", "stream", "--bits", "2.5"], {"layout": "stream", "bits": 2.5}),
+        (["--setting", "pcdvq-2.0", "--magnitude", "projection"], {"bits": 2.0, "magnitude": "projection"}),
+        (["--setting", "ccq-2.75-published"], {"layout": "2.75", "hadamard": False}),
+        (["--setting", "stream-2.5", "--window-bits", "13"], {"layout": "stream", "bits": 2.5, "window_bits": 13}),
     ],
 )
 def test_options_reach_the_config(tiny_model_dir, tmp_path, options, fields):
@@ -132,9 +132,9 @@ def test_force_replaces_a_saved_model_whole(tiny_model_dir, packed_once, tmp_pat
     out = shutil.copytree(packed_once, tmp_path / "packed")
     (out / "model-00002-of-00002.safetensors").write_text("of an older model")
     before = contents(out)
-    fail(1, "is not empty", *ROUND, tiny_model_dir, "--out", out, "--bits", "2.0")
+    fail(1, "is not empty", *ROUND, tiny_model_dir, "--out", out, "--setting", "pcdvq-2.0")
     assert contents(out) == before
-    succeed(*ROUND, tiny_model_dir, "--out", out, "--bits", "2.0", "--force")
+    succeed(*ROUND, tiny_model_dir, "--out", out, "--setting", "pcdvq-2.0", "--force")
     assert not (out / "model-00002-of-00002.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
@@ -212,11 +212,10 @@ def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "ccq", "--bits", "2.0"], "bits 2.0 needs layout 'stream'"),
-        (["--method", "ccq", "--magnitude", "norm"], "--magnitude belongs to --method pcdvq"),
-        (["--layout", "2.5"], "--layout belongs to --method ccq"),
-        (["--no-hadamard"], "--hadamard belongs to --method ccq"),
-        (["--bits", "3"], "bits must be one of 2.0, 2.25, got 3.0"),
+        (["--setting", "ccq-2.5", "--window-bits", "12"], "window_bits 12 needs layout 'stream'"),
+        (["--setting", "stream-2.0", "--magnitude", "norm"], "unknown field 'magnitude'"),
+        (["--setting", "stream-2"], "setting must be one of 'pcdvq-2.0', "),
+        (["--setting", "int8"], "got 'int8'"),
         (["--max-shard-size", "5 apples"], "not a size like 5GB"),
     ],
 )

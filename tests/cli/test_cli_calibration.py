@@ -23,7 +23,9 @@ def text(tmp_path):
 
 def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
     out = tmp_path / "packed"
-    result = succeed("quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS, "--bits", "2.0")
+    result = succeed(
+        "quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS, "--setting", "pcdvq-2.0"
+    )
     assert {file.name for file in out.glob("quantization_report.*")} >= {
         "quantization_report.json",
         "quantization_report.md",
@@ -72,7 +74,7 @@ def test_interrupted_command_goes_on_where_it_stopped(tiny_model_dir, text, tmp_
     monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", broken)
     fail(1, "the power went", *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {".packed.calibration", "text.txt"}
-    fail(1, "belongs to another run", *arguments, "--bits", "2.0")
+    fail(1, "belongs to another run", *arguments, "--setting", "pcdvq-2.0")
 
     monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", watched)
     succeed(*arguments)

@@ -14,9 +14,9 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 @pytest.mark.parametrize(
     "config, codec",
     [
-        (PcdvqConfig(bits=2.0), "pcdvq 2.0"),
-        (CcqConfig(layout="2.5"), "ccq 2.5"),
-        (CcqConfig(layout="stream", bits=3.0), "stream 3.0"),
+        (PcdvqConfig(bits=2.0), "pcdvq-2.0"),
+        (CcqConfig(layout="2.5"), "ccq-2.5"),
+        (CcqConfig(layout="stream", bits=3.0), "stream-3.0"),
     ],
 )
 def test_products_of_a_packed_model(config, codec, tiny_model_dir, tmp_path):

@@ -7,7 +7,7 @@ from itertools import product
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
-from hf_pcdvq_kernels.formats import CCQ_LAYOUTS
+from hf_pcdvq_kernels.formats.ccq import CCQ_LAYOUTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -61,7 +61,7 @@ def decode_ccq(config, words, scale, companions):
 
 def decode_stream(config, words, scale, companions):
     pattern, period, per_period = NEW_BITS[config["bits"]]
-    words, length = words.view(np.uint32), config["window"]
+    words, length = words.view(np.uint32), config["window_bits"]
     rows = []
     for start in range(0, len(words) // per_period * period, 256):
         ring = words[start // period * per_period : (start + 256) // period * per_period]
@@ -83,7 +83,7 @@ def decode_int8(config, words, scale, companions):
 SETTINGS = {
     "int8": {"quant_method": "int8"},
     "pcdvq-2.0": {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm", "codebook": "pcdvq-a14-v1"},
-    "stream-4.0": {"quant_method": "ccq", "layout": "stream", "bits": 4.0, "window": 12},
+    "stream-4.0": {"quant_method": "ccq", "layout": "stream", "bits": 4.0, "window_bits": 12},
 }
 
 
@@ -125,8 +125,8 @@ def decode(config, tensors, name, expert=...):
         CcqConfig(layout="2.75"),
         CcqConfig(layout="2.5", hadamard=False),
         CcqConfig(layout="2.0625"),
-        *(CcqConfig(layout="stream", bits=bits, window=12) for bits in NEW_BITS),
-        CcqConfig(layout="stream", bits=2.0, window=13),
+        *(CcqConfig(layout="stream", bits=bits, window_bits=12) for bits in NEW_BITS),
+        CcqConfig(layout="stream", bits=2.0, window_bits=13),
     ],
     ids=lambda config: f"{config.method}-{getattr(config, 'layout', '')}-{config.bits}",
 )

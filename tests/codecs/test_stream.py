@@ -8,7 +8,7 @@ from itertools import product
 import hf_pcdvq_kernels
 import pytest
 import torch
-from hf_pcdvq_kernels.formats import STREAM_BITS, STREAM_WINDOWS, stream_layout
+from hf_pcdvq_kernels.formats.stream import STREAM_BITS, STREAM_WINDOW_BITS, stream_layout
 from hf_pcdvq_kernels.reference import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,12 +56,12 @@ def naive_decode(words, rows, bits, window):
     return list(map(list, zip(*columns)))
 
 
-@pytest.mark.parametrize("window", STREAM_WINDOWS)
+@pytest.mark.parametrize("window", STREAM_WINDOW_BITS)
 def test_every_window_has_the_value_of_the_formula(window):
     assert stream.values(window, "cpu").tolist() == [naive_value(number) for number in range(1 << window)]
 
 
-@pytest.mark.parametrize("window", STREAM_WINDOWS)
+@pytest.mark.parametrize("window", STREAM_WINDOW_BITS)
 def test_values_are_exact_in_float16_and_near_to_normal(window):
     values = stream.values(window, "cpu").double()
     assert torch.equal(values.half().double(), values)
@@ -73,7 +73,9 @@ def test_values_are_exact_in_float16_and_near_to_normal(window):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(STREAM_BITS), st.sampled_from(STREAM_WINDOWS), st.integers(1, 600), st.integers(0, 1 << 30))
+@given(
+    st.sampled_from(STREAM_BITS), st.sampled_from(STREAM_WINDOW_BITS), st.integers(1, 600), st.integers(0, 1 << 30)
+)
 def test_any_words_decode_by_the_description(bits, window, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     words = stream_layout(bits, window).words(rows)

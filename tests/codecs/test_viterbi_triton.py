@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hf_pcdvq_kernels.formats import stream_layout
+from hf_pcdvq_kernels.formats.stream import stream_layout
 
 from hf_pcdvq.codecs.stream import StreamCodec
 
@@ -18,7 +18,7 @@ INTERPRETED = """
 import torch
 from hf_pcdvq.codecs.viterbi import reference
 from hf_pcdvq.codecs.viterbi import triton as viterbi_triton
-from hf_pcdvq_kernels.formats import stream_layout
+from hf_pcdvq_kernels.formats.stream import stream_layout
 from hf_pcdvq_kernels.reference.stream import values
 
 viterbi_triton.STREAM_RING = reference.STREAM_RING = {ring}

@@ -16,7 +16,7 @@ def restore():
 
 
 def product():
-    return torch.ops.hf_pcdvq_kernels.ccq_matmul(torch.ones(1, 64), *random_packed("ccq 2.5", 4, 64))
+    return torch.ops.hf_pcdvq_kernels.ccq_matmul(torch.ones(1, 64), *random_packed("ccq-2.5", 4, 64))
 
 
 def test_an_unknown_backend_is_refused():

@@ -9,14 +9,14 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from hf_pcdvq_kernels.triton import compiled  # noqa: E402
 
 # SASS instructions per decoded weight in the main loop, one token, sm_90.
-MOST = {"pcdvq": 3.5, "ccq 2.75": 3.5, "ccq 2.5": 3.5, "ccq 2.0625": 4.5, "stream": 6.0}
+MOST = {"pcdvq": 3.5, "ccq-2.75": 3.5, "ccq-2.5": 3.5, "ccq-2.0625": 4.5, "stream": 6.0}
 # What a thread block may have on sm_80, the least of the targets.
 SHARED = 163 * 1024
 
 EVERY_CODEC = [variant.name for variant in compiled.products((1,))]
-ONE_EACH = ["pcdvq 2.25, 1 tokens", "ccq 2.5, 1 tokens", "stream 2.0, 1 tokens"]
-OTHERS = [variant.name for variant in compiled.others()]
-SEVERAL = [f"{codec}, {tokens} tokens" for codec in ("pcdvq 2.25", "ccq 2.5", "stream 2.0") for tokens in (8, 16, 64)]
+ONE_EACH = ["pcdvq-2.25, 1 tokens", "ccq-2.5, 1 tokens", "stream-2.0, 1 tokens"]
+OTHERS = [variant.name for variant in (*compiled.dequantizations(), *compiled.others())]
+SEVERAL = [f"{codec}, {tokens} tokens" for codec in ("pcdvq-2.25", "ccq-2.5", "stream-2.0") for tokens in (8, 16, 64)]
 # tools/kernel_report.py compiles everything for every target. Here is what compiles in two minutes: for AMD `stream`
 # takes twenty seconds a kernel.
 PAIRS = [

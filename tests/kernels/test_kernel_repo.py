@@ -31,7 +31,7 @@ assert not [name for name in sys.modules if name.startswith("hf_pcdvq")], "impor
 inputs = torch.load({inputs!r})
 products = {{}}
 for setting, (x, packed) in inputs.items():
-    products[setting] = getattr(ops, setting.split()[0] + "_matmul")(x, *packed, signs=torch.ones(64))
+    products[setting] = ops.matmul(ops.family_of(setting).family, x, packed, signs=torch.ones(64))
 torch.save((ops.__name__, products), {outputs!r})
 """
 

@@ -4,9 +4,11 @@ import hf_pcdvq_kernels as ops
 import pytest
 import torch
 from hf_pcdvq_kernels.reference import products
-from packing import SETTINGS, op_pair, random_packed, relative_error
+from packing import SETTINGS as WITH_KERNELS
+from packing import family, op_pair, random_packed, random_stack, relative_error
 
 NAMESPACE = torch.ops.hf_pcdvq_kernels
+SETTINGS = [*WITH_KERNELS, "int8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The product is compared with one of the same decoded weight in float64, so only the rounding of the inputs' dtype and
 # of the accumulation is left: a few units in the last place of the result's dtype.
@@ -44,11 +46,13 @@ def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
     dequantize, matmul = op_pair(setting)
     packed = random_packed(setting, *shape)
     weight = dequantize(*packed, dtype).double()
+    # Products with bytes are scaled at the end, so that no weight is rounded.
+    exact = dequantize(*packed, torch.float32).double() if setting == "int8" else weight
     for batch in [(1,), (3, 7)]:
         x = torch.randn(*batch, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         out = matmul(x, *packed)
         assert out.shape == (*batch, shape[0]) and out.dtype == dtype
-        assert relative_error(out, x.double() @ weight.T) < TOLERANCE[dtype]
+        assert relative_error(out, x.double() @ exact.T) < TOLERANCE[dtype]
         grad = torch.randn(*batch, shape[0], generator=torch.Generator().manual_seed(2)).to(dtype)
         assert relative_error(matmul(grad, *packed, transposed=True), grad.double() @ weight) < TOLERANCE[dtype]
 
@@ -63,8 +67,10 @@ def test_signs_rotate_the_weight_back(setting):
     )
     weight = ops.hadamard(dequantize(*packed, torch.float64), signs, inverse=True)
     x, grad = torch.randn(3, 192, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
-    # float64 in, float64 arithmetic: only rounding of the products is left
-    assert relative_error(matmul(x, *packed, signs=signs), x @ weight.T) < 1e-12
+    # float64 in, float64 arithmetic: only rounding of the products is left; of bytes, which products scale at the end, that
+    # of the decoded weight to float32
+    tolerance = 1e-7 if setting == "int8" else 1e-12
+    assert relative_error(matmul(x, *packed, signs=signs), x @ weight.T) < tolerance
     assert relative_error(matmul(grad, *packed, transposed=True, signs=signs), grad @ weight) < 1e-12
 
 
@@ -129,9 +135,9 @@ def changed(packed, index, value):
     return [value if position == index else item for position, item in enumerate(packed)]
 
 
-PCDVQ = random_packed("pcdvq 2.25", 4, 64)
-CLUSTER = random_packed("ccq 2.0625", 4, 64)
-STREAM = random_packed("stream 2.0", 4, 64)
+PCDVQ = random_packed("pcdvq-2.25", 4, 64)
+CLUSTER = random_packed("ccq-2.0625", 4, 64)
+STREAM = random_packed("stream-2.0", 4, 64)
 BAD_PACKED = [
     ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must be"),
@@ -149,13 +155,13 @@ BAD_PACKED = [
     ("ccq", CLUSTER, 2, CLUSTER[2][:, :0], ValueError, "local_scale must have shape"),
     ("ccq", CLUSTER, 3, CLUSTER[3].double(), TypeError, "code_scale must be torch.float32"),
     ("ccq", CLUSTER, 5, "3.0", ValueError, "layout must be one of"),
-    ("ccq", random_packed("ccq 2.5", 4, 64), 2, CLUSTER[2], ValueError, "local_scale must be None"),
+    ("ccq", random_packed("ccq-2.5", 4, 64), 2, CLUSTER[2], ValueError, "local_scale must be None"),
     ("stream", STREAM, 0, STREAM[0].long(), TypeError, "weight must be torch.int32"),
     ("stream", STREAM, 0, STREAM[0].repeat(2, 1), ValueError, r"weight must have shape \[1, 64\]"),
     ("stream", STREAM, 0, STREAM[0][0], ValueError, "weight must be"),
     ("stream", STREAM, 1, STREAM[1][None], ValueError, r"scale must be \[N\]"),
     ("stream", STREAM, 2, 2.1, ValueError, "bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
-    ("stream", STREAM, 3, 11, ValueError, "window must be one of"),
+    ("stream", STREAM, 3, 11, ValueError, "window_bits must be one of"),
 ]
 
 
@@ -163,31 +169,30 @@ BAD_PACKED = [
 def test_wrong_packed_tensors_are_refused(method, packed, index, value, error, message):
     bad = changed(packed, index, value)
     with pytest.raises(error, match=message):
-        getattr(ops, f"{method}_dequantize")(*bad, torch.float32)
+        ops.dequantize(method, bad, torch.float32)
     with pytest.raises(error, match=message):
-        getattr(ops, f"{method}_matmul")(torch.randn(2, 64), *bad)
+        ops.matmul(method, torch.randn(2, 64), bad)
 
 
 @pytest.mark.parametrize("method, packed", [("pcdvq", PCDVQ), ("ccq", CLUSTER), ("stream", STREAM)])
 def test_wrong_inputs_are_refused(method, packed):
-    matmul, dequantize = getattr(ops, f"{method}_matmul"), getattr(ops, f"{method}_dequantize")
     with pytest.raises(ValueError, match="last dimension of x must be 64"):
-        matmul(torch.randn(2, 65), *packed)
+        ops.matmul(method, torch.randn(2, 65), packed)
     with pytest.raises(ValueError, match=r"last dimension of x must be 4 .*transposed"):
-        matmul(torch.randn(2, 64), *packed, transposed=True)
+        ops.matmul(method, torch.randn(2, 64), packed, transposed=True)
     with pytest.raises(TypeError, match="x must be one of"):
-        matmul(torch.ones(2, 64, dtype=torch.int64), *packed)
+        ops.matmul(method, torch.ones(2, 64, dtype=torch.int64), packed)
     with pytest.raises(ValueError, match="x is on meta"):
-        matmul(torch.randn(2, 64, device="meta"), *packed)
+        ops.matmul(method, torch.randn(2, 64, device="meta"), packed)
     with pytest.raises(TypeError, match="dtype must be one of"):
-        dequantize(*packed, torch.int32)
+        ops.dequantize(method, packed, torch.int32)
 
 
 def test_wrong_rotations_are_refused():
     with pytest.raises(ValueError, match="pcdvq_matmul: signs must have a power-of-two length, got 6"):
-        ops.pcdvq_matmul(torch.randn(2, 64), *PCDVQ, signs=torch.ones(6))
+        ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(6))
     with pytest.raises(ValueError, match="64 numbers cannot be rotated in blocks of 128"):
-        ops.pcdvq_matmul(torch.randn(2, 64), *PCDVQ, signs=torch.ones(128))
+        ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
     with pytest.raises(ValueError, match="multiple of the block of 8"):
@@ -201,14 +206,8 @@ def test_wrong_rotations_are_refused():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_grouped_products(setting):
     """Against one product after the other, and PyTorch's checks of the op."""
-    method, shared = setting.split()[0], 2 if setting.startswith("pcdvq") else 0
-    packed = [random_packed(setting, 24, 64, seed) for seed in range(3)]
-    for one in packed if shared else ():
-        one[-2:] = packed[0][-2:]
-    stacked = [
-        torch.stack(items) if isinstance(items[0], torch.Tensor) and number < len(packed[0]) - shared else items[0]
-        for number, items in enumerate(zip(*packed))
-    ]
+    method = family(setting)
+    packed, stacked = random_stack(setting, 3, 24, 64)
     experts = torch.tensor([1, -1, 2, 1], dtype=torch.int32)
     x = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
     out = ops.grouped_matmul(method, x, experts, stacked)
@@ -223,5 +222,5 @@ def test_grouped_products(setting):
         ops.grouped_matmul(method, x[0], experts, stacked)
     with pytest.raises(ValueError, match="contiguous stacks"):
         ops.grouped_matmul(method, x, experts, packed[0])
-    with pytest.raises(ValueError, match="method must be"):
+    with pytest.raises(ValueError, match="no family of formats 'gptq'; there are pcdvq, "):
         ops.grouped_matmul("gptq", x, experts, stacked)

@@ -10,21 +10,21 @@ import os
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
-from packing import SETTINGS, op_pair, random_packed, relative_error
+from hf_pcdvq_kernels.formats import family_of
+from packing import SETTINGS, family, op_pair, random_packed, random_stack, relative_error
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
 
-from hf_pcdvq_kernels.triton import launch, launch_config, timing, tuned, tuning  # noqa: E402
-from hf_pcdvq_kernels.weights import CcqWeight, PcdvqWeight, StreamWeight  # noqa: E402
+from hf_pcdvq_kernels.triton import launch_config, timing, tuned, tuning  # noqa: E402
+from hf_pcdvq_kernels.triton.product import product  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 # Against the product of the unrounded weight in float64. bfloat16: weights, rotated activations and the result are rounded
 # to 8 bits; the reference itself errs by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ, are rounded
 # to 11 bits.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 2e-6}
-WEIGHTS = {"pcdvq": PcdvqWeight, "ccq": CcqWeight, "stream": StreamWeight}
 SIGNS = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(64)])
 
 
@@ -77,7 +77,7 @@ def test_products(setting, shape, tokens, dtype):
     assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
+@pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
 def test_products_over_several_rings_or_blocks(setting):
     """More output channels than a ring of 256, or more inputs than a block, and no rotation."""
     rows, columns = (270, 192) if "stream" in setting else (20, 2112)
@@ -88,40 +88,31 @@ def test_products_over_several_rings_or_blocks(setting):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 20])
-@pytest.mark.parametrize("setting", ["pcdvq 2.0", "ccq 2.5", "stream 2.25"])
+@pytest.mark.parametrize("setting", ["pcdvq-2.0", "ccq-2.5", "stream-2.25"])
 def test_every_config_gives_the_same_product(setting, tokens):
     """However a product is cut into programs; and the same bits every time."""
     packed, x = random_packed(setting, 5, 2176), activations(tokens, 2176).half()
     expected = x.double() @ exact_weight(setting, packed).T
-    weight = WEIGHTS[setting.split()[0]].checked("test", *on_device(packed))
+    weight = family_of(setting).checked("test", *on_device(packed))
     shape = launch_config.Shape(setting, launch_config.tokens_per_program(tokens), 5, 2176)
     choices = launch_config.candidates(shape)
-    assert len({choice.splits for choice in choices}) > 1
+    assert len({choice.split_k for choice in choices}) > 1
     for choice in choices:
-        (out,) = launch.product(x.to(DEVICE)[None], weight, None, choice, None)
+        (out,) = product(x.to(DEVICE)[None], weight, config=choice)
         assert relative_error(out.cpu(), expected) < TOLERANCE[torch.float16], choice
-    assert torch.equal(out, launch.product(x.to(DEVICE)[None], weight, None, choice, None)[0])
+    assert torch.equal(out, product(x.to(DEVICE)[None], weight, config=choice)[0])
 
 
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (5, torch.float16), (16, torch.float16)])
 @pytest.mark.parametrize(
-    "setting", ["pcdvq 2.0", "pcdvq 2.25", "ccq 2.75", "ccq 2.0625", "stream 2.0", "stream 2.25"]
+    "setting", ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.0625", "stream-2.0", "stream-2.25"]
 )
 def test_products_with_weights_of_a_stack(setting, tokens, dtype):
     """Groups take experts in any order, some the same one, and a group without one gets zeros."""
-    packed = [random_packed(setting, 9, 192, seed) for seed in range(4)]
+    packed, stacked = random_stack(setting, 4, 9, 192)
     experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
     x = activations(len(experts), tokens, 192).to(dtype)
-    shared = 2 if setting.startswith("pcdvq") else 0  # patterns and levels are not stacked
-    stacked = []
-    for number, items in enumerate(zip(*packed)):
-        stack = isinstance(items[0], torch.Tensor) and number < len(packed[0]) - shared
-        stacked.append(torch.stack(items) if stack else items[0])
-    for one in packed if shared else ():
-        one[-2:] = packed[0][-2:]
-    out = ops.grouped_matmul(
-        setting.split()[0], x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE)
-    )
+    out = ops.grouped_matmul(family(setting), x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE))
     assert out.shape == (len(experts), tokens, 9) and out.dtype == dtype
     for group, expert in enumerate(experts.tolist()):
         if expert < 0:
@@ -136,21 +127,21 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of as many as no cache holds
     monkeypatch.setattr(timing, "REPLAYS", 1)
-    shape = launch_config.Shape("pcdvq 2.0", 1, 8, 1088)
-    packed, x = random_packed("pcdvq 2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
+    shape = launch_config.Shape("pcdvq-2.0", 1, 8, 1088)
+    packed, x = random_packed("pcdvq-2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
     default = launch_config.default(shape, launch_config.processors(x.device))
     measured = tuning.measure(shape, x.device)
     assert measured.config in {default, *launch_config.candidates(shape)}
     assert 0 < measured.seconds <= measured.default_seconds
-    other = next(choice for choice in launch_config.candidates(shape) if choice.splits != default.splits)
+    other = next(choice for choice in launch_config.candidates(shape) if choice.split_k != default.split_k)
     tuned.write(tuned.file_of(x.device), "a device", {shape: dataclasses.replace(measured, config=other)})
     allocate, allocated = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *sizes, **kw: allocated.append(sizes) or allocate(*sizes, **kw))
-    out = op_pair("pcdvq 2.0")[1](x, *on_device(packed))
+    out = op_pair("pcdvq-2.0")[1](x, *on_device(packed))
     tuned.load.cache_clear()
-    assert (other.splits, 1, 1, 8) in allocated and (default.splits, 1, 1, 8) not in allocated
+    assert (other.split_k, 1, 1, 8) in allocated and (default.split_k, 1, 1, 8) not in allocated
     assert (
-        relative_error(out.cpu(), x.double().cpu() @ exact_weight("pcdvq 2.0", packed).T) < TOLERANCE[torch.float16]
+        relative_error(out.cpu(), x.double().cpu() @ exact_weight("pcdvq-2.0", packed).T) < TOLERANCE[torch.float16]
     )
 
 
@@ -171,29 +162,29 @@ def test_activations_prepared_once(setting, tokens, dtype):
 
 def test_what_cannot_be_prepared():
     x = activations(2, 192).half().to(DEVICE)
-    packed = on_device(random_packed("ccq 2.5", 6, 192))
-    expected = ops.ccq_matmul(x, *packed)
+    packed = on_device(random_packed("ccq-2.5", 6, 192))
+    expected = torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed)
     with pytest.raises(ValueError, match="prepared must have shape"):
-        ops.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq 2.5"))
+        torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq-2.5"))
     with pytest.raises(ValueError, match="cannot be rotated in blocks of 128"):
-        ops.prepare(x, torch.ones(128, device=DEVICE), "ccq 2.5")
-    with pytest.raises(ValueError, match="codec must be one of pcdvq 2.0, .* got 'pcdvq 2.5'"):
-        ops.prepare(x, None, "pcdvq 2.5")
-    assert ops.prepare(x.float(), None, "ccq 2.5") is None
-    assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq 2.5") is None
-    assert ops.prepare(x[:0], None, "ccq 2.5") is None
-    assert ops.prepare(activations(2, 72).half().to(DEVICE), None, "pcdvq 2.0") is None
+        ops.prepare(x, torch.ones(128, device=DEVICE), "ccq-2.5")
+    with pytest.raises(ValueError, match="there is no format 'pcdvq-2.5'; there are pcdvq-2.0, "):
+        ops.prepare(x, None, "pcdvq-2.5")
+    assert ops.prepare(x.float(), None, "ccq-2.5") is None
+    assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq-2.5") is None
+    assert ops.prepare(x[:0], None, "ccq-2.5") is None
+    assert ops.prepare(activations(2, 72).half().to(DEVICE), None, "pcdvq-2.0") is None
     ops.set_backend("reference")
-    assert ops.prepare(x, None, "ccq 2.5") is None
+    assert ops.prepare(x, None, "ccq-2.5") is None
     # Prepared before the backend was changed: PyTorch does without.
     ops.set_backend("triton")
-    prepared = ops.prepare(x, None, "ccq 2.5")
+    prepared = ops.prepare(x, None, "ccq-2.5")
     ops.set_backend("reference")
-    out = ops.ccq_matmul(x, *packed, prepared=prepared)
+    out = torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed, prepared=prepared)
     assert relative_error(out.cpu(), expected.cpu().double()) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("setting", ["pcdvq 2.25", "ccq 2.0625", "stream 2.25"])
+@pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.0625", "stream-2.25"])
 def test_opcheck_of_prepared_products(setting, monkeypatch):
     monkeypatch.undo()  # opcheck compares what the op allocates
     ops.set_backend("triton")
@@ -202,12 +193,12 @@ def test_opcheck_of_prepared_products(setting, monkeypatch):
     torch.library.opcheck(torch.ops.hf_pcdvq_kernels.prepare.default, (x, signs, setting))
     prepared = ops.prepare(x, signs, setting)
     given = x.clone().requires_grad_()
-    op = getattr(torch.ops.hf_pcdvq_kernels, f"{setting.split()[0]}_matmul").default
+    op = getattr(torch.ops.hf_pcdvq_kernels, f"{family(setting)}_matmul").default
     torch.library.opcheck(op, (given, *packed, False, signs, prepared))
 
 
 @pytest.mark.parametrize("shape", [(5, 192), (123, 576)])
-@pytest.mark.parametrize("setting", [*SETTINGS, "stream 2.5", "stream 4.0"])
+@pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
 def test_weights_are_decoded_to_the_same_bits(setting, shape):
     packed = random_packed(setting, *shape)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -241,20 +232,23 @@ def test_what_no_product_kernel_takes_is_decoded_first(setting):
 
 def test_inputs_that_no_product_kernel_takes():
     """72 inputs are 9 vectors, and a view may begin anywhere; neither can be read four words at a time."""
-    packed = random_packed("pcdvq 2.0", 6, 72)
+    packed = random_packed("pcdvq-2.0", 6, 72)
     x = activations(2, 72).half()
-    expected = x.double() @ exact_weight("pcdvq 2.0", packed).T
-    assert relative_error(ops.pcdvq_matmul(x.to(DEVICE), *on_device(packed)).cpu(), expected) < 1.5e-3
-    packed = random_packed("pcdvq 2.0", 7, 96)
+    expected = x.double() @ exact_weight("pcdvq-2.0", packed).T
+    assert (
+        relative_error(torch.ops.hf_pcdvq_kernels.pcdvq_matmul(x.to(DEVICE), *on_device(packed)).cpu(), expected)
+        < 1.5e-3
+    )
+    packed = random_packed("pcdvq-2.0", 7, 96)
     weight = torch.cat([torch.zeros(1, dtype=torch.int16), packed[0].flatten()]).to(DEVICE)[1:].view(7, 12)
     assert weight.data_ptr() % 8
     x = activations(2, 96).half()
-    expected = x.double() @ exact_weight("pcdvq 2.0", packed).T
-    out = ops.pcdvq_matmul(x.to(DEVICE), weight, *on_device(packed[1:]))
+    expected = x.double() @ exact_weight("pcdvq-2.0", packed).T
+    out = torch.ops.hf_pcdvq_kernels.pcdvq_matmul(x.to(DEVICE), weight, *on_device(packed[1:]))
     assert relative_error(out.cpu(), expected) < 1.5e-3
 
 
-@pytest.mark.parametrize("setting", ["pcdvq 2.25", "ccq 2.5", "stream 2.0"])
+@pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])
 def test_activations_of_any_size(setting):
     """Inside a product activations are float16; outliers, tiny numbers and zeros must survive it, and NaN must show."""
     packed = random_packed(setting, 4, 192)
@@ -287,16 +281,20 @@ def test_hadamard(block, inverse):
 
 
 def test_leading_dimensions_and_no_tokens():
-    packed = on_device(random_packed("ccq 2.75", 6, 128))
+    packed = on_device(random_packed("ccq-2.75", 6, 128))
     x = activations(2, 2, 128).half().to(DEVICE)
-    out = ops.ccq_matmul(x, *packed)
-    assert out.shape == (2, 2, 6) and torch.equal(out.view(4, 6), ops.ccq_matmul(x.view(4, 128), *packed))
-    assert ops.ccq_matmul(x[:0], *packed).shape == (0, 2, 6)
+    out = torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed)
+    assert out.shape == (2, 2, 6) and torch.equal(
+        out.view(4, 6), torch.ops.hf_pcdvq_kernels.ccq_matmul(x.view(4, 128), *packed)
+    )
+    assert torch.ops.hf_pcdvq_kernels.ccq_matmul(x[:0], *packed).shape == (0, 2, 6)
 
 
 def test_float64_is_refused_when_triton_is_asked_for():
     with pytest.raises(RuntimeError, match="do not compute in float64"):
-        ops.ccq_matmul(activations(1, 64).double().to(DEVICE), *on_device(random_packed("ccq 2.5", 4, 64)))
+        torch.ops.hf_pcdvq_kernels.ccq_matmul(
+            activations(1, 64).double().to(DEVICE), *on_device(random_packed("ccq-2.5", 4, 64))
+        )
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from hf_pcdvq_kernels.triton import launch_config, tuned, tuning  # noqa: E402
 
 CPU = torch.device("cpu")
-SHAPE = launch_config.Shape("pcdvq 2.25", 1, 4096, 8192)
-OTHER = launch_config.Shape("stream 2.0", 8, 4096, 8192)
+SHAPE = launch_config.Shape("pcdvq-2.25", 1, 4096, 8192)
+OTHER = launch_config.Shape("stream-2.0", 8, 4096, 8192)
 DEFAULT = launch_config.default(SHAPE, launch_config.processors(CPU))
 CONFIG = next(choice for choice in launch_config.candidates(SHAPE) if choice != DEFAULT)
 
@@ -27,7 +27,7 @@ def file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def written(file):
-    tuned.write(file, "a device", {SHAPE: tuned.Measured(CONFIG, 1e-6, 2e-6)})
+    tuned.write(file, "a device", {SHAPE: tuned.TunedConfig(CONFIG, 1e-6, 2e-6)})
     return file
 
 
@@ -43,7 +43,7 @@ def test_what_was_measured_is_chosen_and_deleting_the_file_brings_the_default_ba
 
 
 def test_written_files_are_read_back_whole(written):
-    measured = {**tuned.load(CPU), OTHER: tuned.Measured(launch_config.candidates(OTHER)[-1], 3e-6, 3e-6)}
+    measured = {**tuned.load(CPU), OTHER: tuned.TunedConfig(launch_config.candidates(OTHER)[-1], 3e-6, 3e-6)}
     tuned.write(written, "a device", measured)
     assert tuned.load(CPU) == measured and tuned.read(written, 1) == measured
     assert list(written.parent.iterdir()) == [written]
@@ -64,10 +64,10 @@ def product(**fields):
         (changed(triton="2.0.0"), "and Triton 2.0.0, needed are"),
         (changed(products=[{"shape": {}}]), "not laid out as expected"),
         (
-            product(config={"rows": 3, "warps": 1, "splits": 1}),
-            r"Config\(rows=3, warps=1, splits=1\) is no config of",
+            product(config={"block_n": 3, "num_warps": 1, "split_k": 1}),
+            r"LaunchConfig\(block_n=3, num_warps=1, split_k=1\) is no config of",
         ),
-        (product(shape={"codec": "qtip 2", "tokens": 1, "rows": 8, "columns": 64}), "there is no product like"),
+        (product(shape={"format": "qtip-2", "tokens": 1, "rows": 8, "columns": 64}), "there is no product like"),
         (lambda content: [], "not laid out as expected"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantExperts, QuantLinear
-from hf_pcdvq.quantizer import PcdvqHfQuantizer
+from hf_pcdvq.quantizer import PackedHfQuantizer
 
 EXPERT_LAYER = "model.layers.1.mlp.experts"
 
@@ -131,7 +131,7 @@ def test_tokens_of_other_devices_are_skipped():
 
 @pytest.mark.parametrize("size", ("tp_size", "ep_size"))
 def test_experts_are_not_cut_into_shards(size):
-    quantizer = PcdvqHfQuantizer(PcdvqConfig(), pre_quantized=False)
+    quantizer = PackedHfQuantizer(PcdvqConfig(), pre_quantized=False)
     dense = model("mixtral")
     dense.config.distributed_config = SimpleNamespace(**{size: 2})
     with pytest.raises(NotImplementedError, match="tensor or expert parallelism"):

@@ -19,10 +19,10 @@ def run(*arguments):
 
 def test_table_and_file_hold_the_same_figures(tmp_path):
     file = tmp_path / "report.json"
-    done = run("--kernel", "rotation", "--kernel", "ccq 2.5, 1 t", "--target", "sm_90", "--json", file, "--jobs", 1)
+    done = run("--kernel", "rotation", "--kernel", "ccq-2.5, 1 t", "--target", "sm_90", "--json", file, "--jobs", 1)
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
-    names = ["ccq 2.5, 1 tokens", "ccq 2.5, 1 tokens of experts", "rotation"]
+    names = ["ccq-2.5, 1 tokens", "ccq-2.5, 1 tokens of experts", "rotation"]
     assert [(row["kernel"], row["target"]) for row in rows] == [(name, "sm_90") for name in names]
     product, _, rotation = rows
     # The test of the compiled kernels holds the product at 3.5; a loop that was not found would count next to nothing.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 
 from hf_pcdvq_kernels.backend import get_backend, use_triton
-from hf_pcdvq_kernels.formats import StreamLayout
+from hf_pcdvq_kernels.formats.stream import StreamLayout
 from torch import Tensor
 
 from . import reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout
+from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
 from numba import config, get_num_threads, njit, prange, set_num_threads
 from torch import Tensor
 
@@ -24,7 +24,9 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     before = get_num_threads()
     set_num_threads(min(threads, most))
     try:
-        _search(targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window, overlap, found)
+        _search(
+            targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window_bits, overlap, found
+        )
     finally:
         set_num_threads(before)
         torch.set_num_threads(threads)

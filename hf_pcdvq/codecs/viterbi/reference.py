@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout
+from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
 from torch import Tensor
 
 # Weights on either side of a ring's border that decide the state there. At 2 bits and windows of 12 the squared error is
@@ -26,7 +26,7 @@ def rings(rows: int) -> Iterator[tuple[int, int]]:
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) -> Tensor:
     """See `viterbi.search`."""
     found = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
-    chunk = max(1, _ELEMENTS.get(targets.device.type, _ELEMENTS_ACCELERATOR) >> layout.window)
+    chunk = max(1, _ELEMENTS.get(targets.device.type, _ELEMENTS_ACCELERATOR) >> layout.window_bits)
     for start, stop in rings(targets.shape[1]):
         for part in torch.arange(len(targets), device=targets.device).split(chunk):
             found[part, start:stop] = _Ring(targets[part, start:stop], cost[start:stop], values, layout).search()
@@ -57,7 +57,7 @@ class _Ring:
 
     def _states(self, row: int) -> int:
         """Number of states before a row."""
-        return 1 << (self.layout.window - self._stride(row))
+        return 1 << (self.layout.window_bits - self._stride(row))
 
     def _errors(self, row: int) -> Tensor:
         """The weighted squared error of every window at a row, `[C, 2^L]`."""
@@ -77,7 +77,7 @@ class _Ring:
         windows = state.new_empty(len(state), len(rows), dtype=torch.int32)
         for i in reversed(range(len(rows))):
             stride, behind = self._stride(rows[i]), self._stride(rows[i] + 1)
-            high = torch.arange(1 << behind, device=state.device) << (self.layout.window - behind)
+            high = torch.arange(1 << behind, device=state.device) << (self.layout.window_bits - behind)
             candidates = high | state[:, None]
             error = (self.values[candidates] - self.targets[:, rows[i], None]).square() * self.cost[rows[i]]
             error += errors[i].gather(1, candidates >> stride)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hf_pcdvq_kernels.formats import STREAM_RING, StreamLayout
+from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
 from torch import Tensor
 
 from .reference import FORBIDDEN
@@ -51,10 +51,10 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
 
 def constants(layout: StreamLayout, overlap: int) -> dict[str, Any]:
     """The kernel's arguments that it is compiled for."""
-    states = 1 << (layout.window - min(layout.strides))
+    states = 1 << (layout.window_bits - min(layout.strides))
     return {
         "STRIDES": sum(layout.strides[i % len(layout.strides)] << 4 * i for i in range(4)),
-        "WINDOW": layout.window,
+        "WINDOW": layout.window_bits,
         "OVERLAP": overlap,
         "RING": STREAM_RING,
         "STEPS": max(STREAM_RING, 2 * overlap) + 1,

@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .formats import (
-    CCQ_LAYOUTS,
-    CODECS,
-    GROUP,
-    MAGNITUDE_BITS,
-    SIGN_BITS,
-    VECTOR,
-    CcqLayout,
-    StreamLayout,
-    stream_layout,
-)
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -45,12 +33,11 @@ def check_none(op: str, name: str, tensor: torch.Tensor | None, why: str) -> Non
         raise ValueError(f"{op}: {name} must be None {why}, got a tensor of shape {list(tensor.shape)}")
 
 
-def check_codes(op: str, weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> None:
+def check_words(op: str, weight: torch.Tensor, multiple: int) -> None:
     if weight.ndim != 2 or weight.shape[1] % multiple or weight.shape[1] == 0:
         raise ValueError(
             f"{op}: weight must be [N, words] with words a positive multiple of {multiple}, got {list(weight.shape)}"
         )
-    check_tensor(op, "weight", weight, dtype, tuple(weight.shape), weight.device)
 
 
 def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, rows: int, columns: int, transposed: bool) -> None:
@@ -102,13 +89,7 @@ def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
         )
 
 
-def check_codec(op: str, codec: str) -> None:
-    if codec not in CODECS:
-        raise ValueError(f"{op}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
-
-
-def check_prepare(x: torch.Tensor, signs: torch.Tensor | None, codec: str) -> None:
-    check_codec("prepare", codec)
+def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"prepare: x must be float16 or bfloat16, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
@@ -120,67 +101,3 @@ def check_prepare(x: torch.Tensor, signs: torch.Tensor | None, codec: str) -> No
 def check_prepared(op: str, prepared: torch.Tensor, words: int, device: torch.device) -> None:
     """Activations prepared for another product than this are most often of another size."""
     check_tensor(op, "prepared", prepared, torch.int32, (words,), device)
-
-
-def check_pcdvq(
-    op: str,
-    weight: torch.Tensor,
-    magnitude: torch.Tensor | None,
-    scale: torch.Tensor,
-    patterns: torch.Tensor,
-    levels: torch.Tensor,
-) -> int:
-    """Validate the packed tensors of a PCDVQ weight; returns its number of input features."""
-    check_codes(op, weight, torch.int16, 1 if magnitude is None else 4)
-    rows, vectors = weight.shape
-    pattern_bits = 16 - SIGN_BITS - (MAGNITUDE_BITS if magnitude is None else 0)
-    if magnitude is not None:
-        check_tensor(op, "magnitude", magnitude, torch.uint8, (rows, vectors // 4), weight.device)
-    check_tensor(op, "scale", scale, torch.float32, (rows,), weight.device)
-    check_tensor(op, "patterns", patterns, torch.int8, (1 << pattern_bits, VECTOR), weight.device)
-    check_tensor(op, "levels", levels, torch.float32, (1 << MAGNITUDE_BITS,), weight.device)
-    return vectors * VECTOR
-
-
-def ccq_layout(op: str, name: str) -> CcqLayout:
-    if name not in CCQ_LAYOUTS:
-        raise ValueError(f"{op}: layout must be one of {', '.join(map(repr, CCQ_LAYOUTS))}, got {name!r}")
-    return CCQ_LAYOUTS[name]
-
-
-def check_ccq(
-    op: str,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    local_scale: torch.Tensor | None,
-    code_scale: torch.Tensor | None,
-    code_zero: torch.Tensor | None,
-    layout: CcqLayout,
-) -> int:
-    """Validate the packed tensors of a CCQ weight; returns its number of input features."""
-    check_codes(op, weight, layout.storage, layout.words)
-    rows, groups = weight.shape[0], weight.shape[1] // layout.words
-    check_tensor(op, "scale", scale, torch.float32, (rows,), weight.device)
-    if layout.clustered:
-        check_tensor(op, "local_scale", local_scale, torch.uint8, (rows, (groups + 1) // 2), weight.device)
-        check_tensor(op, "code_scale", code_scale, torch.float32, (rows,), weight.device)
-        check_tensor(op, "code_zero", code_zero, torch.float32, (rows,), weight.device)
-    else:
-        for name, tensor in (("local_scale", local_scale), ("code_scale", code_scale), ("code_zero", code_zero)):
-            check_none(op, name, tensor, f"for layout {layout.name!r}")
-    return groups * GROUP
-
-
-def check_stream(op: str, weight: torch.Tensor, scale: torch.Tensor, bits: float, window: int) -> StreamLayout:
-    """Validate the packed tensors of a CCQ weight in the stream layout."""
-    try:
-        layout = stream_layout(bits, window)
-    except ValueError as error:
-        raise ValueError(f"{op}: {error}") from None
-    if scale.ndim != 1 or len(scale) == 0:
-        raise ValueError(f"{op}: scale must be [N], got {list(scale.shape)}")
-    if weight.ndim != 2 or weight.shape[1] == 0:
-        raise ValueError(f"{op}: weight must be [words, K], got {list(weight.shape)}")
-    check_tensor(op, "weight", weight, torch.int32, (layout.words(len(scale)), weight.shape[1]), weight.device)
-    check_tensor(op, "scale", scale, torch.float32, (len(scale),), weight.device)
-    return layout

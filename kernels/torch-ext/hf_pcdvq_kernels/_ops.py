@@ -1,35 +1,27 @@
 """Every op, declared once: schema, fake implementation, implementation, derivative.
 
 An implementation validates its arguments and runs as Triton kernels or as the PyTorch reference, whichever
-`backend.use_triton` says; `prepare` exists for Triton only. `functional.py` holds the public functions with their documentation.
+`backend.use_triton` says; `prepare` exists for Triton only. The ops of a family of formats follow from its description
+in `formats/`. `functional.py` holds the public functions with their documentation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as checks
 from .backend import use_triton
+from .formats import FAMILIES, PackedWeight
 from .reference import products
 from .reference.hadamard import hadamard as reference_hadamard
-from .weights import CcqWeight, PcdvqWeight, StreamWeight, Weight
 
 # The package's own name: copies that Hugging Face's `kernels` loads under names of their own live beside each other.
 NAMESPACE = __package__.replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)
-
-# The packed tensors and numbers of every format, in the order of the arguments of `checked` of its class.
-_FORMATS: dict[str, tuple[str, Callable[..., Weight]]] = {
-    "pcdvq": ("Tensor weight, Tensor? magnitude, Tensor scale, Tensor patterns, Tensor levels", PcdvqWeight.checked),
-    "ccq": (
-        "Tensor weight, Tensor scale, Tensor? local_scale, Tensor? code_scale, Tensor? code_zero, str layout",
-        CcqWeight.checked,
-    ),
-    "stream": ("Tensor weight, Tensor scale, float bits, int window", StreamWeight.checked),
-}
 
 
 # ------------------------------------------------------------------------------------------------ hadamard
@@ -69,44 +61,53 @@ torch.library.register_autograd(f"{NAMESPACE}::hadamard", _hadamard_backward, se
 # ------------------------------------------------------------------------------------------------- prepare
 
 
-torch.library.define(f"{NAMESPACE}::prepare", "(Tensor x, Tensor? signs, str codec) -> Tensor")
+torch.library.define(f"{NAMESPACE}::prepare", "(Tensor x, Tensor? signs, str format) -> Tensor")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::prepare")
-def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
-    from .triton import launch
+def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
+    from .triton import product
 
-    checks.check_prepare(x, signs, codec)
-    return x.new_empty(launch.prepared_words(codec, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int32)
+    checks.check_prepare(x, signs)
+    return x.new_empty(product.prepared_words(format, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int32)
 
 
 @torch.library.impl(f"{NAMESPACE}::prepare", "default")
-def _(x: Tensor, signs: Tensor | None, codec: str) -> Tensor:
-    from .triton import launch
+def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
+    from .triton import product
 
-    checks.check_prepare(x, signs, codec)
-    return launch.prepare(x, signs, codec)
-
-
-# ---------------------------------------------------------------------------------------------- dequantize
+    checks.check_prepare(x, signs)
+    return product.prepare(x, signs, format)
 
 
-def _define_dequantize(method: str) -> None:
-    name = f"{method}_dequantize"
-    arguments, checked = _FORMATS[method]
-    torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, ScalarType dtype) -> Tensor")
+# ------------------------------------------------------------------------------------ what every family of formats has
 
-    def fake(*arguments):
+
+def _schema(family: type[PackedWeight]) -> str:
+    """The arguments that a family's ops have in common."""
+    return ", ".join(f"{argument.type} {argument.name}" for argument in family.arguments)
+
+
+def _runs_as_triton(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> bool:
+    return weight.has_kernels and use_triton(device, dtype)
+
+
+def _define_dequantize(family: type[PackedWeight]) -> None:
+    name = f"{family.family}_dequantize"
+    torch.library.define(f"{NAMESPACE}::{name}", f"({_schema(family)}, ScalarType dtype) -> Tensor")
+
+    def checked(arguments: tuple[Any, ...]) -> tuple[PackedWeight, torch.dtype]:
         *packed, dtype = arguments
         checks.check_float(name, "dtype", dtype)
-        weight = checked(name, *packed)
+        return family.checked(name, *packed), dtype
+
+    def fake(*arguments):
+        weight, dtype = checked(arguments)
         return weight.weight.new_empty(weight.rows, weight.columns, dtype=dtype)
 
     def implementation(*arguments):
-        *packed, dtype = arguments
-        checks.check_float(name, "dtype", dtype)
-        weight = checked(name, *packed)
-        if use_triton(weight.weight.device, dtype):
+        weight, dtype = checked(arguments)
+        if _runs_as_triton(weight, weight.weight.device, dtype):
             from .triton import launch
 
             return launch.dequantize(weight, dtype)
@@ -116,22 +117,18 @@ def _define_dequantize(method: str) -> None:
     torch.library.impl(f"{NAMESPACE}::{name}", "default", implementation)
 
 
-# -------------------------------------------------------------------------------------------------- matmul
-
-
-def _define_matmul(method: str) -> None:
-    name = f"{method}_matmul"
-    arguments, checked = _FORMATS[method]
-    schema = f"(Tensor x, {arguments}, bool transposed=False, Tensor? signs=None, Tensor? prepared=None) -> Tensor"
-    torch.library.define(f"{NAMESPACE}::{name}", schema)
-    count = arguments.count(",") + 1  # without x and the last three, which may be left out
+def _define_matmul(family: type[PackedWeight]) -> None:
+    name = f"{family.family}_matmul"
+    schema = f"Tensor x, {_schema(family)}, bool transposed=False, Tensor? signs=None, Tensor? prepared=None"
+    torch.library.define(f"{NAMESPACE}::{name}", f"({schema}) -> Tensor")
+    count = len(family.arguments)  # without x and the last three, which may be left out
 
     def check(x, packed, last):
         # PyTorch hands over the last three by position, by name or, with their default values, not at all.
         packed, positional = packed[:count], packed[count:]
         given = {**last, **dict(zip(("transposed", "signs", "prepared"), positional))}
         transposed, signs, prepared = given.get("transposed", False), given.get("signs"), given.get("prepared")
-        weight = checked(name, *packed)
+        weight = family.checked(name, *packed)
         checks.check_input(name, x, weight.weight, weight.rows, weight.columns, transposed)
         if signs is not None:
             checks.check_signs(name, signs, weight.columns, x.device)
@@ -143,7 +140,7 @@ def _define_matmul(method: str) -> None:
 
     def implementation(x, *packed, **last):
         weight, transposed, signs, prepared = check(x, packed, last)
-        if use_triton(x.device, x.dtype):
+        if _runs_as_triton(weight, x.device, x.dtype):
             from .triton import launch
 
             return launch.matmul(x, weight, transposed, signs, prepared)
@@ -173,28 +170,22 @@ def _register_matmul_autograd(name: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
 
-# ------------------------------------------------------------------------------------------ grouped matmul
+def _define_grouped_matmul(family: type[PackedWeight]) -> None:
+    name = f"{family.family}_grouped_matmul"
+    schema = f"Tensor x, Tensor experts, {_schema(family)}, Tensor? signs=None"
+    torch.library.define(f"{NAMESPACE}::{name}", f"({schema}) -> Tensor")
+    count = len(family.arguments)
+    is_stacked = [argument.stacked for argument in family.arguments]
 
-# How many of the first arguments of a format belong to one weight, so that a stack of weights has stacks of them.
-_STACKED = {"pcdvq": 3, "ccq": 5, "stream": 2}
-
-
-def _define_grouped_matmul(method: str) -> None:
-    name = f"{method}_grouped_matmul"
-    arguments, checked = _FORMATS[method]
-    torch.library.define(
-        f"{NAMESPACE}::{name}", f"(Tensor x, Tensor experts, {arguments}, Tensor? signs=None) -> Tensor"
-    )
-    count = arguments.count(",") + 1
-
-    def one(packed, expert: int) -> Weight:
-        stacked = [item if item is None else item[expert] for item in packed[: _STACKED[method]]]
-        return checked(name, *stacked, *packed[_STACKED[method] :])
+    def one(packed, expert: int) -> PackedWeight:
+        """The weight of one expert."""
+        own = [item[expert] if stacked and item is not None else item for stacked, item in zip(is_stacked, packed)]
+        return family.checked(name, *own)
 
     def check(x, experts, packed, signs):
         packed, last = packed[:count], packed[count:]
         signs = last[0] if last else signs
-        checks.check_stack(name, packed[: _STACKED[method]])
+        checks.check_stack(name, [item for stacked, item in zip(is_stacked, packed) if stacked])
         first = one(packed, 0)
         checks.check_groups(name, x, experts, first.columns)
         checks.check_input(name, x, first.weight, first.rows, first.columns, False)
@@ -209,7 +200,7 @@ def _define_grouped_matmul(method: str) -> None:
     def implementation(x, experts, *packed, signs=None):
         first, packed, signs = check(x, experts, packed, signs)
         multiply: Callable[..., Tensor] = products.matmul
-        if use_triton(x.device, x.dtype):
+        if _runs_as_triton(first, x.device, x.dtype):
             from .triton import launch
 
             out = launch.grouped_matmul(x, experts, first, signs)
@@ -226,7 +217,7 @@ def _define_grouped_matmul(method: str) -> None:
     torch.library.impl(f"{NAMESPACE}::{name}", "default", implementation)
 
 
-for _method in _FORMATS:
-    _define_dequantize(_method)
-    _define_matmul(_method)
-    _define_grouped_matmul(_method)
+for _family in FAMILIES.values():
+    _define_dequantize(_family)
+    _define_matmul(_family)
+    _define_grouped_matmul(_family)

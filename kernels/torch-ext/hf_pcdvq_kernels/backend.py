@@ -69,7 +69,7 @@ def _missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type not in _DEVICES:
-        from .triton.launch import INTERPRETED
+        from .triton.device import INTERPRETED
 
         return None if INTERPRETED else f"Triton has no kernels for the device {device.type!r}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

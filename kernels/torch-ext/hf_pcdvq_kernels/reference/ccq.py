@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import GROUP, CcqLayout
+from ..formats.ccq import GROUP, CcqLayout
 
 
 def windows(words: torch.Tensor, layout: CcqLayout) -> torch.Tensor:

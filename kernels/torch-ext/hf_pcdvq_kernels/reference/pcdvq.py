@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import MAGNITUDE_BITS, SIGN_BITS, VECTOR
+from ..formats.pcdvq import MAGNITUDE_BITS, SIGN_BITS, VECTOR
 
 
 def _bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:

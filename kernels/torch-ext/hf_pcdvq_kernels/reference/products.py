@@ -11,7 +11,7 @@ from .hadamard import hadamard
 from .sliced import sliced_dequantize, sliced_matmul
 
 if TYPE_CHECKING:
-    from ..weights import Weight
+    from ..formats import PackedWeight
 
 # Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
 # a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 SLICE = 1 << 20
 
 
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]`."""
     decode = weight.reference_rows(dtype)
     shape = weight.rows, weight.columns
     return sliced_dequantize(*shape, decode, dtype, weight.weight.device, weight.row_multiple, SLICE)
 
 
-def matmul(x: Tensor, weight: Weight, transposed: bool, signs: Tensor | None) -> Tensor:
+def matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
     """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
     if signs is not None and not transposed:
         x = hadamard(x, signs)
-    decode = weight.reference_rows(x.dtype)
-    out = sliced_matmul(x, weight.rows, weight.columns, decode, transposed, weight.row_multiple, SLICE)
+    out = weight.reference_matmul(x, transposed)
     return hadamard(out, signs, inverse=True) if signs is not None and transposed else out
+
+
+def decoded_matmul(x: Tensor, weight: PackedWeight, transposed: bool) -> Tensor:
+    """`x @ W.T`, or `x @ W` where `transposed`, with the weight decoded in the dtype of `x`, slice by slice."""
+    decode = weight.reference_rows(x.dtype)
+    return sliced_matmul(x, weight.rows, weight.columns, decode, transposed, weight.row_multiple, SLICE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats import STREAM_MULTIPLIER, STREAM_RING, StreamLayout
+from ..formats.stream import STREAM_MULTIPLIER, STREAM_RING, StreamLayout
 
 
 def values(window_bits: int, device: torch.device, multiplier: int = STREAM_MULTIPLIER) -> torch.Tensor:
@@ -29,11 +29,11 @@ def windows(weight: torch.Tensor, layout: StreamLayout) -> Iterator[torch.Tensor
     """The windows of row 0, 1, ... of every period: each int32 `[periods, K]`."""
     shape = (-1, layout.period_words, weight.shape[1])
     words, before = weight.view(shape), words_before(weight, layout).view(shape)
-    mask = (1 << layout.window) - 1
+    mask = (1 << layout.window_bits) - 1
     for end in layout.ends:  # bit position behind the window, counted from the top of the period's first word
         word, shift = (end - 1) // 32, -end % 32
         window = words[:, word] >> shift
-        if shift + layout.window > 32:
+        if shift + layout.window_bits > 32:
             window = window & ((1 << (32 - shift)) - 1) | before[:, word] << (32 - shift)
         yield window & mask
 
@@ -44,7 +44,7 @@ def dequantize(
     """See `hf_pcdvq_kernels.stream_dequantize`. Computes in float32, rounds once to `dtype`.
 
     Args:
-        table: `values(layout.window)` as float32. The format needs none; on a CPU a lookup is several times as fast as the
+        table: `values(layout.window_bits)` as float32. The format needs none; on a CPU a lookup is several times as fast as the
             arithmetic.
     """
     columns = weight.shape[1]

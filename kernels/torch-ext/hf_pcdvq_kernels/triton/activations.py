@@ -21,9 +21,6 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..formats import CCQ_LAYOUTS
-from . import launch_config, stream
-
 TILE = 1024  # inputs per program
 
 
@@ -52,15 +49,6 @@ class Order:
     def words(self, columns: int) -> int:
         """Int64 words of one token."""
         return self.blocks(columns) * self.quads * self.units
-
-
-def order_of(codec: str, units: int) -> Order:
-    """How products with a format ("pcdvq 2.25") read their activations when a program takes `units` units at a time."""
-    method, setting = codec.split()
-    if method == "stream":  # a span is the same for any number of lanes
-        return Order(2 * stream.SPAN.value, 1, 1)
-    slots = len(CCQ_LAYOUTS[setting].shifts) if method == "ccq" else 1
-    return Order(launch_config.LANE_INPUTS[method], slots, units)
 
 
 @triton.jit

@@ -6,20 +6,12 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..formats import CcqLayout
-from . import half2
-
-
-def constants(layout: CcqLayout) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    return {
-        "WINDOW": layout.window_bits,
-        "SHIFTS": sum(shift << 4 * slot for slot, shift in enumerate(layout.shifts)),  # four bits each
-        "SLOTS": len(layout.shifts),
-        "WORDS": layout.words,
-        "SCALE_BITS": layout.scale_bits,
-    }
+from ..formats.ccq import CcqWeight, ccq_layout
+from . import half2, tiles
+from .activations import Order
+from .format_kernels import FormatKernels, given
 
 
 @triton.jit
@@ -57,6 +49,34 @@ def decode(
 
 
 @triton.jit
+def dequantize_kernel(
+    p_out,  # floating [stop - first, K]
+    p_weight,
+    p_scale,
+    p_local,
+    p_code_scale,
+    p_code_zero,
+    first,  # row to begin with
+    stop,  # row to end before
+    columns,  # K
+    WINDOW: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    row, start = tiles.tile_rows(first, stop, ROWS), tiles.tile_start(COLUMNS)
+    weight = decode(
+        p_weight, p_scale, p_local, p_code_scale, p_code_zero, row, start, columns,
+        COLUMNS, WINDOW, SHIFTS, SLOTS, WORDS, SCALE_BITS,
+    )  # fmt: skip
+    tiles.store_tile(p_out, weight, first, stop, columns, ROWS, COLUMNS)
+
+
+@triton.jit
 def matmul_kernel(
     p_x,  # int64 [G T, U / UNITS, QUADS, UNITS], see `activations.py`
     p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
@@ -77,7 +97,7 @@ def matmul_kernel(
     WORDS: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     T: tl.constexpr,
-    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
     BF16: tl.constexpr,
@@ -92,7 +112,7 @@ def matmul_kernel(
     QUADS: tl.constexpr = (LOADS * LOADED * SLOTS + 1) // 2  # pairs of pairs of activations per group
     WORD: tl.constexpr = tl.int16 if LOAD == 16 else (tl.int32 if LOAD == 32 else tl.int64)
 
-    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One at a time: a thread that took several neighbours would hold them in another order than the sums.
@@ -106,7 +126,7 @@ def matmul_kernel(
         code_zero = tl.load(p_code_zero + row)
         p_local += row * ((units + 1) // 2)
 
-    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    acc = tl.zeros([BLOCK_N, T] if DOT else [T, BLOCK_N, UNITS], tl.float32)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, blocks)
     if GROUPED:
@@ -120,7 +140,7 @@ def matmul_kernel(
             group_scale &= (1 << SCALE_BITS) - 1
         factor = group_scale.to(tl.float32) * (scale * 1024)
         p_block = p_x + block * (QUADS * UNITS)
-        total = tl.zeros([T, R, UNITS], tl.int32)
+        total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for load in tl.static_range(LOADS):
             words = tl.load(p_words + o_unit * LOADS + load)
             for i in tl.static_range(LOADED):
@@ -130,7 +150,7 @@ def matmul_kernel(
                     pair = words
                 else:
                     pair = _cluster_pair((words >> (32 * (i // 2))).to(tl.int32), i % 2, code_scale, code_zero, PTX)
-                chain = tl.zeros([T, R, UNITS], tl.int32)
+                chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
                 for slot in tl.static_range(SLOTS):
                     if ((load * LOADED + i) * SLOTS + slot) % 2 == 0:
                         quad = tl.load(p_block + ((load * LOADED + i) * SLOTS + slot) // 2 * UNITS)
@@ -151,7 +171,7 @@ def matmul_kernel(
     if DOT:
         out = tl.trans(acc)
     else:
-        out = tl.sum(acc, 2) * tl.reshape(scale * 1024, [1, R])
+        out = tl.sum(acc, 2) * tl.reshape(scale * 1024, [1, BLOCK_N])
     half2.store_product(p_out, out, o_row, tokens, rows, T)
 
 
@@ -175,3 +195,38 @@ def _cluster_pair(bytes, i: tl.constexpr, code_scale, code_zero, PTX: tl.constex
     first = ((bytes >> (16 * i)) & 0xFF).to(tl.float32) * code_scale + code_zero + 0.5
     second = ((bytes >> (16 * i + 8)) & 0xFF).to(tl.float32) * code_scale + code_zero + 0.5
     return half2.permute_bytes(half2.floor_bits(first, PTX), half2.floor_bits(second, PTX), 0x5410, PTX)
+
+
+class CcqKernels(FormatKernels[CcqWeight]):
+    """A lane takes a group of 64 inputs at a time."""
+
+    matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
+    lane_inputs = 64
+    column_multiple = 64
+
+    def operands(self, weight: CcqWeight) -> dict[str, Tensor]:
+        return {
+            "p_weight": weight.weight,
+            "p_scale": weight.scale,
+            "p_local": given(weight.local_scale, weight.weight),
+            "p_code_scale": given(weight.code_scale, weight.scale),
+            "p_code_zero": given(weight.code_zero, weight.scale),
+        }
+
+    def constants(self, weight: CcqWeight) -> dict[str, Any]:
+        layout = weight.layout
+        return {
+            "WINDOW": layout.window_bits,
+            "SHIFTS": sum(shift << 4 * slot for slot, shift in enumerate(layout.shifts)),  # four bits each
+            "SLOTS": len(layout.shifts),
+            "WORDS": layout.words,
+            "SCALE_BITS": layout.scale_bits,
+        }
+
+    def order(self, name: str, units: int) -> Order:
+        return Order(self.lane_inputs, len(ccq_layout(name.removeprefix("ccq-")).shifts), units)
+
+    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
+        if name == "ccq-2.75":
+            return {1: (8, 4), 2: (4,), 4: (2,), 8: (2,)}[tokens]
+        return {1: (8, 4), 2: (8, 4), 4: (4,), 8: (2,)}[tokens]

@@ -13,13 +13,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..formats import CCQ_LAYOUTS, CODECS, stream_layout
-from . import activations, ccq, launch, launch_config, pcdvq, stream, tiles
+from ..formats import FORMATS, PackedWeight
+from ..random_weights import random_weight
+from . import activations, launch, launch_config, tiles
+from .device import OPTIONS
+from .format_kernels import FormatKernels
+from .launch_config import LaunchConfig, Shape, kernels_of
 
+KERNEL_FORMATS = [name for name, family in FORMATS.items() if family.has_kernels]
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -53,62 +59,60 @@ class Figures:
 
 def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
     """The kernels of products, bfloat16, with their default configs."""
-    for codec in CODECS:
+    for name in KERNEL_FORMATS:
         for count in tokens:
-            shape = launch_config.Shape(codec, count, ROWS, COLUMNS)
-            yield product(codec, count, launch_config.default(shape, PROCESSORS))
+            shape = Shape(name, count, ROWS, COLUMNS)
+            yield product(shape, launch_config.default(shape, PROCESSORS))
 
 
 def grouped_products() -> Iterator[Variant]:
     """The kernels of products with weights of a stack, of one token each and of many."""
-    for codec in CODECS:
+    for name in KERNEL_FORMATS:
         for count in (1, 16, 64):
-            shape = launch_config.Shape(codec, count, ROWS, COLUMNS)
-            yield product(codec, count, launch_config.default(shape, 1), grouped=True)
+            shape = Shape(name, count, ROWS, COLUMNS)
+            yield product(shape, launch_config.default(shape, 1), grouped=True)
 
 
-def product(codec: str, tokens: int, choice: launch_config.Config, grouped: bool = False) -> Variant:
+def product(shape: Shape, config: LaunchConfig, grouped: bool = False) -> Variant:
     """The kernel of a product of bfloat16."""
-    method = codec.split()[0]
-    dot = tokens > launch_config.VECTOR_TOKENS
-    units = 32 if dot else 32 * choice.warps
+    weight, kernels = _example(shape.format), kernels_of(shape.format)
+    units = shape.units(config.num_warps)
+    types = {
+        "p_x": _pointer(kernels.activation_dtype),
+        "p_x_scale": "*fp32",
+        **_operand_types(kernels, weight),
+        "p_experts": "*i32",
+        "p_out": "*bf16",
+        **dict.fromkeys(("tokens", "rows", *kernels.matmul_sizes(weight), "span"), "i32"),
+    }
     constants = {
-        **_format(codec),
-        "T": tokens,
-        "R": choice.rows,
+        **kernels.matmul_constants(weight, config.block_n, shape.dot),
+        "T": shape.tokens,
+        "BLOCK_N": config.block_n,
         "UNITS": units,
-        "DOT": dot,
+        "DOT": shape.dot,
         "BF16": True,
         "PTX": True,
         "GROUPED": grouped,
     }
-    x = {"p_x": "*i32" if method == "stream" else "*i64", "p_x_scale": "*fp32"}
-    sizes = ["tokens", "rows", "columns", "words", "span"]
-    if method == "pcdvq":
-        kernel = pcdvq.matmul_kernel
-        sizes = ["tokens", "rows", "units", "span"]
-    elif method == "ccq":
-        kernel = ccq.matmul_kernel
-        sizes = ["tokens", "rows", "units", "span"]
-    else:
-        kernel = stream.matmul_kernel
-        constants["CHANNELS"] = stream.channels(constants) if dot else choice.rows
-    types = {**x, **_packed(codec), "p_experts": "*i32", "p_out": "*bf16", **dict.fromkeys(sizes, "i32")}
-    weights = choice.rows * units * launch_config.LANE_INPUTS[method] / (32 * choice.warps)
-    name = f"{codec}, {tokens} tokens{' of experts' if grouped else ''}"
-    return Variant(name, kernel, types, constants, choice.warps, weights)
+    weights = config.block_n * units * kernels.lane_inputs / (32 * config.num_warps)
+    name = f"{shape.format}, {shape.tokens} tokens{' of experts' if grouped else ''}"
+    return Variant(name, kernels.matmul_kernel, types, constants, config.num_warps, weights)
+
+
+def dequantizations() -> Iterator[Variant]:
+    """The kernels that decode whole weights."""
+    for name in KERNEL_FORMATS:
+        weight, kernels = _example(name), kernels_of(name)
+        sizes = ("first", "stop", *kernels.dequantize_sizes(weight))
+        types = {"p_out": "*bf16", **_operand_types(kernels, weight), **dict.fromkeys(sizes, "i32")}
+        tile = {"ROWS": launch.TILE_ROWS, "COLUMNS": launch.TILE_COLUMNS, "PTX": True}
+        constants = {**kernels.constants(weight), **tile}
+        yield Variant(f"{name}, decoding", kernels.dequantize_kernel, types, constants, 4, 0)
 
 
 def others() -> Iterator[Variant]:
-    """The kernels besides those of products."""
-    names = ("p_weight", "p_1", "p_2", "p_3", "p_4")
-    for codec in CODECS:
-        packed = [*_packed(codec).values(), "*fp32", "*fp32", "*fp32"][:5]
-        types = {"p_out": "*bf16", **dict(zip(names, packed)), **dict.fromkeys(("first", "stop", "columns", "words"), "i32")}  # fmt: skip
-        form = _format(codec)
-        unused = {name: 0 for name in tiles.dequantize_kernel.arg_names[14:]}
-        tile = {"CODEC": codec.split()[0], "ROWS": launch.TILE_ROWS, "COLUMNS": launch.TILE_COLUMNS, "PTX": True}
-        yield Variant(f"{codec}, decoding", tiles.dequantize_kernel, types, {**tile, **unused, **form}, 4, 0)
+    """The kernels that no format has to itself."""
     types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*bf16", "numbers": "i32"}
     constants = {"INVERSE": False, "BLOCK": 128, "TILE": activations.TILE}
     yield Variant("rotation", activations.hadamard_kernel, types, constants, 4, 0)
@@ -127,7 +131,7 @@ def others() -> Iterator[Variant]:
 @cache
 def variants() -> dict[str, Variant]:
     """Every kernel as it is launched by default, by its name."""
-    return {variant.name: variant for variant in (*products(), *grouped_products(), *others())}
+    return {variant.name: variant for variant in (*products(), *grouped_products(), *dequantizations(), *others())}
 
 
 def measure_all(pairs: Iterable[tuple[str, str]], jobs: int) -> Iterator[tuple[tuple[str, str], Figures]]:
@@ -161,7 +165,7 @@ def measure(variant: Variant, target: GPUTarget) -> Figures:
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         ),
         target=target,
-        options={"num_warps": variant.warps, **launch.OPTIONS},
+        options={"num_warps": variant.warps, **OPTIONS},
     )
     if target.backend != "cuda":
         text = compiled.asm["amdgcn"]
@@ -191,35 +195,27 @@ def main_loop(sass: str) -> list[str]:
             jump = re.search(r"BRA.*`\((\.L_x?_?\w+)\)", instruction[1])
             if jump and jump[1] in labels:
                 loops.append((labels[jump[1]], len(instructions)))
-    # An instruction may branch to itself, behind the end of a kernel.
+    # An instruction may branch to itself, after the end of a kernel.
     longest = max(stop - start for start, stop in loops)
     start, stop = next(loop for loop in loops if loop[1] - loop[0] >= longest / 2)
     return instructions[start:stop]
 
 
-def _format(codec: str) -> dict[str, Any]:
-    method, setting = codec.split()
-    if method == "pcdvq":
-        return {"PATTERNS": 512 if setting == "2.25" else 128}
-    if method == "ccq":
-        return ccq.constants(CCQ_LAYOUTS[setting])
-    return stream.constants(stream_layout(float(setting), 12))
+@cache
+def _example(name: str) -> PackedWeight:
+    """A weight of a format, which tells the dtypes of its tensors; its size does not matter."""
+    return random_weight(name, 256, 256)
 
 
-def _packed(codec: str) -> dict[str, str]:
-    method, setting = codec.split()
-    if method == "pcdvq":
-        return {
-            "p_weight": "*i16",
-            "p_magnitude": "*u8",
-            "p_scale": "*fp32",
-            "p_patterns": "*i8",
-            "p_levels": "*fp32",
-        }
-    if method == "ccq":
-        rest = {"p_scale": "*fp32", "p_local": "*u8", "p_code_scale": "*fp32", "p_code_zero": "*fp32"}
-        return {"p_weight": "*i16" if setting == "2.5" else "*u8", **rest}
-    return {"p_weight": "*i32", "p_scale": "*fp32"}
+def _operand_types(kernels: FormatKernels, weight: PackedWeight) -> dict[str, str]:
+    return {name: _pointer(tensor.dtype) for name, tensor in kernels.operands(weight).items()}
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    """What Triton calls a pointer to values of a dtype."""
+    if dtype.is_floating_point:
+        return f"*fp{8 * dtype.itemsize}"
+    return f"*{'i' if dtype.is_signed else 'u'}{8 * dtype.itemsize}"
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:

@@ -70,18 +70,18 @@ def sum2(pair):
 
 @triton.jit
 def dot2(acc, weight, factor, x, BF16: tl.constexpr):
-    """`acc` [R, T] plus `weight` times `factor` times `x`, summed over pairs.
+    """`acc` [BLOCK_N, T] plus `weight` times `factor` times `x`, summed over pairs.
 
-    Pairs of weights are float16 [1, R, UNITS], their factors float32 that broadcast against them, pairs of activations
+    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 that broadcast against them, pairs of activations
     [UNITS, T] float16 or, with `BF16`, bfloat16. Weights are rounded to the dtype of the activations once.
     """
     X: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    R: tl.constexpr = weight.shape[1]
+    BLOCK_N: tl.constexpr = weight.shape[1]
     UNITS: tl.constexpr = weight.shape[2]
     T: tl.constexpr = acc.shape[1]
     first = (low(weight).to(tl.float32) * factor).to(X)
     second = (high(weight).to(tl.float32) * factor).to(X)
-    weights = tl.reshape(tl.join(first, second), [R, 2 * UNITS])
+    weights = tl.reshape(tl.join(first, second), [BLOCK_N, 2 * UNITS])
     first, second = x.to(tl.int16).to(X, bitcast=True), (x >> 16).to(tl.int16).to(X, bitcast=True)
     inputs = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [2 * UNITS, T])
     return tl.dot(weights, inputs, acc)
@@ -260,7 +260,7 @@ def activation_pointers(
 
 @triton.jit
 def store_product(p_out, out, o_row, tokens, rows, T: tl.constexpr):
-    """Store `out` [T, R] as this split's and this group's part of [SPLIT, G, tokens, rows]."""
+    """Store `out` [T, BLOCK_N] as this split's and this group's part of [SPLIT, G, tokens, rows]."""
     o_token, o_row = tl.arange(0, T)[:, None], o_row[None, :]
     group = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     p_out += (group * tokens + o_token) * rows + o_row

@@ -11,33 +11,57 @@ from functools import cache
 
 import torch
 
+from ..formats import family_of
+from .format_kernels import FormatKernels
+
 DOT_TOKENS = 64  # products of more tokens decode the weight and leave the product to PyTorch
 VECTOR_TOKENS = 8  # products of more tokens multiply matrices, instead of adding up products of float16 pairs
-# Inputs that a lane takes at a time: the unit of `activations.py`; of `stream` CHAIN pairs, which are not loaded together.
-LANE_INPUTS = {"pcdvq": 32, "ccq": 64, "stream": 32}
+DOT_BLOCK_N = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """How a product is launched."""
 
-    rows: int  # output channels per program
-    warps: int
-    splits: int  # programs that share the inputs of a channel
+    block_n: int  # output channels per program
+    num_warps: int
+    split_k: int  # programs that share the inputs of a channel
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a config depends on."""
+    """What a launch config depends on."""
 
-    codec: str  # "pcdvq 2.25", "ccq 2.5", "stream 2.0"
+    format: str  # "pcdvq-2.25", "ccq-2.5", "stream-2.0"
     tokens: int  # a power of two
     rows: int
     columns: int
 
     @property
+    def dot(self) -> bool:
+        """Whether the product is one of matrices."""
+        return self.tokens > VECTOR_TOKENS
+
+    @property
     def lane_inputs(self) -> int:
-        return LANE_INPUTS[self.codec.split()[0]]
+        return kernels_of(self.format).lane_inputs
+
+    def units(self, num_warps: int) -> int:
+        """Units of inputs that a program takes at a time."""
+        return 32 if self.dot else 32 * num_warps
+
+    def block_inputs(self, num_warps: int) -> int:
+        """Inputs that a program takes at a time; splits lie at multiples of it."""
+        return self.units(num_warps) * self.lane_inputs
+
+
+def kernels_of(name: str) -> FormatKernels:
+    """The kernels of a format.
+
+    Raises:
+        ValueError: there is no such format, or it has no kernels.
+    """
+    return family_of(name).kernels()
 
 
 def tokens_per_program(tokens: int) -> int:
@@ -48,51 +72,37 @@ def tokens_per_program(tokens: int) -> int:
 
 def unit_warps(shape: Shape) -> int:
     """Warps that a block of inputs can occupy, a power of two."""
-    if shape.tokens > VECTOR_TOKENS:
+    if shape.dot:
         return 8
     blocks = max(1, shape.columns // (32 * shape.lane_inputs))
     return 1 << (min(blocks, 4).bit_length() - 1)
 
 
-def block_inputs(shape: Shape, warps: int) -> int:
-    """Inputs that a program takes at a time; splits lie at multiples of it."""
-    units = 32 if shape.tokens > VECTOR_TOKENS else 32 * warps
-    return units * shape.lane_inputs
-
-
-def row_choices(shape: Shape) -> tuple[int, ...]:
+def block_n_choices(shape: Shape) -> tuple[int, ...]:
     """Output channels per program that a kernel can take without spilling registers; the default first."""
-    stream, coarse = shape.codec.startswith("stream"), shape.codec == "stream 4.0"
-    if shape.tokens > VECTOR_TOKENS:
-        return (64,)
-    if stream:
-        return (4,) if shape.tokens == 8 else (8,) if coarse else (16, 8)
-    if shape.codec == "ccq 2.75":
-        return {1: (8, 4), 2: (4,), 4: (2,), 8: (2,)}[shape.tokens]
-    if shape.codec.startswith("ccq"):
-        return {1: (8, 4), 2: (8, 4), 4: (4,), 8: (2,)}[shape.tokens]
-    return {1: (8, 4), 2: (8, 4), 4: (4, 2), 8: (4,)}[shape.tokens]
+    return (DOT_BLOCK_N,) if shape.dot else kernels_of(shape.format).block_n(shape.format, shape.tokens)
 
 
-def candidates(shape: Shape) -> list[Config]:
+def candidates(shape: Shape) -> list[LaunchConfig]:
     """Every config that makes sense."""
     found = []
-    for rows in row_choices(shape):
-        for warps in (1, 2, 4) if shape.tokens <= VECTOR_TOKENS else (8,):
-            if warps > unit_warps(shape):
+    for block_n in block_n_choices(shape):
+        for num_warps in (8,) if shape.dot else (1, 2, 4):
+            if num_warps > unit_warps(shape):
                 continue
-            most = -(-shape.columns // block_inputs(shape, warps))
-            found += [Config(rows, warps, splits) for splits in (1, 2, 4, 8, 16) if splits <= most]
+            most = -(-shape.columns // shape.block_inputs(num_warps))
+            found += [LaunchConfig(block_n, num_warps, split_k) for split_k in (1, 2, 4, 8, 16) if split_k <= most]
     return found
 
 
-def default(shape: Shape, processors: int) -> Config:
+def default(shape: Shape, processors: int) -> LaunchConfig:
     """A config that keeps this many multiprocessors busy, without measuring."""
-    rows = row_choices(shape)[0]
-    warps = unit_warps(shape)
+    block_n = block_n_choices(shape)[0]
+    num_warps = unit_warps(shape)
     # Twice what fits at some 190 registers a thread: 16 warps on every multiprocessor.
-    wanted = -(-16 * processors // (warps * -(-shape.rows // rows)))
-    return Config(rows, warps, max(1, min(wanted, -(-shape.columns // block_inputs(shape, warps)))))
+    wanted = -(-16 * processors // (num_warps * -(-shape.rows // block_n)))
+    split_k = max(1, min(wanted, -(-shape.columns // shape.block_inputs(num_warps))))
+    return LaunchConfig(block_n, num_warps, split_k)
 
 
 @cache

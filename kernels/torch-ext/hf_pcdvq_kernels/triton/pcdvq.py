@@ -7,10 +7,15 @@ is then a float16: the pattern's value, times 2^-24, with its sign.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import half2
+from ..formats.pcdvq import PcdvqWeight
+from . import half2, tiles
+from .format_kernels import FormatKernels, aligned, given
 
 TOPS = tl.constexpr(0x80808080 - (1 << 32))  # the top bit of every byte, as int32
 
@@ -47,6 +52,27 @@ def decode(
 
 
 @triton.jit
+def dequantize_kernel(
+    p_out,  # floating [stop - first, K]
+    p_weight,
+    p_magnitude,
+    p_scale,
+    p_patterns,
+    p_levels,
+    first,  # row to begin with
+    stop,  # row to end before
+    columns,  # K
+    PATTERNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    row, start = tiles.tile_rows(first, stop, ROWS), tiles.tile_start(COLUMNS)
+    weight = decode(p_weight, p_magnitude, p_scale, p_patterns, p_levels, row, start, columns, COLUMNS, PATTERNS)
+    tiles.store_tile(p_out, weight, first, stop, columns, ROWS, COLUMNS)
+
+
+@triton.jit
 def matmul_kernel(
     p_x,  # int64 [G T, U / UNITS, 8, UNITS], see `activations.py`
     p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
@@ -63,14 +89,14 @@ def matmul_kernel(
     span,  # blocks of UNITS units per split
     PATTERNS: tl.constexpr,
     T: tl.constexpr,
-    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
     GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
 ):
-    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One at a time: a thread that took several neighbours would hold them in another order than the sums.
@@ -89,7 +115,7 @@ def matmul_kernel(
     level_low = half2.permute_bytes(level01, level23, 0x6420, PTX)
     level_high = half2.permute_bytes(level01, level23, 0x7531, PTX)
 
-    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    acc = tl.zeros([BLOCK_N, T] if DOT else [T, BLOCK_N, UNITS], tl.float32)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, blocks)
     if GROUPED:
@@ -106,7 +132,7 @@ def matmul_kernel(
             select = (select | (select << 2)) & 0x3333
             low_bytes = half2.select_bytes(level_low, select, PTX)
             high_bytes = half2.select_bytes(level_high, select, PTX)
-        total = tl.zeros([T, R, UNITS], tl.int32)
+        total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for j in tl.static_range(4):
             word = (words >> (16 * j)).to(tl.int32) & 0xFFFF
             pattern = half2.table_entry(p_table, (word >> 7) & (PATTERNS - 1), PTX)
@@ -114,7 +140,7 @@ def matmul_kernel(
             if DOT:
                 level = (magnitudes >> (2 * j)) & 3 if PATTERNS == 512 else word >> 14
                 factor = (scale * tl.load(p_levels + level)) * (1 << 24)
-            chain = tl.zeros([T, R, UNITS], tl.int32)
+            chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
             for half in tl.static_range(2):
                 if half == 0:
                     tops = (signs * 0x10204080) & TOPS
@@ -142,5 +168,30 @@ def matmul_kernel(
     if DOT:
         out = tl.trans(acc)
     else:
-        out = tl.sum(acc, 2) * tl.reshape(scale * (1 << 18), [1, R])  # 2^24 of the patterns over 64 of the levels
+        out = tl.sum(acc, 2) * tl.reshape(
+            scale * (1 << 18), [1, BLOCK_N]
+        )  # 2^24 of the patterns over 64 of the levels
     half2.store_product(p_out, out, o_row, tokens, rows, T)
+
+
+class PcdvqKernels(FormatKernels[PcdvqWeight]):
+    """A lane takes 32 inputs at a time: four vectors, whose words are one 64-bit load."""
+
+    matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
+    lane_inputs = 32
+    column_multiple = 32
+
+    def operands(self, weight: PcdvqWeight) -> dict[str, Tensor]:
+        return {
+            "p_weight": weight.weight,
+            "p_magnitude": given(weight.magnitude, weight.weight),
+            "p_scale": weight.scale,
+            "p_patterns": aligned(weight.patterns),
+            "p_levels": weight.levels,
+        }
+
+    def constants(self, weight: PcdvqWeight) -> dict[str, Any]:
+        return {"PATTERNS": len(weight.patterns)}
+
+    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
+        return {1: (8, 4), 2: (8, 4), 4: (4, 2), 8: (4,)}[tokens]

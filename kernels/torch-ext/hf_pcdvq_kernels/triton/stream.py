@@ -8,33 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..formats import STREAM_MULTIPLIER, STREAM_RING, StreamLayout
-from . import half2
+from ..formats.stream import STREAM_MULTIPLIER, STREAM_RING, StreamWeight
+from . import half2, tiles
+from .activations import Order
+from .format_kernels import FormatKernels
 
 # Pairs of inputs that a thread adds up in float16 before it goes on in float32.
 CHAIN = tl.constexpr(16)
 SPAN = tl.constexpr(32 * 16)  # pairs of inputs whose activations have a scale in common
-
-
-def constants(layout: StreamLayout) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    cycle = len(layout.strides)
-    return {
-        "WINDOW": layout.window,
-        "CYCLE": cycle,  # channels after which the strides repeat
-        "CYCLE_BITS": sum(layout.strides),
-        "ENDS": sum(end << 8 * i for i, end in enumerate(layout.ends[:cycle])),  # of their windows, eight bits each
-        "MULTIPLIER": STREAM_MULTIPLIER - (1 << 32),  # as int32
-        "RING": STREAM_RING,
-    }
-
-
-def channels(constants: dict[str, Any]) -> int:
-    """Output channels whose windows fit a 64-bit value."""
-    return 16 if 4 * constants["CYCLE_BITS"] <= 12 * constants["CYCLE"] else 8
 
 
 @triton.jit
@@ -70,6 +56,32 @@ def decode(
 
 
 @triton.jit
+def dequantize_kernel(
+    p_out,  # floating [stop - first, K]
+    p_weight,
+    p_scale,
+    first,  # row to begin with
+    stop,  # row to end before
+    columns,  # K
+    words,
+    WINDOW: tl.constexpr,
+    CYCLE: tl.constexpr,
+    CYCLE_BITS: tl.constexpr,
+    ENDS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    RING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    row, start = tiles.tile_rows(first, stop, ROWS), tiles.tile_start(COLUMNS)
+    weight = decode(
+        p_weight, p_scale, row, start, columns, words, COLUMNS, WINDOW, CYCLE, CYCLE_BITS, ENDS, MULTIPLIER, RING, PTX
+    )
+    tiles.store_tile(p_out, weight, first, stop, columns, ROWS, COLUMNS)
+
+
+@triton.jit
 def matmul_kernel(
     p_x,  # int32 [G T, S SPAN], pairs of activations in their order, filled up to whole spans
     p_x_scale,  # float32 [G T, S]; not read where DOT
@@ -89,8 +101,8 @@ def matmul_kernel(
     MULTIPLIER: tl.constexpr,
     RING: tl.constexpr,
     T: tl.constexpr,
-    R: tl.constexpr,
-    CHANNELS: tl.constexpr,  # output channels whose bits fit a 64-bit value; R where not DOT
+    BLOCK_N: tl.constexpr,
+    CHANNELS: tl.constexpr,  # output channels whose bits fit a 64-bit value; BLOCK_N where not DOT
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs; wants UNITS 32
     BF16: tl.constexpr,
@@ -103,7 +115,7 @@ def matmul_kernel(
     shift = BITS - o_channel // CYCLE * CYCLE_BITS - ((ENDS >> (o_channel % CYCLE * 8)) & 255)
 
     # For every set of channels the word in which they end, and the two before it in their ring.
-    start = (tl.program_id(0) * R + CHANNELS * tl.arange(0, R // CHANNELS))[:, None, None]
+    start = (tl.program_id(0) * BLOCK_N + CHANNELS * tl.arange(0, BLOCK_N // CHANNELS))[:, None, None]
     start = tl.minimum(start, (rows - 1) // CHANNELS * CHANNELS)
     ring = start // RING
     ring_words = tl.minimum(RING_WORDS, words - ring * RING_WORDS)
@@ -124,10 +136,10 @@ def matmul_kernel(
     o_token = o_token[None, :] if DOT else o_token[:, None, None]
     p_x += o_token.to(tl.int64) * spans * SPAN
     p_x_scale += o_token * spans
-    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(p_scale + tl.minimum(o_row, rows - 1)) * 8192
 
-    acc = tl.zeros([R, T] if DOT else [T, R, UNITS], tl.float32)
+    acc = tl.zeros([BLOCK_N, T] if DOT else [T, BLOCK_N, UNITS], tl.float32)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, tl.cdiv(pairs, UNITS * CHAIN))
     if GROUPED:
@@ -137,12 +149,12 @@ def matmul_kernel(
     for block in range(begin, full):
         acc = _add_block(
             acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down, scale,
-            BITS, WINDOW, MULTIPLIER, T, R, UNITS, True, DOT, BF16, PTX,
+            BITS, WINDOW, MULTIPLIER, T, BLOCK_N, UNITS, True, DOT, BF16, PTX,
         )  # fmt: skip
     for block in range(full, stop):
         acc = _add_block(
             acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down, scale,
-            BITS, WINDOW, MULTIPLIER, T, R, UNITS, False, DOT, BF16, PTX,
+            BITS, WINDOW, MULTIPLIER, T, BLOCK_N, UNITS, False, DOT, BF16, PTX,
         )  # fmt: skip
 
     if DOT:
@@ -169,7 +181,7 @@ def _add_block(
     WINDOW: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     T: tl.constexpr,
-    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
     FULL: tl.constexpr,
     DOT: tl.constexpr,
@@ -184,7 +196,7 @@ def _add_block(
     o_first = o_span * SPAN + o_lane % 32
     o_span, o_x = o_span[None, None, :], o_first[:, None] if DOT else o_first[None, None, :]
     o_first = o_first[None, None, :]
-    chain = tl.zeros([T, R, UNITS], tl.int32)
+    chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
     for i in tl.static_range(CHAIN):
         o_pair = o_first + i * 32
         if FULL:
@@ -205,7 +217,7 @@ def _add_block(
         # From 1536 + value to value / 8192.
         weight = half2.fma2(weight, half2.constant2(2.0**-13), half2.constant2(-1536 * 2.0**-13), PTX)
         if DOT:
-            acc = half2.dot2(acc, tl.reshape(weight, [1, R, UNITS]), scale[None, :, None], x, BF16)
+            acc = half2.dot2(acc, tl.reshape(weight, [1, BLOCK_N, UNITS]), scale[None, :, None], x, BF16)
         else:
             chain = half2.fma2(weight, x, chain, PTX)
     if not DOT:
@@ -243,3 +255,48 @@ def _funnel(high, low, down):
     """The low 32 bits of `high` above `low`, shifted down."""
     both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     return (both >> down).to(tl.int32)
+
+
+class StreamKernels(FormatKernels[StreamWeight]):
+    """A lane takes CHAIN pairs of inputs at a time, which are not loaded together."""
+
+    matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
+    lane_inputs = 2 * CHAIN.value
+    column_multiple = 2
+    activation_dtype = torch.int32
+
+    def operands(self, weight: StreamWeight) -> dict[str, Tensor]:
+        return {"p_weight": weight.weight, "p_scale": weight.scale}
+
+    def constants(self, weight: StreamWeight) -> dict[str, Any]:
+        layout = weight.layout
+        cycle = len(layout.strides)
+        return {
+            "WINDOW": layout.window_bits,
+            "CYCLE": cycle,  # channels after which the strides repeat
+            "CYCLE_BITS": sum(layout.strides),
+            "ENDS": sum(
+                end << 8 * i for i, end in enumerate(layout.ends[:cycle])
+            ),  # of their windows, eight bits each
+            "MULTIPLIER": STREAM_MULTIPLIER - (1 << 32),  # as int32
+            "RING": STREAM_RING,
+        }
+
+    def matmul_constants(self, weight: StreamWeight, block_n: int, dot: bool) -> dict[str, Any]:
+        # As many output channels as have their windows in a 64-bit value.
+        channels = 16 if weight.bits <= 3 else 8
+        return {**self.constants(weight), "CHANNELS": channels if dot else block_n}
+
+    def matmul_sizes(self, weight: StreamWeight) -> dict[str, int]:
+        return self.dequantize_sizes(weight)
+
+    def dequantize_sizes(self, weight: StreamWeight) -> dict[str, int]:
+        return {"columns": weight.columns, "words": len(weight.weight)}
+
+    def order(self, name: str, units: int) -> Order:
+        return Order(2 * SPAN.value, 1, 1)  # a span is the same for any number of lanes
+
+    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
+        if tokens == 8:
+            return (4,)
+        return (8,) if name == "stream-4.0" else (16, 8)

@@ -19,28 +19,28 @@ import torch
 import triton
 
 from . import launch_config
-from .launch_config import Config, Shape
+from .launch_config import LaunchConfig, Shape
 
-FORMAT = 1  # raised with every change to the kernels that makes old measurements worthless
+FORMAT = 2  # raised with every change to the kernels that makes old measurements worthless
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The fastest config of a product."""
+class TunedConfig:
+    """The fastest launch config of a product."""
 
-    config: Config
+    config: LaunchConfig
     seconds: float
     default_seconds: float  # of the config that holds without measuring
 
 
-def choose(shape: Shape, device: torch.device) -> Config:
+def choose(shape: Shape, device: torch.device) -> LaunchConfig:
     """The measured config for a product on a device, or else the default one."""
     measured = load(device).get(shape)
     return launch_config.default(shape, launch_config.processors(device)) if measured is None else measured.config
 
 
 @cache
-def load(device: torch.device) -> Mapping[Shape, Measured]:
+def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
     """What was measured for this kind of device; nothing, with a warning, where the file cannot be used."""
     file = file_of(device)
     if not file.is_file():
@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
-def read(file: Path, processors: int) -> dict[Shape, Measured]:
+def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
     """The configs in a file.
 
     Raises:
@@ -76,8 +76,8 @@ def read(file: Path, processors: int) -> dict[Shape, Measured]:
     content = json.loads(file.read_text(encoding="utf-8"))  # its error is a ValueError
     try:
         versions = content["format"], content["triton"]
-        rows = [(Shape(**row["shape"]), Config(**row["config"]), row) for row in content["products"]]
-        found = {shape: Measured(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
+        rows = [(Shape(**row["shape"]), LaunchConfig(**row["config"]), row) for row in content["products"]]
+        found = {shape: TunedConfig(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
     except (KeyError, TypeError) as error:
         raise ValueError(f"it is not laid out as expected ({type(error).__name__}: {error})") from None
     if versions != (FORMAT, triton.__version__):
@@ -87,14 +87,14 @@ def read(file: Path, processors: int) -> dict[Shape, Measured]:
     for shape, measured in found.items():
         try:
             known = {*launch_config.candidates(shape), launch_config.default(shape, processors)}
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"there is no product like {shape}") from None
         if measured.config not in known:
             raise ValueError(f"{measured.config} is no config of {shape}")
     return found
 
 
-def write(file: Path, device: str, measured: Mapping[Shape, Measured]) -> None:
+def write(file: Path, device: str, measured: Mapping[Shape, TunedConfig]) -> None:
     """Write the file whole or not at all; products that run later in this process use it."""
     products = [
         {

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from ..random_weights import random_weight
-from . import launch, launch_config, timing, tuned
+from . import launch_config, product, timing, tuned
 from .launch_config import Shape
-from .tuned import Measured
+from .tuned import TunedConfig
 
 
-def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape, Measured]]:
+def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape, TunedConfig]]:
     """Measure one product after the other, and add each to the device's file when it is done.
 
     Raises:
@@ -28,18 +28,18 @@ def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape,
         yield shape, found
 
 
-def measure(shape: Shape, device: torch.device) -> Measured:
+def measure(shape: Shape, device: torch.device) -> TunedConfig:
     """The fastest config of a product of bfloat16, with a rotation of its activations as layers have it."""
-    first = random_weight(shape.codec, shape.rows, shape.columns, device=device)
+    first = random_weight(shape.format, shape.rows, shape.columns, device=device)
     nbytes = first.weight.numel() * first.weight.element_size()
     seeds = range(1, timing.copies(nbytes))
-    weights = [first, *(random_weight(shape.codec, shape.rows, shape.columns, seed, device) for seed in seeds)]
+    weights = [first, *(random_weight(shape.format, shape.rows, shape.columns, seed, device) for seed in seeds)]
     x = torch.randn(shape.tokens, shape.columns, device=device, dtype=torch.bfloat16)
     signs = torch.ones(min(128, shape.columns & -shape.columns), device=device)
     default = launch_config.default(shape, launch_config.processors(device))
     times = {}
-    for choice in {default: None, **dict.fromkeys(launch_config.candidates(shape))}:
-        calls = [partial(launch.product, x[None], weight, signs, choice, None) for weight in weights]
-        times[choice] = timing.seconds_per_call(calls, device)
+    for config in {default: None, **dict.fromkeys(launch_config.candidates(shape))}:
+        calls = [partial(product.product, x[None], weight, signs, config) for weight in weights]
+        times[config] = timing.seconds_per_call(calls, device)
     best = min(times, key=times.__getitem__)
-    return Measured(best, times[best], times[default])
+    return TunedConfig(best, times[best], times[default])

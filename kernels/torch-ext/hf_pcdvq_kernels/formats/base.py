@@ -1,0 +1,163 @@
+"""What a packed format is to the ops: the arguments that they take, the shapes of its tensors, its implementations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .. import _checks as checks
+
+if TYPE_CHECKING:
+    from ..triton.format_kernels import FormatKernels
+
+# `decode(start, stop)` gives the rows from `start` to `stop` of a weight.
+Decode = Callable[[int, int], Tensor]
+# Shape and dtype of tensors, by the name of their argument.
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the ops of a family.
+
+    Attributes:
+        name: as in the op's schema and in `Specs`.
+        type: as in the op's schema: `"Tensor"`, `"Tensor?"`, `"str"`, `"float"`, `"int"`.
+        stacked: whether it belongs to one weight, so that a stack of weights has a stack of it.
+    """
+
+    name: str
+    type: str
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class PackedWeight(ABC):
+    """The packed tensors of one weight `[N, K]`, of one family of formats. A subclass is the description of its family.
+
+    Its fields are the arguments of the ops, in their order; everything else that the ops need is derived from what is
+    declared here. `checked` makes validated ones.
+
+    Attributes:
+        family: begins the names of the ops: `<family>_dequantize`, `<family>_matmul`, `<family>_grouped_matmul`.
+        names: the formats of the family by name, `"<family>-<bits>"` as a rule.
+        arguments: the packed tensors, tables and numbers that the ops take.
+        row_multiple: slices of rows begin at multiples of this.
+        has_kernels: whether there are Triton kernels, which `kernels` imports.
+    """
+
+    weight: Tensor
+
+    family: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+    arguments: ClassVar[tuple[Argument, ...]]
+    row_multiple: ClassVar[int] = 1
+    has_kernels: ClassVar[bool] = False
+
+    # ------------------------------------------------------------------------- the formats of the family, by name
+
+    @classmethod
+    @abstractmethod
+    def multiple(cls, name: str) -> int:
+        """The number of inputs of a weight in this format is a multiple of this."""
+
+    @classmethod
+    @abstractmethod
+    def specs(cls, name: str, rows: int, columns: int) -> Specs:
+        """Shape and dtype of the packed tensors of a weight `[rows, columns]`, those that the format lacks left out."""
+
+    @classmethod
+    def table_specs(cls, name: str) -> Specs:
+        """Shape and dtype of the tables that all weights share; none unless the format has a codebook."""
+        return {}
+
+    @classmethod
+    def parameters(cls, name: str) -> dict[str, Any]:
+        """The arguments that are no tensors, with default values where the name leaves a choice."""
+        return {}
+
+    @classmethod
+    def random_tables(cls, name: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tables, on the generator's device."""
+        return {}
+
+    @classmethod
+    def random_scales(cls, name: str) -> dict[str, float]:
+        """What uniform random numbers of about 1 are multiplied by, by argument; 1 where it is left out."""
+        return {}
+
+    # ---------------------------------------------------------------------------------------------- one weight
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The format of this weight. Raises ValueError if there is no such format."""
+
+    @property
+    def rows(self) -> int:
+        """`N`."""
+        return self.weight.shape[0]
+
+    @cached_property
+    def columns(self) -> int:
+        """`K`."""
+        name = self.name
+        return self.weight.shape[1] // self._unit_words(name) * self.multiple(name)
+
+    @classmethod
+    def _unit_words(cls, name: str) -> int:
+        """Words along the inputs, for `multiple` of them."""
+        return cls.specs(name, cls.row_multiple, cls.multiple(name))["weight"][0][1]
+
+    @classmethod
+    def checked(cls, op: str, *arguments: Any) -> Self:
+        """A weight of the op's arguments.
+
+        Raises:
+            TypeError, ValueError: in the name of `op`, for tensors that do not belong together.
+        """
+        made = cls(*arguments)
+        try:
+            name = made.name
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
+        checks.check_words(op, made.weight, cls._unit_words(name))
+        scale = getattr(made, "scale", None)
+        if scale is not None and (scale.ndim != 1 or len(scale) == 0):
+            raise ValueError(f"{op}: scale must be [N], got {list(scale.shape)}")
+        expected = {**cls.specs(name, made.rows, made.columns), **cls.table_specs(name)}
+        for argument in cls.arguments:
+            if argument.name in expected:
+                shape, dtype = expected[argument.name]
+                tensor = getattr(made, argument.name)
+                checks.check_tensor(op, argument.name, tensor, dtype, shape, made.weight.device)
+            elif argument.type == "Tensor?":
+                checks.check_none(op, argument.name, getattr(made, argument.name), f"for {name}")
+        return made
+
+    # ------------------------------------------------------------------------------------------- implementations
+
+    @abstractmethod
+    def reference_rows(self, dtype: torch.dtype) -> Decode:
+        """Decodes slices of rows in plain PyTorch: float32 inside, rounded once to `dtype`."""
+
+    def reference_matmul(self, x: Tensor, transposed: bool) -> Tensor:
+        """`x @ W.T`, or `x @ W` where `transposed`, in plain PyTorch; `x` is rotated already."""
+        from ..reference.products import decoded_matmul
+
+        return decoded_matmul(x, self, transposed)
+
+    @classmethod
+    def kernels(cls) -> FormatKernels:
+        """The Triton kernels of the family, imported when they are asked for.
+
+        Raises:
+            ValueError: it has none.
+        """
+        raise ValueError(f"formats of the family {cls.family!r} have no Triton kernels")

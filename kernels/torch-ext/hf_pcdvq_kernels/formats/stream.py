@@ -1,0 +1,143 @@
+"""CCQ's `stream` layout. The format is described in words, with its decode formula, in `hf_pcdvq/codecs/stream.py`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Argument, Decode, PackedWeight, Specs
+
+if TYPE_CHECKING:
+    from ..triton.format_kernels import FormatKernels
+
+STREAM_RING = 256  # output channels whose bits, for one input, form a ring
+STREAM_MULTIPLIER = 0x8A7050F1  # of the hash, the winner of `tools/search_stream_hash.py`
+_STRIDES = {2.0: (2,), 2.25: (2, 2, 2, 3), 2.5: (2, 3), 3.0: (3,), 4.0: (4,)}
+STREAM_BITS = tuple(_STRIDES)
+STREAM_WINDOW_BITS = (12, 13, 14, 15, 16)
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """How the `stream` layout lays its windows over a ring of bits.
+
+    Output channels are coded in turn, each with the next of the `strides` new bits. A `period` is the least number of
+    channels after which the strides and the borders of the 32-bit words repeat.
+    """
+
+    bits: float  # bits per weight, the mean of the strides
+    window_bits: int
+    strides: tuple[int, ...]
+
+    @property
+    def period(self) -> int:
+        """Output channels per period."""
+        return math.lcm(sum(self.strides), 32) // sum(self.strides) * len(self.strides)
+
+    @property
+    def period_words(self) -> int:
+        """Words that a period takes."""
+        return math.lcm(sum(self.strides), 32) // 32
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """For every channel of a period the bit position after its window."""
+        return tuple(accumulate(islice(cycle(self.strides), self.period)))
+
+    def words(self, rows: int) -> int:
+        """Words per input for a number of output channels, which is filled up to whole periods."""
+        return -(-rows // self.period) * self.period_words
+
+
+def stream_layout(bits: float, window_bits: int) -> StreamLayout:
+    """The stream layout of these parameters.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if bits not in STREAM_BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, STREAM_BITS))}, got {bits!r}")
+    if window_bits not in STREAM_WINDOW_BITS:
+        allowed = ", ".join(map(str, STREAM_WINDOW_BITS))
+        raise ValueError(f"window_bits must be one of {allowed}, got {window_bits!r}")
+    return StreamLayout(bits, window_bits, _STRIDES[bits])
+
+
+@dataclass(frozen=True)
+class StreamWeight(PackedWeight):
+    """CCQ in the `stream` layout.
+
+    Args:
+        weight: int32 `[words, K]`, the bits of the output channels for every input.
+        scale: float32 `[N]`, of each output channel.
+        bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
+        window_bits: 12 to 16.
+    """
+
+    scale: Tensor
+    bits: float
+    window_bits: int
+
+    family = "stream"
+    names = tuple(f"stream-{bits}" for bits in STREAM_BITS)
+    arguments = (
+        Argument("weight", "Tensor", stacked=True),
+        Argument("scale", "Tensor", stacked=True),
+        Argument("bits", "float"),
+        Argument("window_bits", "int"),
+    )
+    has_kernels = True
+    row_multiple = STREAM_RING
+
+    @property
+    def layout(self) -> StreamLayout:
+        return stream_layout(self.bits, self.window_bits)
+
+    @property
+    def name(self) -> str:
+        return f"stream-{self.layout.bits}"
+
+    @property
+    def rows(self) -> int:
+        return self.scale.shape[0]
+
+    @classmethod
+    def multiple(cls, name: str) -> int:
+        return 1
+
+    @classmethod
+    def specs(cls, name: str, rows: int, columns: int) -> Specs:
+        words = stream_layout(**cls.parameters(name)).words(rows)
+        return {"weight": ((words, columns), torch.int32), "scale": ((rows,), torch.float32)}
+
+    @classmethod
+    def parameters(cls, name: str) -> dict[str, Any]:
+        return {"bits": float(name.removeprefix("stream-")), "window_bits": STREAM_WINDOW_BITS[0]}
+
+    @classmethod
+    def random_scales(cls, name: str) -> dict[str, float]:
+        return {"scale": 1 / 148}
+
+    def reference_rows(self, dtype: torch.dtype) -> Decode:
+        from ..reference import stream
+
+        layout = self.layout
+        table = stream.values(layout.window_bits, self.weight.device).float()
+
+        def decode(start: int, stop: int) -> Tensor:
+            first = start // layout.period * layout.period_words
+            words = self.weight[first : first + layout.words(stop - start)]
+            return stream.dequantize(words, self.scale[start:stop], table, layout, dtype)
+
+        return decode
+
+    @classmethod
+    def kernels(cls) -> FormatKernels:
+        from ..triton.stream import StreamKernels
+
+        return StreamKernels()

@@ -1,0 +1,80 @@
+"""What the launcher needs to know of the Triton kernels of one family of formats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..formats import PackedWeight
+from .activations import Order
+
+Packed = TypeVar("Packed", bound=PackedWeight)
+
+
+class FormatKernels(ABC, Generic[Packed]):
+    """The kernels of a family, and how they are launched. A subclass stands beside the kernels, in the file of the family.
+
+    Their arguments are, by name:
+
+        matmul_kernel       p_x, p_x_scale, the operands, p_experts, p_out, tokens, rows, the matmul sizes, span,
+                            the matmul constants, T, BLOCK_N, UNITS, DOT, BF16, PTX, GROUPED
+        dequantize_kernel   p_out, the operands, first, stop, the dequantize sizes, the constants, ROWS, COLUMNS, PTX
+
+    Attributes:
+        lane_inputs: inputs that a lane takes at a time.
+        column_multiple: products have a kernel where the number of inputs is a multiple of this: several words of a row
+            are read at once.
+        activation_dtype: as which the product reads what was prepared.
+    """
+
+    matmul_kernel: ClassVar[Any]
+    dequantize_kernel: ClassVar[Any]
+    lane_inputs: ClassVar[int]
+    column_multiple: ClassVar[int]
+    activation_dtype: ClassVar[torch.dtype] = torch.int64
+
+    @abstractmethod
+    def operands(self, weight: Packed) -> dict[str, Tensor]:
+        """The packed tensors, by the names of the kernels' arguments."""
+
+    @abstractmethod
+    def constants(self, weight: Packed) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+
+    def matmul_constants(self, weight: Packed, block_n: int, dot: bool) -> dict[str, Any]:
+        """The same for products: `block_n` output channels a program, of matrices where `dot`."""
+        return self.constants(weight)
+
+    def matmul_sizes(self, weight: Packed) -> dict[str, int]:
+        """Sizes that `matmul_kernel` takes besides tokens and rows."""
+        return {"units": weight.columns // self.lane_inputs}
+
+    def dequantize_sizes(self, weight: Packed) -> dict[str, int]:
+        """Sizes that `dequantize_kernel` takes."""
+        return {"columns": weight.columns}
+
+    def order(self, name: str, units: int) -> Order:
+        """How products with a format read their activations when a program takes `units` units at a time."""
+        return Order(self.lane_inputs, 1, units)
+
+    @abstractmethod
+    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
+        """Output channels per program that the kernel can take without spilling registers; the default first.
+
+        Args:
+            name: of the format.
+            tokens: 1, 2, 4 or 8; products of more tokens multiply matrices, of 64 output channels.
+        """
+
+
+def aligned(table: Tensor) -> Tensor:
+    """A table that may be read eight bytes at a time."""
+    return table if table.data_ptr() % 8 == 0 else table.clone()
+
+
+def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Kernels take no None; what a format lacks they do not read."""
+    return stand_in if tensor is None else tensor
