@@ -24,9 +24,7 @@ def family_of(name: str) -> type[PackedWeight]:
     Raises:
         ValueError: there is no such format.
     """
-    if name not in FORMATS:
-        raise ValueError(f"there is no format {name!r}; there are {', '.join(FORMATS)}")
-    return FORMATS[name]
+    return _entry(FORMATS, "format", name)
 
 
 def family_named(family: str) -> type[PackedWeight]:
@@ -35,9 +33,13 @@ def family_named(family: str) -> type[PackedWeight]:
     Raises:
         ValueError: there is no such family.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"there is no family of formats {family!r}; there are {', '.join(FAMILIES)}")
-    return FAMILIES[family]
+    return _entry(FAMILIES, "family of formats", family)
+
+
+def _entry(table: dict[str, type[PackedWeight]], kind: str, name: str) -> type[PackedWeight]:
+    if name not in table:
+        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(table)}")
+    return table[name]
 
 
 __all__ = ["FAMILIES", "FORMATS", "Argument", "Decode", "PackedWeight", "Specs", "family_named", "family_of"]
