@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command, note
 
@@ -30,11 +29,12 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     Example:
       hf-pcdvq compare qwen-2bit qwen-2.25bit other/evaluation.json --out comparison
     """
-    from rich.table import Table
+    from rich.console import Console
 
     from ..evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
     from ..files.folders import check_writable
     from ..files.records import write_text
+    from .tables import plain_table
 
     check_writable(out)
     comparison = Comparison.read(records)
@@ -43,10 +43,7 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     if task_rows:
         tables.append((task_headings, task_rows, "Tasks"))
     for headings, rows, title in tables:
-        table = Table(*headings, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        Console().print(plain_table(headings, rows, title))
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{NAME}.md"]

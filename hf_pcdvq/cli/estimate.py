@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
 
 from .common import Command, override_option, overrides_of
 
@@ -36,10 +35,12 @@ def estimate(
     Example:
       hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
     """
+    from rich.console import Console
+
     from ..config import config_of_setting
     from ..estimate import estimate as run
     from ..estimate import estimate_table, read_model_config
-    from ..files.size import left_table
+    from .tables import left_table
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, **options)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from .common import DTYPES, Command, command_line, load_model, note, placement_options
 
@@ -62,6 +61,7 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt --noise-floor float32
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --tasks piqa,arc_easy,arc_challenge,hellaswag,winogrande
     """
+    from rich.console import Console
     from transformers import AutoTokenizer
 
     from ..evaluation.metrics import token_windows
@@ -179,17 +179,12 @@ def _run_tasks(
 
 
 def _tables(record: EvaluationRecord) -> list[Table]:
-    from rich.table import Table
-
-    from ..evaluation.record import TASK_HEADINGS, task_rows
-    from ..files.size import evaluation_table
+    from ..evaluation.tables import TASK_HEADINGS, task_rows
+    from .tables import evaluation_table, plain_table
 
     floor = record.noise_floor
     column = (floor.metrics, f"original, {floor.dtype}") if floor else ()
     shown = [evaluation_table(record.metrics, *column)]
     if record.tasks:
-        table = Table(*TASK_HEADINGS, title="Tasks, mean ± standard error", title_justify="left")
-        for row in task_rows(record.tasks):
-            table.add_row(*row)
-        shown.append(table)
+        shown.append(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))
     return shown

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command, note
 
@@ -34,10 +33,13 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
     Example:
       hf-pcdvq import-wint2 ERNIE-4.5-300B-A47B-2Bits-Paddle --out ernie-2bit
     """
+    from rich.console import Console
+
     from ..estimate import read_model_config
     from ..files.folders import folder_in_place
-    from ..files.size import count_folder, size_table
+    from ..files.size import count_folder
     from ..importers.wint2 import import_wint2
+    from .tables import size_table
 
     out = out.resolve()
     with folder_in_place(out, source, force) as folder:

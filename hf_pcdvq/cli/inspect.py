@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command
 
@@ -21,7 +20,10 @@ def inspect(folder: Path, as_json: bool) -> None:
     Example:
       hf-pcdvq inspect qwen-2bit
     """
-    from ..files.size import count_folder, layer_table, left_table, size_table
+    from rich.console import Console
+
+    from ..files.size import count_folder
+    from .tables import layer_table, left_table, size_table
 
     count = count_folder(folder)
     if as_json:

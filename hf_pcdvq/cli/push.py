@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .common import Command, note
 
@@ -105,6 +103,9 @@ def push(
 
 
 def _show(publication: Publication, repo: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from ..files.size import readable_size
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")

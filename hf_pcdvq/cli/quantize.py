@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from .common import (
     Command,
@@ -240,8 +239,11 @@ def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedToken
 
 
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
+    from rich.console import Console
+
     from ..files.folders import weight_bytes
-    from ..files.size import count_folder, left_table, readable_size, size_table
+    from ..files.size import count_folder, readable_size
+    from .tables import left_table, size_table
 
     count = count_folder(out)
     console = Console()
@@ -256,9 +258,11 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
 
 def _print_comparison(out: Path) -> None:
     """How the result compares with the original, where a calibrated run has measured it."""
+    from rich.console import Console
+
     from ..calibration.report import NAME
     from ..evaluation.metrics import Evaluation
-    from ..files.size import evaluation_table
+    from .tables import evaluation_table
 
     file = out / f"{NAME}.json"
     comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None

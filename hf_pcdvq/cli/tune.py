@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .common import Command, note
 
@@ -47,6 +45,8 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
         raise click.ClickException("--device cpu: launch configs are measured on a GPU")
 
     from hf_pcdvq_kernels.triton import tuned, tuning
+    from rich.console import Console
+    from rich.table import Table
     from tqdm import tqdm
 
     shapes = _shapes(folder, tokens)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .record import EvaluationRecord, markdown_table, read_record, scope
+from .record import EvaluationRecord, read_record
+from .tables import markdown_table, scope
 
 NAME = "comparison"
 FAR = 10  # times the original's perplexity: models beyond are of no use, and share a line in the plot

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..config import CONFIGS
 from ..files.folders import check_writable
 from ..files.records import known_fields, read_json, write_text
-from ..files.size import count_folder, evaluation_rows
+from ..files.size import count_folder
 from .metrics import Evaluation
+from .tables import TASK_HEADINGS, evaluation_rows, markdown_table, scope, task_rows
 
 NAME = "evaluation"
 FORMAT = 1
@@ -134,40 +135,6 @@ class EvaluationRecord:
             if bits is not None:
                 rows.append([label, "", f"{bits:.3f}", ""][:columns])
         return rows
-
-
-TASK_HEADINGS = ["task", "metric", "original", "packed", "samples"]
-
-
-def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
-    """Cells of a table of tasks, under `TASK_HEADINGS`."""
-    return [
-        [
-            task.task,
-            task.metric,
-            _with_error(task.original, task.original_stderr),
-            _with_error(task.packed, task.packed_stderr),
-            str(task.samples),
-        ]
-        for task in tasks
-    ]
-
-
-def _with_error(mean: float, error: float | None) -> str:
-    places = 4 if mean < 10 else 2  # shares; perplexities
-    return f"{mean:,.{places}f}" if error is None else f"{mean:,.{places}f} ± {error:,.{places}f}"
-
-
-def scope(metrics: Evaluation) -> str:
-    """What the figures were taken over."""
-    return f"{metrics.windows} windows of {metrics.context_length} tokens, {metrics.predictions:,} predictions"
-
-
-def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; a bar in a cell is escaped."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [headings, *rows]]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(headings), *lines[1:]]
 
 
 def read_record(path: Path) -> EvaluationRecord:

@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..codecs.base import Codec
 from ..config import CONFIGS, PackedConfig
-from ..evaluation.metrics import Evaluation
 from ..modules import STACKS, parameter_name
 from .headers import StoredTensor, checkpoint_files, read_headers
 
@@ -267,7 +263,13 @@ def _natural(name: str) -> list[tuple[bool, int | str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
-# ---------------------------------------------------------------------------------------------------- for a terminal
+def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
+    """The packed layers by name, with layer numbers folded to `*`, outputs, inputs and format."""
+    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
+    for layer in count.layers:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
+    return groups
 
 
 def readable_size(nbytes: int) -> str:
@@ -288,88 +290,3 @@ def describe_config(config: PackedConfig) -> str:
     }
     described = [config.method, *(f"{name} {value}" for name, value in settings.items())]
     return ", ".join([*described, "other settings for some layers"] if config.overrides else described)
-
-
-def size_table(count: FolderCount) -> Table:
-    """What takes how much of the files, and the bits per weight."""
-    table = Table(title=str(count.folder), title_justify="left", show_header=False)
-    table.add_column("what", overflow="fold")
-    table.add_column("size", justify="right", overflow="fold")
-    table.add_row("method", describe_config(count.config) if count.config else "not packed")
-    for pattern, setting in count.config.overrides.items() if count.config else ():
-        table.add_row(f"  {escape(pattern)}", setting or "as it was")
-    table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
-    table.add_row("embeddings", readable_size(count.embedding_bytes))
-    table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
-    table.add_row("everything else", readable_size(count.other_bytes))
-    table.add_row("headers", readable_size(count.header_bytes))
-    table.add_row("safetensors files", readable_size(count.file_bytes), style="bold")
-    table.add_row("parameters", f"{count.parameters:,}")
-    if count.bits_per_packed_weight is not None:
-        table.add_row("bits per packed weight", f"{count.bits_per_packed_weight:.3f}", style="bold")
-    table.add_row("bits per parameter, whole files", f"{count.bits_per_parameter:.3f}", style="bold")
-    return table
-
-
-def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
-    """The packed layers by name, with layer numbers folded to `*`, outputs, inputs and format."""
-    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
-    for layer in count.layers:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
-        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
-    return groups
-
-
-def layer_table(count: FolderCount) -> Table:
-    """The packed layers, those that differ only in their number in one row."""
-    table = Table(title="Packed layers", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("count", "outputs x inputs", "bits per weight", "size"):
-        table.add_column(heading, justify="right")
-    for (name, out_features, in_features, _), layers in layer_groups(count).items():
-        size = readable_size(sum(layer.nbytes for layer in layers))
-        bits = f"{layers[0].bits_per_weight:.3f}"
-        table.add_row(
-            name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
-        )
-    return table
-
-
-def left_table(left_unpacked: dict[str, str]) -> Table:
-    """Parameters that were left as they were, and why."""
-    table = Table(title="Left as they were", title_justify="left")
-    table.add_column("parameter", overflow="fold")
-    table.add_column("reason", overflow="fold")
-    for name, reason in left_unpacked.items():
-        table.add_row(name, reason)
-    return table
-
-
-def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list[list[str]]:
-    """The figures of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
-    rows = [["perplexity", f"{result.perplexity_original:,.3f}"]]
-    rows += [["KL(original || packed), mean", ""], ["KL, median", ""], ["KL, 90 %", ""], ["KL, 99 %", ""]]
-    rows += [["same likeliest token", ""]]
-    for column in (result, floor) if floor else (result,):
-        divergences = (column.kl_mean, column.kl_median, column.kl_p90, column.kl_p99)
-        figures = [f"{column.perplexity_packed:,.3f}", *(f"{value:.5f} nats" for value in divergences)]
-        for row, figure in zip(rows, [*figures, f"{100 * column.top1_agreement:.2f} %"]):
-            row.append(figure)
-    return rows
-
-
-def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_name: str = "") -> Table:
-    """The figures of a comparison, with what they were taken over.
-
-    Args:
-        result: the packed model against the original.
-        floor: the original against itself in another dtype, if that was measured.
-        floor_name: heading of its column.
-    """
-    windows = f"{result.windows} windows of {result.context_length} tokens, {result.predictions:,} predictions"
-    table = Table("", title=windows, title_justify="left")
-    for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
-        table.add_column(heading, justify="right")
-    for row in evaluation_rows(result, floor):
-        table.add_row(*row)
-    return table
