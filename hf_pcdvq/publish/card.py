@@ -16,17 +16,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import PackedConfig
-from ..evaluation.record import TASK_HEADINGS, markdown_table, task_rows
+from ..evaluation.tables import TASK_HEADINGS, markdown_table, task_rows
 from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
 from ..files.provenance import Provenance
-from ..files.size import FolderCount, count_folder, describe_config, layer_groups, readable_size
-from .measurements import Measured
+from ..files.size import FolderCount, describe_config, layer_groups, readable_size
+from .measurements import Measurements
 
 _METHOD_LINKS = {"pcdvq": "https://arxiv.org/abs/2506.05432", "ccq": "https://arxiv.org/abs/2507.07145"}
 
 
 def model_card(
-    folder: Path,
+    count: FolderCount,
     repo_id: str,
     *,
     base_model: str | None = None,
@@ -36,19 +36,20 @@ def model_card(
     """Write the card of a packed model.
 
     Args:
-        folder: the saved model, with whatever was measured: `quantization_report.json`, `evaluation.json`, `speed.json`.
+        count: the saved model, counted. Its folder may hold measurements: `quantization_report.json`, `evaluation.json`,
+            `speed.json`.
         repo_id: where it is published: the card's code loads it from there.
         base_model: name of the original on the Hub; None takes the one that `provenance.json` records.
         metadata: further YAML metadata: `license`, `language`, ...; goes before what the original's card said.
         loader_stub: say that the model loads with `trust_remote_code=True` too.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no packed model, or a measurement that cannot be its own.
+        ValueError: the model is not packed, or its folder holds a measurement of another model.
     """
-    count = count_folder(folder)
+    folder = count.folder
     if count.config is None:
         raise ValueError(f"{folder} is not packed; a card is written for packed models only")
-    measured, provenance = Measured.read(folder, count), Provenance.read(folder)
+    measured, provenance = Measurements.read(count), Provenance.read(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
@@ -125,7 +126,7 @@ def _size_facts(count: FolderCount) -> dict[str, Any]:
     }
 
 
-def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenance) -> dict[str, Any]:
+def _origin_facts(config: PackedConfig, measured: Measurements, provenance: Provenance) -> dict[str, Any]:
     """Command, versions and calibration."""
     settings = {name: value for name, value in config.to_dict().items() if name != "left_unpacked"}
     calibration = None
@@ -148,7 +149,7 @@ def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenan
     }
 
 
-def _measured_facts(measured: Measured) -> dict[str, Any]:
+def _measured_facts(measured: Measurements) -> dict[str, Any]:
     """Quality and speed. Without an evaluation, the comparison that a calibrated run made."""
     evaluation, noise, tasks, speed = None, None, None, None
     record, report = measured.evaluation, measured.report
@@ -176,7 +177,7 @@ def _data_name(data: str | None) -> str:
     return "data given in Python" if data == "given" else f"`{data}`"
 
 
-def _eval_results(measured: Measured) -> list[EvalResult]:
+def _eval_results(measured: Measurements) -> list[EvalResult]:
     """The `model-index` of the card: what a user of the model gets, so of the packed model only."""
     record = measured.evaluation
     if record is None:

@@ -22,7 +22,7 @@ from ..files.size import FolderCount
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """The records of a folder, each None if there is no such file.
 
     Attributes:
@@ -36,13 +36,13 @@ class Measured:
     speed: Speed | None
 
     @classmethod
-    def read(cls, folder: Path, count: FolderCount) -> Measured:
-        """Read and check them.
+    def read(cls, count: FolderCount) -> Measurements:
+        """Read those beside a saved model, and check that they are its own.
 
         Raises:
             ValueError: a file is damaged, was written by a newer version, or belongs to another model.
         """
-        report, evaluation, speed = (folder / f"{name}.json" for name in (REPORT, EVALUATION, SPEED))
+        report, evaluation, speed = (count.folder / f"{name}.json" for name in (REPORT, EVALUATION, SPEED))
         return cls(
             _report(report, count) if report.is_file() else None,
             _evaluation(evaluation, count) if evaluation.is_file() else None,

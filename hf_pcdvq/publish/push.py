@@ -255,8 +255,8 @@ def _staged(
     loader_stub: bool = False,
 ) -> Iterator[tuple[Path, Publication]]:
     """A temporary folder with everything that is sent, checked."""
-    check_folder(folder)
-    generated = model_card(folder, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
+    count = check_folder(folder)
+    generated = model_card(count, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
     card = _card(folder / CARD, generated)
     chosen, left_out = _selection(folder)
     with tempfile.TemporaryDirectory(prefix="hf_pcdvq-push-") as temporary:
