@@ -6,8 +6,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from hf_pcdvq import PcdvqConfig
-from hf_pcdvq.cli.tables import layer_table, left_table, size_table
 from hf_pcdvq.files.size import count_folder, readable_size
+from hf_pcdvq_cli.tables import layer_table, left_table, size_table
 
 
 def test_tables_show_the_counted_numbers(tiny_model_dir, tmp_path):

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
-from hf_pcdvq.cli import main
 from hf_pcdvq.evaluation.record import TaskScore, read_record
 from hf_pcdvq.evaluation.tasks import WIKITEXT2
 from hf_pcdvq.files.provenance import Provenance
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.publish.card import model_card, unmeasured_figures
+from hf_pcdvq_cli import main
 
 pytest_plugins = ["hub_fixtures"]
 

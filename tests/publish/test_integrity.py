@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from hf_pcdvq.cli import main
 from hf_pcdvq.publish.integrity import check_folder
+from hf_pcdvq_cli import main
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -66,7 +66,7 @@ def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
     """The products of a packed model, each once."""
     from hf_pcdvq_kernels.triton.launch_config import Shape, tokens_per_program
 
-    from ..files.size import count_folder
+    from hf_pcdvq.files.size import count_folder
 
     count = count_folder(folder)
     if not count.layers:

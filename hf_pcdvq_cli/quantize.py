@@ -25,8 +25,8 @@ from .common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..calibration.settings import Calibration
-    from ..config import PackedConfig
+    from hf_pcdvq.calibration.settings import Calibration
+    from hf_pcdvq.config import PackedConfig
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -115,8 +115,8 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-ccq --method ccq --layout stream --bits 2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --bits 2.0
     """
-    from ..calibration.store import clear
-    from ..files.folders import check_source, folder_in_place
+    from hf_pcdvq.calibration.store import clear
+    from hf_pcdvq.files.folders import check_source, folder_in_place
 
     config = _quantization_config(ctx, skip)
     check_source(model)
@@ -133,7 +133,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
     """The config that the options ask for; an option of the other method is wrong usage."""
-    from .. import CcqConfig, PcdvqConfig
+    from hf_pcdvq import CcqConfig, PcdvqConfig
 
     methods = {"pcdvq": ("bits", "magnitude"), "ccq": ("bits", "layout", "window", "hadamard")}
     method = ctx.params["method"]
@@ -155,7 +155,7 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
 
 def _calibration(ctx: click.Context) -> Calibration | None:
     """The calibration that the options ask for; options of it beside --no-calibration are wrong usage."""
-    from .. import Calibration
+    from hf_pcdvq import Calibration
 
     given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
     if ctx.params["all_experts"]:
@@ -177,11 +177,11 @@ def _quantize_into(
     """Quantize and save. Returns whether there was a tokenizer to save."""
     import torch
 
-    from ..files.provenance import Provenance, hub_name, inherited_metadata
-    from ..files.records import package_versions
-    from ..importers.gguf import dense_from_gguf
-    from ..quantize import quantize_model
-    from ..quiet import quiet
+    from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
+    from hf_pcdvq.files.records import package_versions
+    from hf_pcdvq.importers.gguf import dense_from_gguf
+    from hf_pcdvq.quantize import quantize_model
+    from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
@@ -241,8 +241,9 @@ def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedToken
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
     from rich.console import Console
 
-    from ..files.folders import weight_bytes
-    from ..files.size import count_folder, readable_size
+    from hf_pcdvq.files.folders import weight_bytes
+    from hf_pcdvq.files.size import count_folder, readable_size
+
     from .tables import left_table, size_table
 
     count = count_folder(out)
@@ -260,8 +261,9 @@ def _print_comparison(out: Path) -> None:
     """How the result compares with the original, where a calibrated run has measured it."""
     from rich.console import Console
 
-    from ..calibration.report import NAME
-    from ..evaluation.metrics import Evaluation
+    from hf_pcdvq.calibration.report import NAME
+    from hf_pcdvq.evaluation.metrics import Evaluation
+
     from .tables import evaluation_table
 
     file = out / f"{NAME}.json"

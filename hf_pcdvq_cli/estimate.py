@@ -37,9 +37,10 @@ def estimate(
     """
     from rich.console import Console
 
-    from ..config import config_of_setting
-    from ..estimate import estimate as run
-    from ..estimate import estimate_table, read_model_config
+    from hf_pcdvq.config import config_of_setting
+    from hf_pcdvq.estimate import estimate as run
+    from hf_pcdvq.estimate import estimate_table, read_model_config
+
     from .tables import left_table
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}

@@ -31,9 +31,10 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     """
     from rich.console import Console
 
-    from ..evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
-    from ..files.folders import check_writable
-    from ..files.records import write_text
+    from hf_pcdvq.evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
+    from hf_pcdvq.files.folders import check_writable
+    from hf_pcdvq.files.records import write_text
+
     from .tables import plain_table
 
     check_writable(out)

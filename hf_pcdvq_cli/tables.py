@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.metrics import Evaluation
-from ..evaluation.tables import evaluation_rows, scope
-from ..files.size import FolderCount, describe_config, layer_groups, readable_size
+from hf_pcdvq.evaluation.metrics import Evaluation
+from hf_pcdvq.evaluation.tables import evaluation_rows, scope
+from hf_pcdvq.files.size import FolderCount, describe_config, layer_groups, readable_size
 
 
 def size_table(count: FolderCount) -> Table:

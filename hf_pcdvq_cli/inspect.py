@@ -22,7 +22,8 @@ def inspect(folder: Path, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from ..files.size import count_folder
+    from hf_pcdvq.files.size import count_folder
+
     from .tables import layer_table, left_table, size_table
 
     count = count_folder(folder)

@@ -1,7 +1,4 @@
-"""What the commands share: how errors end, options of every command that loads a model, and loading it.
-
-PyTorch, Transformers and the rest of the package are imported inside the functions: help should not wait for them.
-"""
+"""What the commands share: how errors end, options of every command that loads a model, and loading it."""
 
 from __future__ import annotations
 

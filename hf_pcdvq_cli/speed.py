@@ -22,7 +22,7 @@ def speed(folder: Path, prompt_tokens: int, new_tokens: int, **options: Any) -> 
     Example:
       hf-pcdvq speed qwen-2bit --device-map cuda
     """
-    from ..evaluation.speed import measure_speed
+    from hf_pcdvq.evaluation.speed import measure_speed
 
     result = measure_speed(load_model(str(folder), **options), prompt_tokens, new_tokens)
     result.write(folder)

@@ -36,7 +36,7 @@ def generate(
     """
     from transformers import AutoTokenizer, TextStreamer, set_seed
 
-    from ..files.folders import check_source
+    from hf_pcdvq.files.folders import check_source
 
     check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=options["trust_remote_code"])

@@ -11,7 +11,7 @@ import click
 from .common import Command, note
 
 if TYPE_CHECKING:
-    from ..publish.push import Publication
+    from hf_pcdvq.publish.push import Publication
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -81,7 +81,7 @@ def push(
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --dry-run
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --private
     """
-    from ..publish.push import planned, push_folder
+    from hf_pcdvq.publish.push import planned, push_folder
 
     if create_pr and revision:
         raise click.UsageError("--create-pr is made against the main branch; leave out --revision")
@@ -106,7 +106,7 @@ def _show(publication: Publication, repo: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..files.size import readable_size
+    from hf_pcdvq.files.size import readable_size
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
@@ -134,8 +134,8 @@ def check(folder: Path) -> None:
     Example:
       hf-pcdvq check qwen-2bit
     """
-    from ..files.size import readable_size
-    from ..publish.integrity import check_folder
+    from hf_pcdvq.files.size import readable_size
+    from hf_pcdvq.publish.integrity import check_folder
 
     count = check_folder(folder)
     click.echo(f"{folder} is whole: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
@@ -155,8 +155,8 @@ def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
     Example:
       hf-pcdvq card qwen-2bit me/Qwen3-0.6B-2bit --base-model Qwen/Qwen3-0.6B --license apache-2.0
     """
-    from ..files.records import write_text
-    from ..publish.push import planned
+    from hf_pcdvq.files.records import write_text
+    from hf_pcdvq.publish.push import planned
 
     text = str(planned(folder, repo, **_card_arguments(**options)).card)
     if out is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.record import EvaluationRecord, TaskScore
+    from hf_pcdvq.evaluation.record import EvaluationRecord, TaskScore
 
 
 @click.command("eval", cls=Command)
@@ -64,9 +64,9 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from ..evaluation.metrics import token_windows
-    from ..evaluation.record import check_record_folder
-    from ..files.folders import check_source
+    from hf_pcdvq.evaluation.metrics import token_windows
+    from hf_pcdvq.evaluation.record import check_record_folder
+    from hf_pcdvq.files.folders import check_source
 
     for model in (original, packed):
         check_source(model)
@@ -94,7 +94,7 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
 
 def _read(file: Path | None) -> tuple[str, str]:
     """A text and what to call it."""
-    from ..evaluation.tasks import WIKITEXT2, wikitext2
+    from hf_pcdvq.evaluation.tasks import WIKITEXT2, wikitext2
 
     if file is None:
         return wikitext2(), WIKITEXT2
@@ -104,7 +104,7 @@ def _read(file: Path | None) -> tuple[str, str]:
 
 
 def _task_manager(tasks: list[str], folder: Path | None) -> Any:
-    from ..evaluation.tasks import task_manager
+    from hf_pcdvq.evaluation.tasks import task_manager
 
     return task_manager(tasks, folder) if tasks else None
 
@@ -118,9 +118,9 @@ def _measure(
     manager: Any,
 ) -> EvaluationRecord:
     """Everything that was asked for; never more than two models are in memory."""
-    from ..evaluation.metrics import evaluate
-    from ..evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
-    from ..files.records import device_name, package_versions
+    from hf_pcdvq.evaluation.metrics import evaluate
+    from hf_pcdvq.evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
+    from hf_pcdvq.files.records import device_name, package_versions
 
     options = ctx.params
     placement = {name: options[name] for name in ("dtype", "device_map", "trust_remote_code")}
@@ -165,8 +165,8 @@ def _run_tasks(
     """Scores of both models, and the version of lm-eval."""
     import lm_eval
 
-    from ..evaluation.record import TaskScore
-    from ..evaluation.tasks import run_tasks
+    from hf_pcdvq.evaluation.record import TaskScore
+    from hf_pcdvq.evaluation.tasks import run_tasks
 
     limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
     before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
@@ -179,7 +179,8 @@ def _run_tasks(
 
 
 def _tables(record: EvaluationRecord) -> list[Table]:
-    from ..evaluation.tables import TASK_HEADINGS, task_rows
+    from hf_pcdvq.evaluation.tables import TASK_HEADINGS, task_rows
+
     from .tables import evaluation_table, plain_table
 
     floor = record.noise_floor

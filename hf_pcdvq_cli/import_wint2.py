@@ -35,10 +35,11 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
     """
     from rich.console import Console
 
-    from ..estimate import read_model_config
-    from ..files.folders import folder_in_place
-    from ..files.size import count_folder
-    from ..importers.wint2 import import_wint2
+    from hf_pcdvq.estimate import read_model_config
+    from hf_pcdvq.files.folders import folder_in_place
+    from hf_pcdvq.files.size import count_folder
+    from hf_pcdvq.importers.wint2 import import_wint2
+
     from .tables import size_table
 
     out = out.resolve()

@@ -1,5 +1,8 @@
 """The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it, publish it.
 
+A package of its own, because importing `hf_pcdvq` imports PyTorch and Transformers, which `--help` should not wait for.
+The commands import it, and whatever else is heavy, inside their functions.
+
 Exit codes: 0 done, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
 """
 
