@@ -1,4 +1,4 @@
-"""The figures of an evaluation as the cells of tables, and tables in Markdown."""
+"""The figures of an evaluation as table cells, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TASK_HEADINGS = ["task", "metric", "original", "packed", "samples"]
 
 
 def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
-    """Cells of a table of tasks, under `TASK_HEADINGS`."""
+    """The rows of a table of tasks, under `TASK_HEADINGS`."""
     return [
         [
             task.task,
@@ -26,12 +26,12 @@ def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
 
 
 def _with_error(mean: float, error: float | None) -> str:
-    places = 4 if mean < 10 else 2  # shares; perplexities
+    places = 4 if mean < 10 else 2  # shares, or perplexities
     return f"{mean:,.{places}f}" if error is None else f"{mean:,.{places}f} ± {error:,.{places}f}"
 
 
 def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list[list[str]]:
-    """The figures of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
+    """The rows of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
     rows = [["perplexity", f"{result.perplexity_original:,.3f}"]]
     rows += [["KL(original || packed), mean", ""], ["KL, median", ""], ["KL, 90 %", ""], ["KL, 99 %", ""]]
     rows += [["same likeliest token", ""]]
@@ -44,12 +44,12 @@ def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list
 
 
 def scope(metrics: Evaluation) -> str:
-    """What the figures were taken over."""
+    """The amount of text that the figures were measured on."""
     return f"{metrics.windows} windows of {metrics.context_length} tokens, {metrics.predictions:,} predictions"
 
 
 def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; a bar in a cell is escaped."""
+    """Lines of a Markdown table; vertical bars in cells are escaped."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [headings, *rows]]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(headings), *lines[1:]]

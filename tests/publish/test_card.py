@@ -94,7 +94,7 @@ def test_speed_is_stated_once_it_was_measured(packed):
     assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in text
     assert "bfloat16, backend reference." in text  # what ran, not what was asked for
     edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
-    with pytest.raises(ValueError, match="names no speed"):
+    with pytest.raises(ValueError, match="has no valid speed"):
         model_card(count_folder(packed), REPO)
     (packed / "speed.json").write_text("{")
     with pytest.raises(ValueError, match="speed.json: Expecting"):
@@ -140,14 +140,14 @@ def test_what_was_not_measured_is_left_out(packed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record["metrics"].update(kl_mean=-1.0), "holds metrics that no evaluation gives"),
-        (lambda record: record["metrics"].update(predictions=5), "holds metrics that no evaluation gives"),
+        (lambda record: record["metrics"].update(kl_mean=-1.0), "has metrics that no evaluation can return"),
+        (lambda record: record["metrics"].update(predictions=5), "has metrics that no evaluation can return"),
         (lambda record: record["metrics"].update(perplexity_packed=float("nan")), "metrics that no evaluation gives"),
-        (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: not a whole record, .*kl_p99"),
+        (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: the record is incomplete, .*kl_p99"),
         (lambda record: record.update(bits_per_packed_weight=4.0), "belongs to another model, of 4.000 bits"),
         (lambda record: record["tasks"][0].update(packed=float("nan")), "task 'piqa' has no finite results"),
         (lambda record: record.update(format=2), "evaluation.json: expected a record of format 1, found format 2"),
-        (lambda record: record.pop("text"), "evaluation.json: not a whole record, it lacks text"),
+        (lambda record: record.pop("text"), "evaluation.json: the record is incomplete, it lacks text"),
     ],
 )
 def test_evaluation_that_cannot_be_of_this_model_is_refused(packed, change, message):
