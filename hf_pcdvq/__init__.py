@@ -1,7 +1,7 @@
 """2-bit language models in Hugging Face Transformers.
 
 Importing this package registers the quantization methods "pcdvq" and "ccq", so that `from_pretrained` quantizes with
-`PcdvqConfig` or `CcqConfig` and loads packed models. What a user may not need, such as publishing, is imported on first use.
+`PcdvqConfig` or `CcqConfig` and loads packed models. `push_to_hub` and `quantize_model` are imported on first use.
 """
 
 from importlib import import_module

@@ -17,13 +17,13 @@ from .common import Command, note
     metavar="DIR",
     default="comparison",
     show_default=True,
-    help="Where comparison.md and comparison.png go; older ones are replaced.",
+    help="Folder for comparison.md and comparison.png; existing ones are replaced.",
 )
 def compare(records: tuple[Path, ...], out: Path) -> None:
-    """Put evaluations side by side: one table, and one plot of quality against bits.
+    """Compare evaluations in a table, and in a plot of quality against bits.
 
-    A, B, ... are files that `hf-pcdvq eval` wrote, or the folders of the models that hold them. They must have been
-    measured on the same text, context and windows.
+    A, B, ... are files that `hf-pcdvq eval` wrote, or folders of models that contain them. All must have been
+    measured with the same text, context and windows.
 
     \b
     Example:
@@ -51,7 +51,7 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     write_text(written[0], comparison.markdown())
     uncounted = [point.label for point in comparison.points if point.bits is None]
     if uncounted:
-        note(f"Warning: not in the plot, because their bits are not counted: {', '.join(uncounted)}")
+        note(f"Warning: not in the plot, because their bits were not counted: {', '.join(uncounted)}")
     if len(uncounted) < len(comparison.points):
         written.append(out / f"{NAME}.png")
         plot_quality(comparison.points, comparison.originals, comparison.title, written[1])

@@ -14,22 +14,25 @@ from .common import Command, override_option, overrides_of
 @click.option("--setting", default="pcdvq-2.25", show_default=True, metavar="NAME", help="How the layers are packed.")
 @override_option
 @click.option(
-    "--skip", multiple=True, metavar="PATTERN", help="Leave the modules of this name, suffix or regular expression."
+    "--skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave modules with this name, suffix or regular expression dense.",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=0),
     default=4096,
     show_default=True,
-    help="Tokens whose keys and values the memory must hold.",
+    help="Tokens in the key-value cache that memory is estimated for.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def estimate(
     model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
 ) -> None:
-    """Count what a model will take when it is packed, from its configuration alone.
+    """Estimate the size of a packed model from its configuration alone.
 
-    Nothing is downloaded but the configuration, and no weights are allocated.
+    Only the configuration is downloaded, and no weights are allocated.
 
     \b
     Example:

@@ -30,30 +30,33 @@ if TYPE_CHECKING:
 @click.option(
     "--noise-floor",
     type=click.Choice(DTYPES),
-    help="Also compare the original with itself in this dtype: what rounding alone does.",
+    help="Also compare the original with itself in this dtype, to see the effect of rounding alone.",
 )
 @click.option("--tasks", metavar="A,B,...", help="Also run these tasks of lm-eval on both models.")
 @click.option(
     "--task-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with task files of your own, in lm-eval's format.",
+    help="Folder with your own task files, in lm-eval's format.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Samples per task. [default: all]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Of --tasks.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per batch, for --tasks."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where evaluation.json and evaluation.md go. [default: PACKED, if it is a folder]",
+    help="Folder for evaluation.json and evaluation.md. [default: PACKED, if it is a folder]",
 )
-@click.option("--force", is_flag=True, help="Replace the evaluation.json that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing evaluation.json.")
 @placement_options
 @click.pass_context
 def evaluate_command(ctx: click.Context, original: str, packed: str, **options: Any) -> None:
     """Compare the model PACKED with the ORIGINAL that it was made from.
 
-    Prints how far the predictions diverge on a text (KL, in nats; 0 is the same model), how often both find the same
-    next token likeliest, and the perplexity of both. Figures for different --context values are not comparable.
+    Prints how far the predictions diverge on a text (KL divergence in nats, 0 for identical models), how often the
+    most likely next token is the same, and the perplexity of both. Figures for different values of --context are not
+    comparable.
 
     \b
     Examples:
@@ -72,7 +75,7 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
         check_source(model)
     tasks = [] if options["tasks"] is None else [task.strip() for task in options["tasks"].split(",")]
     if (options["task_dir"] or options["limit"]) and not tasks:
-        raise click.UsageError("--task-dir and --limit belong to --tasks", ctx)
+        raise click.UsageError("--task-dir and --limit need --tasks", ctx)
     folder = options["out"] or (Path(packed) if Path(packed).is_dir() else None)
     if folder is not None:
         check_record_folder(folder, options["force"])
@@ -93,12 +96,12 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
 
 
 def _read(file: Path | None) -> tuple[str, str]:
-    """A text and what to call it."""
+    """A text and its name."""
     from hf_pcdvq.evaluation.tasks import WIKITEXT2, wikitext2
 
     if file is None:
         return wikitext2(), WIKITEXT2
-    # newline="": line ends are part of the text and must not be translated.
+    # newline="" keeps line ends as they are: they are part of the text.
     with file.open(encoding="utf-8", newline="") as stream:
         return stream.read(), str(file)
 
@@ -117,7 +120,7 @@ def _measure(
     tasks: list[str],
     manager: Any,
 ) -> EvaluationRecord:
-    """Everything that was asked for; never more than two models are in memory."""
+    """Measure everything that was asked for, with at most two models in memory."""
     from hf_pcdvq.evaluation.metrics import evaluate
     from hf_pcdvq.evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
     from hf_pcdvq.files.records import device_name, package_versions
@@ -162,7 +165,7 @@ def _run_tasks(
     original: PreTrainedModel,
     packed: PreTrainedModel,
 ) -> tuple[list[TaskScore], str]:
-    """Scores of both models, and the version of lm-eval."""
+    """The scores of both models, and the version of lm-eval."""
     import lm_eval
 
     from hf_pcdvq.evaluation.record import TaskScore

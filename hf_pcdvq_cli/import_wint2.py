@@ -9,7 +9,7 @@ import click
 
 from .common import Command, note
 
-# What lies beside the weights and says nothing about them.
+# Files beside the weights that do not depend on their format.
 _COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generation_config.json", "LICENSE*")
 
 
@@ -22,12 +22,12 @@ _COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generat
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The model's config.json as Transformers reads it. [default: the one in DIR]",
 )
-@click.option("--force", is_flag=True, help="Replace the model that --out holds.")
+@click.option("--force", is_flag=True, help="Replace the model in --out.")
 def import_wint2_command(source: Path, out: Path, config_file: Path | None, force: bool) -> None:
-    """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without quantizing it again.
+    """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without requantizing it.
 
-    Experts in WINT2 become packed experts, and all that is in floating point is taken as it is. What is stored in other
-    types, as 4-bit experts and 8-bit dense layers, is refused.
+    Experts in WINT2 become packed experts, and floating-point tensors are kept as they are. Other types, such as
+    4-bit experts and 8-bit dense layers, are refused.
 
     \b
     Example:
@@ -50,7 +50,5 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
             for file in source.glob(pattern):
                 shutil.copy2(file, folder / file.name)
     if unused:
-        note(
-            f"Warning: the model has no place for {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ..."
-        )
+        note(f"Warning: the model does not use {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ...")
     Console().print(size_table(count_folder(out)))

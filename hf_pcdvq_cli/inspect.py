@@ -14,7 +14,7 @@ from .common import Command
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(folder: Path, as_json: bool) -> None:
-    """Count the bits of a saved model on its files, without loading it.
+    """Count the bits of a saved model from its files, without loading it.
 
     \b
     Example:

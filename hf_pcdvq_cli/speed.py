@@ -16,7 +16,7 @@ from .common import Command, load_model, placement_options
 @click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @placement_options
 def speed(folder: Path, prompt_tokens: int, new_tokens: int, **options: Any) -> None:
-    """Measure how fast the model in DIR generates on this machine, and keep it in DIR for the model card.
+    """Measure how fast the model in DIR generates on this machine, and save the result in DIR for the model card.
 
     \b
     Example:

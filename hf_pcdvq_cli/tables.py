@@ -1,4 +1,4 @@
-"""Tables for a terminal: sizes of a saved model, and figures of evaluations."""
+"""Tables for the terminal: sizes of a saved model, and figures of evaluations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_pcdvq.files.size import FolderCount, describe_config, layer_groups, read
 
 
 def size_table(count: FolderCount) -> Table:
-    """What takes how much of the files, and the bits per weight."""
+    """The sizes of the parts of a saved model, and its bits per weight."""
     table = Table(title=str(count.folder), title_justify="left", show_header=False)
     table.add_column("what", overflow="fold")
     table.add_column("size", justify="right", overflow="fold")
@@ -32,7 +32,7 @@ def size_table(count: FolderCount) -> Table:
 
 
 def layer_table(count: FolderCount) -> Table:
-    """The packed layers, those that differ only in their number in one row."""
+    """The packed layers, in one row those that only differ in their number."""
     table = Table(title="Packed layers", title_justify="left")
     table.add_column("layer", overflow="fold")
     for heading in ("count", "outputs x inputs", "bits per weight", "size"):
@@ -47,7 +47,7 @@ def layer_table(count: FolderCount) -> Table:
 
 
 def left_table(left_unpacked: dict[str, str]) -> Table:
-    """Parameters that were left as they were, and why."""
+    """Parameters that were not packed, and why."""
     table = Table(title="Left as they were", title_justify="left")
     table.add_column("parameter", overflow="fold")
     table.add_column("reason", overflow="fold")
@@ -57,12 +57,12 @@ def left_table(left_unpacked: dict[str, str]) -> Table:
 
 
 def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_name: str = "") -> Table:
-    """The figures of a comparison, with what they were taken over.
+    """The figures of a comparison, under the amount of text that they were measured on.
 
     Args:
         result: the packed model against the original.
         floor: the original against itself in another dtype, if that was measured.
-        floor_name: heading of its column.
+        floor_name: heading of the column for `floor`.
     """
     table = Table("", title=scope(result), title_justify="left")
     for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
@@ -73,7 +73,7 @@ def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_
 
 
 def plain_table(headings: list[str], rows: list[list[str]], title: str) -> Table:
-    """Cells under their headings."""
+    """Rows of text under their headings."""
     table = Table(*headings, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

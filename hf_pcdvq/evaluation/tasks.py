@@ -50,7 +50,7 @@ def wikitext2() -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of one metric of one task, its standard error (None if lm-eval reports none), and the number of samples."""
+    """Mean of one metric of one task, its standard error (None if lm-eval reports none), and number of samples."""
 
     mean: float
     stderr: float | None

@@ -1,4 +1,4 @@
-"""Where a packed model comes from: `provenance.json`, written when a model is quantized and read for its model card."""
+"""The origin of a packed model: `provenance.json`, written when a model is quantized, read for its model card."""
 
 from __future__ import annotations
 

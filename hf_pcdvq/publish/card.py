@@ -210,7 +210,7 @@ def _dataset(text: str) -> dict[str, str]:
     return {"dataset_type": file.stem, "dataset_name": file.name}
 
 
-# ------------------------------------------------------------------------------------------------- cards written by hand
+# ---------------------------------------------------------------------------------------------- cards written by hand
 
 # Not prose: code, addresses, comments, arXiv numbers.
 _NOT_PROSE = re.compile(

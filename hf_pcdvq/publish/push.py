@@ -180,7 +180,7 @@ def push_folder(
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
 ) -> CommitInfo:
-    """Publish a packed model that is saved in a folder, with its tokenizer. An interrupted push resumes when repeated.
+    """Publish a packed model saved in a folder, with its tokenizer. An interrupted push resumes when it is repeated.
 
     Arguments, return value and errors as for `push_to_hub`.
     """
@@ -303,7 +303,7 @@ def _card(file: Path, generated: ModelCard) -> ModelCard:
     return own
 
 
-# ----------------------------------------------------------------------------------------------------- where it is sent
+# --------------------------------------------------------------------------------------------------- where it is sent
 
 
 def _prepared_branch(

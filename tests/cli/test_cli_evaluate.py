@@ -132,7 +132,7 @@ def test_it_refuses_before_it_has_computed_anything(tiny_model_dir, packed, text
     fail(2, "does not exist", "eval", tiny_model_dir, packed, "--text", tmp_path / "none.txt")
     fail(2, "--context", "eval", *models, "--context", 1)
     fail(1, "the original is in bfloat16 itself", "eval", *models, "--context", 40, "--noise-floor", "bfloat16")
-    fail(2, "--limit belong to --tasks", "eval", *models, "--limit", 3)
+    fail(2, "--limit need --tasks", "eval", *models, "--limit", 3)
     assert not list(packed.glob("evaluation.*"))
 
 

@@ -142,7 +142,10 @@ def test_what_was_not_measured_is_left_out(packed):
     [
         (lambda record: record["metrics"].update(kl_mean=-1.0), "has metrics that no evaluation can return"),
         (lambda record: record["metrics"].update(predictions=5), "has metrics that no evaluation can return"),
-        (lambda record: record["metrics"].update(perplexity_packed=float("nan")), "metrics that no evaluation gives"),
+        (
+            lambda record: record["metrics"].update(perplexity_packed=float("nan")),
+            "metrics that no evaluation can return",
+        ),
         (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: the record is incomplete, .*kl_p99"),
         (lambda record: record.update(bits_per_packed_weight=4.0), "belongs to another model, of 4.000 bits"),
         (lambda record: record["tasks"][0].update(packed=float("nan")), "task 'piqa' has no finite results"),

@@ -108,7 +108,7 @@ def test_damage_is_named(packed, damage, message):
 def test_whole_folder_passes(packed):
     result = CliRunner().invoke(main, ["check", str(packed)])
     assert result.exit_code == 0, result.output
-    assert "is whole: 14 packed layers" in result.stdout
+    assert "is complete: 14 packed layers" in result.stdout
 
 
 def test_dense_model_is_not_a_packed_one(tiny_model_dir):

@@ -221,7 +221,7 @@ def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(p
     result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert result.stderr.count("Error: ") == 1
-    assert f"the push to {REPO} did not finish: the connection was lost" in result.stderr
+    assert f"the push to {REPO} did not finish: the connection failed" in result.stderr
     assert "push again: what has been uploaded is not sent a second time" in result.stderr
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
     (sent,) = hub.blobs
@@ -234,7 +234,7 @@ def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(p
 
 def test_commit_that_is_cut_is_made_by_the_next_push(packed, hub):
     hub.faults = [Fault("POST", "/commit/", None, times=99)]
-    with pytest.raises(PushError, match="the connection was lost"):
+    with pytest.raises(PushError, match="the connection failed"):
         push_folder(packed, REPO)
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
     hub.faults = []
@@ -279,7 +279,7 @@ def test_refusal_of_the_hub_ends_in_one_clear_message(packed, hub, fault, messag
 def test_tokens_that_may_not_write(packed, hub):
     for token, message in (
         (READ_TOKEN, "the token has no permission to write there"),
-        ("hf_wrong", "does not accept the token"),
+        ("hf_wrong", "did not accept the token"),
     ):
         result = run("push", packed, REPO, "--token", token)
         assert message in result.stderr
@@ -305,7 +305,7 @@ def test_full_disk_ends_in_one_clear_message_and_leaves_nothing(calibrated, hub,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"the files to push could not be saved in {tmp_path}" in str(caught.value)
-    assert "File too large" in str(caught.value) and "Make room there, or give another work_dir" in str(caught.value)
+    assert "File too large" in str(caught.value) and "Free some space, or pass another work_dir" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert hub.requests == []
 
