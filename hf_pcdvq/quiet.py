@@ -1,4 +1,4 @@
-"""Loggers that say nothing for a while."""
+"""Silencing a logger temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Let only errors of this logger through; its level is restored."""
+    """Only let errors of this logger through; its level is restored afterwards."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

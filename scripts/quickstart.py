@@ -117,7 +117,7 @@ def quantize(original: Path, packed: Path, config: PackedConfig) -> None:
 def generate(packed: Path) -> str:
     """The prompt as the packed model continues it, loaded from its files in a new process."""
     # In the form of the console script, which is not found where the environment has been moved.
-    program = "from hf_pcdvq.cli import main; main(prog_name='hf-pcdvq')"
+    program = "from hf_pcdvq_cli import main; main(prog_name='hf-pcdvq')"
     command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "16"]
     command += ["--dtype", run_dtype(packed)]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 from click.testing import CliRunner, Result
 
-from hf_pcdvq.cli import main
+from hf_pcdvq_cli import main
 
 
 def run(*arguments) -> Result:

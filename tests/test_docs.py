@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hf_pcdvq.cli import main
+from hf_pcdvq_cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -19,7 +19,8 @@ PAGES = [
 
 def source_text():
     """All string literals of the packages, in a row, with what is filled in written as `…`."""
-    files = [*(ROOT / "hf_pcdvq").rglob("*.py"), *(ROOT / "kernels" / "torch-ext").rglob("*.py")]
+    folders = (ROOT / "hf_pcdvq", ROOT / "hf_pcdvq_cli", ROOT / "kernels" / "torch-ext")
+    files = [file for folder in folders for file in folder.rglob("*.py")]
     text = "".join(file.read_text() for file in files)
     text = re.sub(r'"\s*\n\s*f?"', "", text)  # literals that go on in the next line
     return re.sub(r"…[^\w]*…", "…", re.sub(r"\{[^{}]*\}|%[ds]", "…", text))

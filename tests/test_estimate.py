@@ -8,9 +8,9 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
-from hf_pcdvq.cli import main
 from hf_pcdvq.estimate import estimate, read_model_config
 from hf_pcdvq.files.size import count_folder
+from hf_pcdvq_cli import main
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "models"
 # 2-bit experts as published, everything else in 4 bits, embeddings and output head left in bfloat16.

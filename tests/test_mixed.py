@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_pcdvq import Calibration, CcqConfig, quantize_model
-from hf_pcdvq.cli import main
-from hf_pcdvq.cli.tune import _shapes
 from hf_pcdvq.estimate import estimate
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantExperts
+from hf_pcdvq_cli import main
+from hf_pcdvq_cli.tune import _shapes
 
 EXPERTS = 2  # encoding them in four bits takes its time
 RECIPE = {  # the first that is found counts, and another order would mean something else

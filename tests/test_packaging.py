@@ -1,4 +1,4 @@
-"""What is installed: both packages with their data, from a wheel and in place, and nothing else."""
+"""What is installed: the packages with their data, from a wheel and in place, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOTS = {"hf_pcdvq": ROOT / "hf_pcdvq", "hf_pcdvq_kernels": ROOT / "kernels/torch-ext/hf_pcdvq_kernels"}
+ROOTS = {
+    "hf_pcdvq": ROOT / "hf_pcdvq",
+    "hf_pcdvq_cli": ROOT / "hf_pcdvq_cli",
+    "hf_pcdvq_kernels": ROOT / "kernels/torch-ext/hf_pcdvq_kernels",
+}
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
@@ -47,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads. Building in the checkout would leave build/ there, and pick up an old one."""
     copy = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("hf_pcdvq", "kernels", "tests"):
+    for name in ("hf_pcdvq", "hf_pcdvq_cli", "kernels", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -73,7 +77,7 @@ def test_pyproject_holds_only_the_build_system():
         assert set(tomllib.load(stream)) == {"build-system"}
 
 
-def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
@@ -92,10 +96,10 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     pip("install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
     assert (target / "bin/hf-pcdvq").is_file()
     program = (
-        "import hf_pcdvq, hf_pcdvq_kernels\n"
+        "import hf_pcdvq, hf_pcdvq_cli, hf_pcdvq_kernels\n"
         "from hf_pcdvq.codecs.codebook import load_codebook\n"
         "assert load_codebook('pcdvq-a16-v1')['patterns'].shape == (512, 8)\n"
-        "print(hf_pcdvq.__file__, hf_pcdvq_kernels.__file__, sep='\\n')"
+        "print(hf_pcdvq.__file__, hf_pcdvq_cli.__file__, hf_pcdvq_kernels.__file__, sep='\\n')"
     )
     files = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split()
     assert files == [str(target / name / "__init__.py") for name in ROOTS]

@@ -34,7 +34,7 @@ TABLES = {
 
 def copy_with_the_toy(root):
     """The packages with the toy format added."""
-    for package in ("hf_pcdvq", KERNELS):
+    for package in ("hf_pcdvq", "hf_pcdvq_cli", KERNELS):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     for target, source in NEW.items():
         shutil.copy(TOY / source, root / target)

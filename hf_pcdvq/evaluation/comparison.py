@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .record import EvaluationRecord, markdown_table, read_record, scope
+from .record import EvaluationRecord, read_record
+from .tables import markdown_table, scope
 
 NAME = "comparison"
-FAR = 10  # times the original's perplexity: models beyond are of no use, and share a line in the plot
+FAR = 10  # times the original's perplexity: worse models are useless, and all lie on one line in the plot
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model in the table and in the plot.
+    """One model in the table and the plot.
 
     Attributes:
-        label: what it is called there.
-        bits: per packed weight, counted on the files; None leaves it out of the plot.
+        label: its name there.
+        bits: bits per packed weight, counted on the files; None leaves the model out of the plot.
         perplexity, kl_mean, kl_p90, top1_agreement: see `Evaluation`.
         series: points of one series share a colour.
     """
@@ -35,17 +36,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Records that were measured on the same tokens, against one original or several, with distinct names."""
+    """Records by distinct names, all measured on the same tokens, against one original or several."""
 
     records: dict[str, EvaluationRecord]
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Comparison:
-        """Read records from files, or from folders that hold an `evaluation.json`.
+        """Read records from files, or from folders that contain an `evaluation.json`.
 
         Raises:
-            FileNotFoundError: one is missing.
-            ValueError: one is damaged, or they were measured on different tokens.
+            FileNotFoundError: a record is missing.
+            ValueError: a record is damaged, or they were measured on different tokens.
         """
         records = [read_record(path) for path in paths]
         first = records[0]
@@ -54,7 +55,7 @@ class Comparison:
                 raise ValueError(
                     f"{paths[0]} and {path} were measured on different tokens and cannot be compared: "
                     f"{scope(first.metrics)} of {first.text}, and {scope(record.metrics)} of {record.text}; "
-                    "evaluate both with the same --text, --context and --windows, on models of one tokenizer"
+                    "evaluate both with the same --text, --context and --windows, and with the same tokenizer"
                 )
         short = [Path(record.packed).name for record in records]
         names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
@@ -62,7 +63,7 @@ class Comparison:
 
     @property
     def points(self) -> list[Point]:
-        """The models by ascending bits, those without at the end."""
+        """The models by ascending bits, those without a count at the end."""
         points = []
         for name, record in self.records.items():
             result = record.metrics
@@ -72,17 +73,17 @@ class Comparison:
 
     @property
     def originals(self) -> dict[str, float]:
-        """Perplexity of every original."""
+        """Perplexity by the name of the original."""
         return {record.original: record.metrics.perplexity_original for record in self.records.values()}
 
     @property
     def title(self) -> str:
-        """What all were measured on."""
+        """What all models were measured on."""
         record = next(iter(self.records.values()))
         return f"{record.text}: {scope(record.metrics)}"
 
     def task_table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows: a task's metric in each row, a model in each column, the originals first."""
+        """Headings and rows: one row per metric of a task, one column per model, the originals first."""
         scored = {name: record for name, record in self.records.items() if record.tasks}
         columns: dict[str, dict[tuple[str, str], str]] = {}
         for record in scored.values():
@@ -96,7 +97,7 @@ class Comparison:
         return ["task", "metric", *columns], rows
 
     def markdown(self) -> str:
-        """The tables, with the plot below."""
+        """The tables, then the plot."""
         lines = ["# Comparison", "", self.title + ".", ""]
         lines += markdown_table(HEADINGS, point_rows(self.points, self.originals))
         headings, rows = self.task_table()
@@ -111,7 +112,7 @@ HEADINGS = ["model", "bits per packed weight", "perplexity", "KL mean", "KL 90 %
 
 
 def point_rows(points: Sequence[Point], originals: dict[str, float]) -> list[list[str]]:
-    """Cells of a table under `HEADINGS`, the originals first."""
+    """The rows under `HEADINGS`, the originals first."""
     rows = [[f"original: {name}", "", f"{value:,.2f}", "", "", ""] for name, value in originals.items()]
     for point in points:
         bits = "not counted" if point.bits is None else f"{point.bits:.3f}"
@@ -121,14 +122,14 @@ def point_rows(points: Sequence[Point], originals: dict[str, float]) -> list[lis
 
 
 def plot_quality(points: Sequence[Point], originals: dict[str, float], title: str, file: Path) -> None:
-    """A PNG: divergence and perplexity against bits per packed weight, every point named.
+    """Write a PNG: divergence and perplexity against bits per packed weight, every point labelled.
 
-    Perplexities of more than `FAR` times the originals' would take the room of all others: they lie on that line, with an
-    arrow and their value.
+    A perplexity of more than `FAR` times the original's would squeeze all others together: it is drawn at that limit,
+    with an arrow and its value.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no point has bits.
+        ValueError: no point has a count of its bits.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,8 +139,8 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
 
     points = [point for point in points if point.bits is not None]
     if not points:
-        raise ValueError("no model has bits counted on its files, so there is nothing to plot")
-    # Without pyplot: its backend and its list of figures are global.
+        raise ValueError("no model has a count of its bits, so there is nothing to plot")
+    # Without pyplot, whose backend and list of figures are global.
     figure = Figure(figsize=(10, 12), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1)
@@ -152,14 +153,14 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
     for name, value in originals.items():
         lower.axhline(value, linestyle="--", color="gray", label=f"original: {Path(name).name}")
     lower.legend(fontsize="small")
-    canvas.draw()  # places the axes, which the names are arranged in
+    canvas.draw()  # places the axes, in which the labels are arranged
     for axes, places in names.items():
         _label(axes, places)
     figure.savefig(file, dpi="figure")
 
 
 def _draw(axes, points: Sequence[Point], field: str, most: float) -> list[tuple[str, float, float]]:
-    """Points over a logarithmic axis, those above `most` on that line; their names and places."""
+    """Draw points on a logarithmic axis, those above `most` at that limit. Returns their labels and positions."""
     from matplotlib.ticker import LogLocator
 
     names = []
@@ -180,12 +181,12 @@ def _draw(axes, points: Sequence[Point], field: str, most: float) -> list[tuple[
     axes.grid(alpha=0.3, which="both")
     axes.margins(x=0.1, y=0.1)
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the names
+    axes.set_xlim(left, right + 0.35 * (right - left))  # room for the labels
     return names
 
 
 def _label(axes, points: list[tuple[str, float, float]]) -> None:
-    """Names beside the points: the nearest place where one lies neither on another nor on a point."""
+    """Write labels beside the points, at the nearest position where they overlap no other label and no point."""
     from matplotlib.transforms import Bbox
 
     places = axes.transData.transform([place for _, *place in points])
@@ -194,7 +195,7 @@ def _label(axes, points: list[tuple[str, float, float]]) -> None:
         measured = axes.text(*place, name, fontsize="x-small")
         width, height = measured.get_window_extent().size + 2
         measured.remove()
-        # Right or left of the point, farther and farther up or down.
+        # Right or left of the point, moving farther up and down.
         shifts = [
             (side, (sign * step - 1) * height / 2)
             for step in range(40)

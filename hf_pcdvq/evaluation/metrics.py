@@ -1,8 +1,8 @@
 """Quality of a packed model, measured against the model it was made from, on the same text.
 
 Three numbers say how close the two are: the Kullback-Leibler divergence KL(original || packed) of the next-token
-distributions, in nats per prediction; how often both find the same token likeliest; and the perplexity of both. The
-divergence is the one to trust: perplexity can stay put, or even fall, while the model's answers change.
+distributions, in nats per prediction; how often the most likely next token is the same; and the perplexity of both.
+The divergence is the one to trust: perplexity can stay the same, or even fall, while the model's answers change.
 
 Perplexities at different context lengths are not comparable, so the length is part of every result.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-# What the float32 temporaries of one chunk of predictions may take, and how many copies of a chunk's logits are alive
-# at once in `_compare_rows`: both models' log-probabilities, a product, and the input of a log-softmax under way.
+# Memory for the float32 temporaries of one chunk of predictions, and how many copies of its logits `_compare_rows`
+# holds at once: the log-probabilities of both models, a product, and the input of the current log-softmax.
 _CHUNK_BYTES = 256 << 20
 _CHUNK_COPIES = 4
 
@@ -33,7 +33,7 @@ class Evaluation:
         perplexity_original, perplexity_packed: exp of the mean negative log-likelihood of the text's tokens.
         kl_mean, kl_median, kl_p90, kl_p99: KL(original || packed) over the predictions, in nats: mean, median, 90th
             and 99th percentile.
-        top1_agreement: share of the predictions, 0 to 1, at which both models find the same token likeliest.
+        top1_agreement: share of the predictions, 0 to 1, in which both models have the same most likely token.
         context_length: tokens per window.
         windows: number of windows.
         predictions: number of predicted tokens, `windows * (context_length - 1)`.
@@ -51,16 +51,16 @@ class Evaluation:
     predictions: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """The fields, JSON-clean."""
+        """The fields as JSON-serializable values."""
         return asdict(self)
 
 
 def token_windows(tokenizer: Any, text: str, length: int, limit: int | None = None) -> Tensor:
-    """Cut a text into windows of tokens: tokenized once as a whole, without special tokens, the rest dropped.
+    """Tokenize a text as a whole, without special tokens, and cut it into windows; an incomplete one is dropped.
 
     Args:
         tokenizer: a Transformers tokenizer.
-        text: the whole text. Read the file with `newline=""`, or line ends are changed before they are tokenized.
+        text: the whole text. Read its file with `newline=""`, otherwise Python translates line ends.
         length: tokens per window, at least 2.
         limit: keep at most this many windows, from the start; None keeps all.
 
@@ -71,8 +71,10 @@ def token_windows(tokenizer: Any, text: str, length: int, limit: int | None = No
         ValueError: `length` or `limit` is too small, or the text is shorter than one window.
     """
     if length < 2 or (limit is not None and limit < 1):
-        raise ValueError(f"windows need 2 tokens and there must be one of them: got length {length}, limit {limit}")
-    # verbose=False: the tokenizer would warn that the text is longer than the model's context, which is cut right here.
+        raise ValueError(
+            f"windows need at least 2 tokens, and the limit is at least 1: got length {length}, limit {limit}"
+        )
+    # verbose=False: the tokenizer would warn that the text is longer than the model's context.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // length
     if count == 0:
@@ -84,17 +86,17 @@ def token_windows(tokenizer: Any, text: str, length: int, limit: int | None = No
 def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: bool = True) -> Evaluation:
     """Compare a packed causal language model with its original, window by window.
 
-    The two may sit on different devices and have different dtypes; logits are compared in float32 on the original's
-    device. Nothing is kept of a window but one loss, divergence and agreement per prediction.
+    The two may be on different devices and have different dtypes; logits are compared in float32 on the original's
+    device. Of each window, only one loss, divergence and agreement per prediction are kept.
 
     Args:
         original, packed: causal language models of Transformers with the same vocabulary.
-        windows: int64 `[n, L]`, see `token_windows`. Token `i` of a window is predicted from those before it, so a
+        windows: int64 `[n, L]`, see `token_windows`. Each token of a window is predicted from those before it, so a
             window has `L - 1` predictions.
         progress: show a progress bar with the mean divergence so far.
 
     Raises:
-        ValueError: the vocabularies differ in size, the windows do not fit the models, or a model computes NaN.
+        ValueError: the vocabularies differ in size, the windows do not fit the models, or logits are NaN.
     """
     for model in (original, packed):
         _check_windows(model, windows)
@@ -104,11 +106,11 @@ def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: 
 
 
 def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, progress: bool = True) -> Evaluation:
-    """Compare the predictions of a packed model with its original's.
+    """Compare the predictions of a packed model with those of its original.
 
     Args:
-        pairs: for every window the logits `[L - 1, vocabulary]` of the original and of the packed model, of any
-            floating dtypes, on any devices; one pair is taken at a time.
+        pairs: for each window the logits `[L - 1, vocabulary]` of the original and of the packed model, in any
+            floating-point dtypes, on any devices; consumed one pair at a time.
         windows: int64 `[n, L]`.
         progress: show a progress bar with the mean divergence so far.
 
@@ -120,7 +122,7 @@ def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, prog
     remaining = iter(pairs)
     bar = tqdm(windows, desc="Evaluating", unit="window", disable=not progress)
     for index, window in enumerate(bar):
-        # No name and no zip holds on to the logits, or those of two windows would be alive at once.
+        # Nothing keeps a reference to the logits; otherwise those of two windows would be in memory at once.
         part = _compare(*next(remaining), window[1:])
         _refuse_nan(part[0], "original", index)
         _refuse_nan(part[1], "packed", index)
@@ -147,7 +149,7 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
     """Perplexity of one causal language model over windows int64 `[n, L]`, `L - 1` predictions each.
 
     Raises:
-        ValueError: the windows do not fit the model, or it computes NaN.
+        ValueError: the windows do not fit the model, or its logits are NaN.
     """
     _check_windows(model, windows)
     total = 0.0
@@ -162,7 +164,7 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
 
 
 def _check_windows(model: nn.Module, windows: Tensor) -> None:
-    """Refuse what a model would answer with an index error deep inside, or with a device-side assertion."""
+    """Reject windows that would end in an index error deep inside the model, or in a device-side assertion."""
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
             f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}"
@@ -171,7 +173,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
     low, high = windows.min().item(), windows.max().item()
     if low < 0 or high >= tokens:
         raise ValueError(
-            f"the windows hold token ids {low} to {high}, but {type(model).__name__} knows {tokens} tokens; "
+            f"the windows have token ids from {low} to {high}, but {type(model).__name__} has {tokens} tokens; "
             "tokenizer and model do not belong together"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -183,7 +185,7 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; the model's training mode is restored."""
+    """Without gradients and dropout; the training mode is restored."""
     training = model.training
     model.eval()
     try:
@@ -196,7 +198,7 @@ def _inference(model: nn.Module) -> Iterator[None]:
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
     """Logits `[L - 1, vocabulary]` of the predictions in one window `[L]`, in the model's dtype on its device."""
     device = model.get_input_embeddings().weight.device
-    # Offloaded weights are on the meta device until accelerate's hook fetches them; it moves the input as well.
+    # Offloaded weights are on the meta device until accelerate's hook loads them; the hook also moves the input.
     ids = window[None].to("cpu" if device.type == "meta" else device)
     return model(input_ids=ids, use_cache=False).logits[0, :-1]
 
@@ -206,10 +208,10 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def _compare(original: Tensor, packed: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Per prediction, on the CPU: loss of the original, loss of the packed model, KL in nats, same likeliest token.
+    """Per prediction, on the CPU: losses of original and packed model, KL in nats, same most likely token.
 
     Args:
-        original, packed: logits `[P, vocabulary]` of any floating dtype, on any devices.
+        original, packed: logits `[P, vocabulary]` in any floating-point dtypes, on any devices.
         targets: token ids int64 `[P]`.
     """
     if original.shape != packed.shape:
@@ -230,14 +232,14 @@ def _compare_rows(original: Tensor, packed: Tensor, targets: Tensor) -> tuple[Te
     log_p = original.float().log_softmax(-1)
     log_q = packed.float().log_softmax(-1)
     losses = -log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0]
-    # In place, because these are the large tensors. Tokens of probability 0 add nothing, whatever the logarithms are.
+    # In place, because these tensors are large. Tokens of probability 0 contribute nothing, whatever their logarithms.
     p = log_p.exp()
     terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0)
     return *losses, terms.sum(-1), same
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of every target in nats, float32 `[P]` on the CPU."""
+    """Negative log-likelihood of each target in nats, float32 `[P]` on the CPU."""
     rows = _chunk_rows(logits.shape[-1])
     parts = []
     for chunk, target in zip(logits.split(rows), targets.split(rows)):
@@ -254,7 +256,7 @@ def _refuse_nan(losses: Tensor, which: str, window: int) -> None:
 
 
 def _percentile(ordered: Tensor, percent: float) -> float:
-    """Percentile of ascending values `[P]`, with linear interpolation. `torch.quantile` stops at 16 million values."""
+    """Percentile of ascending values `[P]`, interpolated. `torch.quantile` is limited to 16 million values."""
     position = (len(ordered) - 1) * percent / 100
     below, above = math.floor(position), math.ceil(position)
     return torch.lerp(ordered[below], ordered[above], position - below).item()

@@ -1,4 +1,4 @@
-"""The record of an evaluation: `evaluation.json`, which model cards and comparisons are made from, and the same as Markdown."""
+"""The record of an evaluation: `evaluation.json`, which model cards and comparisons read, and a Markdown version."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from ..config import CONFIGS
 from ..files.folders import check_writable
 from ..files.records import known_fields, read_json, write_text
-from ..files.size import count_folder, evaluation_rows
+from ..files.size import count_folder
 from .metrics import Evaluation
+from .tables import TASK_HEADINGS, evaluation_rows, markdown_table, scope, task_rows
 
 NAME = "evaluation"
 FORMAT = 1
@@ -26,8 +27,8 @@ class NoiseFloor:
     """The original against itself in another dtype: a divergence below this one says nothing about the packed model.
 
     Attributes:
-        dtype: what the original was loaded in as the second of the two, such as `"float32"`.
-        metrics: the comparison, in which "packed" stands for the original in `dtype`.
+        dtype: the other dtype, such as `"float32"`.
+        metrics: the comparison; "packed" is the original in `dtype`.
     """
 
     dtype: str
@@ -40,9 +41,9 @@ class TaskScore:
 
     Attributes:
         task, metric: names as lm-eval prints them, such as `"piqa"` and `"acc_norm"`.
-        original, packed: the metric's mean over the samples.
-        original_stderr, packed_stderr: its standard error; None where lm-eval knows none.
-        samples: number of them.
+        original, packed: mean of the metric over the samples.
+        original_stderr, packed_stderr: its standard error; None if lm-eval reports none.
+        samples: number of samples.
     """
 
     task: str
@@ -56,18 +57,18 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """What was measured, on what, and with what.
+    """The results of an evaluation, and how they were obtained.
 
     Attributes:
-        original, packed: folders or names on the Hub.
-        text: what the windows were cut from.
+        original, packed: folders, or names on the Hub.
+        text: name of the text.
         tokens: hash of the windows' token ids; records with the same hash were measured on the same predictions.
         metrics: packed model against the original.
-        noise_floor, tasks: None where they were not asked for.
-        bits_per_packed_weight: counted on the packed model's files; None if it has no packed layers of ours.
-        bits_per_parameter: the same over the whole files; None if they could not be counted.
-        device: name of what the packed model ran on.
-        versions: of the packages that took part.
+        noise_floor, tasks: None if they were not requested.
+        bits_per_packed_weight: counted on the packed model's files; None if it has no layers packed by hf_pcdvq.
+        bits_per_parameter: the same for the whole model; None if its files could not be counted.
+        device: name of the device that the packed model ran on.
+        versions: versions of the packages involved.
         command: what was typed.
     """
 
@@ -90,10 +91,10 @@ class EvaluationRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationRecord:
-        """The record that `to_dict` wrote; fields that it does not know are passed over.
+        """The record from what `to_dict` returned; unknown fields are ignored.
 
         Raises:
-            ValueError: it is of another format, or is no such record.
+            ValueError: the content has another format, or is incomplete.
         """
         known = known_fields(cls, content, FORMAT)
         try:
@@ -102,11 +103,11 @@ class EvaluationRecord:
             known["noise_floor"] = floor and NoiseFloor(floor["dtype"], Evaluation(**floor["metrics"]))
             known["tasks"] = known["tasks"] and [TaskScore(**task) for task in known["tasks"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a whole record, {error}; write it with hf-pcdvq eval") from error
+            raise ValueError(f"the record is incomplete, {error}; create it with hf-pcdvq eval") from error
         return cls(**known)
 
     def write(self, folder: Path) -> None:
-        """Write `evaluation.json` and `evaluation.md`; each appears whole or not at all."""
+        """Write `evaluation.json` and `evaluation.md`, each of them atomically."""
         write_text(folder / f"{NAME}.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(folder / f"{NAME}.md", self.markdown())
 
@@ -136,46 +137,12 @@ class EvaluationRecord:
         return rows
 
 
-TASK_HEADINGS = ["task", "metric", "original", "packed", "samples"]
-
-
-def task_rows(tasks: list[TaskScore]) -> list[list[str]]:
-    """Cells of a table of tasks, under `TASK_HEADINGS`."""
-    return [
-        [
-            task.task,
-            task.metric,
-            _with_error(task.original, task.original_stderr),
-            _with_error(task.packed, task.packed_stderr),
-            str(task.samples),
-        ]
-        for task in tasks
-    ]
-
-
-def _with_error(mean: float, error: float | None) -> str:
-    places = 4 if mean < 10 else 2  # shares; perplexities
-    return f"{mean:,.{places}f}" if error is None else f"{mean:,.{places}f} ± {error:,.{places}f}"
-
-
-def scope(metrics: Evaluation) -> str:
-    """What the figures were taken over."""
-    return f"{metrics.windows} windows of {metrics.context_length} tokens, {metrics.predictions:,} predictions"
-
-
-def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; a bar in a cell is escaped."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [headings, *rows]]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(headings), *lines[1:]]
-
-
 def read_record(path: Path) -> EvaluationRecord:
-    """The record in a file, or in a folder that holds `evaluation.json`.
+    """Read a record from a file, or from a folder that contains `evaluation.json`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is something else, damaged, or of a newer format.
+        FileNotFoundError: there is no record.
+        ValueError: the file is no record, is damaged, or has a newer format.
     """
     file = path / f"{NAME}.json" if path.is_dir() else path
     if not file.is_file():
@@ -184,24 +151,24 @@ def read_record(path: Path) -> EvaluationRecord:
 
 
 def check_record_folder(folder: Path, force: bool) -> None:
-    """Refuse a folder that cannot take a record, or, without `force`, holds one.
+    """Reject a folder that is not writable, or, without `force`, already contains a record.
 
     Raises:
-        FileExistsError: it holds a record.
-        OSError: it is a file, or may not be written to.
+        FileExistsError: it contains a record.
+        OSError: it is a file, or is not writable.
     """
     check_writable(folder)
     if (folder / f"{NAME}.json").exists() and not force:
-        raise FileExistsError(f"{folder} holds {NAME}.json already; --force replaces it, --out writes elsewhere")
+        raise FileExistsError(f"{folder} has an {NAME}.json already; --force replaces it, --out writes elsewhere")
 
 
 def count_bits(packed: str) -> tuple[float | None, float | None]:
-    """Bits per packed weight and per parameter of a folder, or of a model on the Hub that has been downloaded.
+    """Bits per packed weight and per parameter of a saved model, or of a model on the Hub that has been downloaded.
 
-    None for a model that is not packed, or in a format of another project.
+    Both are None if the model is not packed, or was quantized by another library.
 
     Raises:
-        FileNotFoundError, ValueError: the files are incomplete or damaged, see `count_folder`.
+        FileNotFoundError, ValueError: files are missing or damaged, see `count_folder`.
     """
     folder = Path(packed)
     if not folder.is_dir():
@@ -216,7 +183,7 @@ def count_bits(packed: str) -> tuple[float | None, float | None]:
 
 
 def hash_tokens(windows: Tensor) -> str:
-    """SHA-256 of windows int64 `[n, L]`, shape included."""
+    """SHA-256 of windows int64 `[n, L]` and their shape."""
     digest = hashlib.sha256(repr(tuple(windows.shape)).encode())
     digest.update(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()

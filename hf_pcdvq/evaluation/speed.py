@@ -1,4 +1,4 @@
-"""How fast a packed model writes on this machine: `speed.json`, from which its model card states it."""
+"""How fast a packed model generates on this machine: `speed.json`, which its model card quotes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Speed:
     """Speed of greedy generation, one sequence at a time.
 
     Attributes:
-        tokens_per_second: new tokens by the time they took, the prompt included; the median of several runs.
-        prompt_tokens, new_tokens: their numbers in one run.
-        device: its name.
-        dtype: of what is not packed.
+        tokens_per_second: new tokens by the time of the whole run, prompt included; the median of several runs.
+        prompt_tokens, new_tokens: number of each in one run.
+        device: name of the device.
+        dtype: dtype of what is not packed.
         backend: what decoded the weights, `"triton"` or `"reference"`.
-        cache_implementation: as it was given.
-        peak_memory_bytes: the most that was allocated on the accelerator meanwhile; None on a CPU.
+        cache_implementation: as passed to `measure_speed`.
+        peak_memory_bytes: peak of the memory allocated on the accelerator; None on a CPU.
     """
 
     tokens_per_second: float
@@ -52,10 +52,10 @@ class Speed:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Speed:
-        """What `write` wrote.
+        """The result from the content of `speed.json`.
 
         Raises:
-            ValueError: it is of another format, or is no such record.
+            ValueError: the content has another format, or is incomplete.
         """
         return cls(**known_fields(cls, content, _FORMAT))
 
@@ -68,14 +68,18 @@ def measure_speed(
     progress: bool = True,
     cache_implementation: str | None = None,
 ) -> Speed:
-    """Let a model write `new_tokens` tokens after a prompt, once to warm up and `runs` times for the record.
+    """Time a model that generates `new_tokens` tokens after a prompt, in `runs` runs after a warm-up run.
 
     Args:
-        cache_implementation: that of Transformers' `generate`. With `"static"` it compiles the model, if that is on a
-            GPU; None takes the model's default.
+        model: a causal language model, packed or not.
+        prompt_tokens, new_tokens: number of each in one run.
+        runs: number of timed runs.
+        progress: show a progress bar.
+        cache_implementation: as for Transformers' `generate`. With `"static"`, `generate` compiles a model on a GPU;
+            None takes the model's default.
 
     Raises:
-        ValueError: prompt and new tokens do not fit into the model's positions.
+        ValueError: prompt and new tokens exceed the model's positions.
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -86,9 +90,9 @@ def measure_speed(
     if accelerator is not None:
         accelerator.reset_peak_memory_stats(device)
     ids = torch.arange(prompt_tokens, device=device)[None] % config.vocab_size
-    # min_new_tokens, so that no run ends early.
+    # min_new_tokens keeps runs from ending early.
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    if cache_implementation is not None:  # given as None, it would replace that of the model's generation config
+    if cache_implementation is not None:  # None would override the model's generation config
         options["cache_implementation"] = cache_implementation
     seconds = []
     for _ in tqdm(range(1 + runs), desc="Generating", unit="run", disable=not progress):

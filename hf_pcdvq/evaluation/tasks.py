@@ -1,6 +1,6 @@
-"""What models are measured on besides a text of the user's own: WikiText-2, and the tasks of lm-eval.
+"""Standard data for evaluations: WikiText-2, and the tasks of lm-eval.
 
-Both need packages of the extra `eval`: pip install "hf_pcdvq[eval]".
+Both need the extra `eval`: pip install "hf_pcdvq[eval]".
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WIKITEXT2_ON_HUB = {
 
 
 def wikitext2() -> str:
-    """The WikiText-2 test text from the Hub, its rows joined by "\\n\\n" as the literature does.
+    """The WikiText-2 test text from the Hub, its rows joined by "\\n\\n" as in the literature.
 
     Raises:
         ImportError: the package `datasets` is not installed.
-        OSError: the Hub cannot be reached, and the data set is not in the cache.
+        OSError: the Hub cannot be reached, and the dataset is not in the cache.
     """
     try:
         from datasets import load_dataset
@@ -42,13 +42,15 @@ def wikitext2() -> str:
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     except (OSError, ValueError) as error:
-        raise OSError(f"WikiText-2 could not be had from the Hub ({error}); give a text file with --text") from error
+        raise OSError(
+            f"WikiText-2 could not be downloaded from the Hub ({error}); pass a text file with --text"
+        ) from error
     return "\n\n".join(rows["text"])
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of one metric of one task, its standard error (None if lm-eval knows none), and the number of samples."""
+    """Mean of one metric of one task, its standard error (None if lm-eval reports none), and number of samples."""
 
     mean: float
     stderr: float | None
@@ -56,15 +58,15 @@ class Score:
 
 
 def task_manager(tasks: Sequence[str], folder: Path | None = None) -> TaskManager:
-    """lm-eval's own tasks and those in a folder, after a check that all that are asked for are among them.
+    """A manager of lm-eval's own tasks and those in a folder, which checks that the given ones exist.
 
     Args:
         tasks: names of tasks or groups.
-        folder: YAML files of tasks, which go before lm-eval's own of the same name.
+        folder: YAML files of tasks, which take precedence over lm-eval's own of the same name.
 
     Raises:
         ImportError: the package `lm-eval` is not installed.
-        ValueError: a task is unknown, or none is given.
+        ValueError: a task is unknown, or `tasks` is empty.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -88,19 +90,19 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[tuple[str, str], Score]:
-    """Scores of a model in lm-eval tasks, zero-shot unless a task says otherwise, by task and metric.
+    """Scores of a model in lm-eval tasks by task and metric, zero-shot unless a task says otherwise.
 
     Args:
-        model: a causal language model of Transformers, packed or not; it stays where it lies.
+        model: a causal language model of Transformers, packed or not; it stays on its device.
         tokenizer: its tokenizer.
         tasks, manager: see `task_manager`.
-        limit: the first so many samples of each task; None takes all.
-        batch_size: sequences computed at a time.
+        limit: use only the first `limit` samples of each task; None uses all.
+        batch_size: sequences per batch.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with quiet("lm_eval"):  # it warns of every model that is handed over as an object, and of its tasks' defaults
+    with quiet("lm_eval"):  # it warns about models passed as objects, and about its tasks' defaults
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = lm_eval.simple_evaluate(
             wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, batch_size=batch_size
@@ -118,7 +120,7 @@ def run_tasks(
 
 
 def _samples(task: str, found: dict[str, Any]) -> int:
-    """Samples of a task, or of all tasks of a group."""
+    """Number of samples of a task, or of all tasks in a group."""
     counts = found["n-samples"]
     if task in counts:
         return counts[task]["effective"]

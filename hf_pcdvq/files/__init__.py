@@ -1,1 +1,1 @@
-"""Saved models on disk: their headers, folders, sizes, and the records beside them."""
+"""Saved models on disk: their headers, folders and sizes, and the records beside them."""

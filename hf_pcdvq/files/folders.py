@@ -1,4 +1,4 @@
-"""Folders of saved models: a result appears whole or not at all, and nothing is lost that nobody asked to replace."""
+"""Folders of saved models: results are written atomically, and nothing is replaced without being asked to."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def check_source(model: str) -> None:
-    """Say what is wrong with a path that Transformers would look up on the Hub.
+    """Reject a path that Transformers would look up on the Hub instead of reporting it.
 
     Raises:
-        FileNotFoundError: `model` is neither a folder nor can it be the name of a model on the Hub.
-        NotADirectoryError: it is a file.
+        FileNotFoundError: `model` is not a folder, and cannot be the name of a model on the Hub.
+        NotADirectoryError: `model` is a file.
     """
     path = Path(model)
     if path.is_file():
-        raise NotADirectoryError(f"{model} is a file; give the folder that holds it (and --gguf-file if it is one)")
+        raise NotADirectoryError(f"{model} is a file; pass its folder (and --gguf-file if it is a GGUF file)")
     if not path.is_dir() and not _HUB_NAME.fullmatch(model):
-        raise FileNotFoundError(f"there is no folder {model}")
+        raise FileNotFoundError(f"folder {model} does not exist")
 
 
 def check_destination(out: Path, source: Path, force: bool) -> None:
-    """Refuse a destination that holds something else than an older result, or the source itself.
+    """Reject a destination that contains the source, or anything but an earlier result.
 
     Args:
         out: the folder to write, an absolute path without symbolic links (`Path.resolve`).
-        source: the folder of the model that is read; need not exist, as for a model on the Hub.
+        source: the folder of the model to read; it does not exist if the model is on the Hub.
         force: whether a saved model in `out` may be replaced.
 
     Raises:
-        ValueError: `out` is the source's folder or holds it, or, with `force`, holds anything but a saved model.
-        FileExistsError: `out` is a file, or a folder that is not empty and `force` is not set.
+        ValueError: `out` is or contains the source's folder, or, with `force`, contains anything but a saved model.
+        FileExistsError: `out` is a file, or a folder that is not empty while `force` is not set.
     """
     if source.is_dir() and source.resolve().is_relative_to(out):
-        raise ValueError(f"{out} is the source model's folder or holds it; choose another one to write to")
+        raise ValueError(f"{out} is or contains the source model's folder; choose another folder to write to")
     if not out.exists():
         return
     if not out.is_dir():
@@ -51,32 +51,32 @@ def check_destination(out: Path, source: Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{out} is not empty; choose another folder, or --force to replace the model in it")
-    # Everything in the folder will be deleted, so it must be what one expects to lose.
+    # Everything in the folder will be deleted, so make sure that it is a saved model and nothing more.
     if not (out / "config.json").is_file():
-        raise ValueError(f"--force replaces saved models only, and {out} holds no config.json")
+        raise ValueError(f"--force only replaces saved models, and {out} contains no config.json")
     if (out / ".git").exists():
         raise ValueError(f"{out} is a git repository, which --force would delete; choose another folder")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that new files could not be written to; one that does not exist yet is judged by its parents.
+    """Reject a folder that is not writable. If it does not exist yet, its closest existing parent is checked.
 
     Raises:
-        NotADirectoryError: it, or what it would lie in, is a file.
-        PermissionError: the user may not write there.
+        NotADirectoryError: the folder, or one of its parents, is a file.
+        PermissionError: the user has no permission to write there.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file; choose a folder to write to")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{existing} may not be written to; choose another folder with --out")
+        raise PermissionError(f"{existing} is not writable; choose another folder with --out")
 
 
 @contextmanager
 def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `out`, which is renamed to `out` at the end, and deleted instead if the body raises.
+    """Create a folder beside `out`, rename it to `out` on success, and delete it if the body raises.
 
-    Args and raises like `check_destination`, which is asked before and after.
+    Takes the arguments and raises the errors of `check_destination`, which runs before and after the body.
     """
     check_destination(out, source, force)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -91,7 +91,7 @@ def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
 
 
 def replace_folder(out: Path, partial: Path) -> None:
-    """Rename `partial` to `out`. What was there is deleted afterwards, and put back if the renaming fails."""
+    """Rename `partial` to `out`. An existing `out` is deleted afterwards, or restored if the rename fails."""
     old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     if out.exists():
         out.rename(old)
@@ -106,7 +106,7 @@ def replace_folder(out: Path, partial: Path) -> None:
 
 
 def weight_bytes(folder: Path, gguf_file: str | None = None) -> int:
-    """Size of the files that a model's weights are loaded from: a GGUF file, safetensors or PyTorch's own format.
+    """Size in bytes of the files that hold a model's weights: a GGUF file, safetensors, or PyTorch's own format.
 
     Raises:
         FileNotFoundError: a file is missing.

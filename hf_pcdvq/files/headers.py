@@ -1,4 +1,4 @@
-"""Reading safetensors headers: what a checkpoint holds, without loading it."""
+"""Safetensors headers: the tensors of a checkpoint, without loading it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a header describes it."""
+    """One tensor as described in a header."""
 
     name: str
-    dtype: torch.dtype | str  # the header's own word where torch has no such dtype here
+    dtype: torch.dtype | str  # the name in the header, for a dtype that is not in _DTYPES
     shape: tuple[int, ...]
     nbytes: int
     file: Path
@@ -46,14 +46,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-        ValueError: the file is not safetensors, or ends before the data of a tensor does; names file and tensor.
+        ValueError: the file is not safetensors, or is truncated; the message names the file and the tensor.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"{file} is not a whole safetensors file: {size} bytes, a header of {length}")
+            raise ValueError(f"{file} is not a complete safetensors file: {size} bytes with a header of {length}")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     tensors = {}
@@ -61,7 +61,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         begin, end = entry["data_offsets"]
         if 8 + length + end > size:
             raise ValueError(
-                f"{file} is truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}. "
+                f"{file} is truncated: tensor {name!r} ends at byte {8 + length + end}, the file at byte {size}. "
                 "Download or copy it again"
             )
         dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
-    """The tensors of all safetensors files of a checkpoint, by name. Raises like `read_header`."""
+    """The tensors of all safetensors files of a checkpoint, by name. Raises the errors of `read_header`."""
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors.update(read_header(Path(file)))
@@ -78,10 +78,10 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a saved model, as its index or its single file names them.
+    """The safetensors files of a saved model: those that its index lists, or else its single file.
 
     Raises:
-        FileNotFoundError: there is no model in `folder`, or a shard that the index names is missing.
+        FileNotFoundError: `folder` contains no model, or a shard that the index lists is missing.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -97,17 +97,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def check_stored(
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]], files: Iterable[str | Path], base_prefix: str
 ) -> None:
-    """Compare packed tensors that a model expects with those that its checkpoint holds, before anything is loaded.
+    """Compare the packed tensors that a model expects with those in its checkpoint, before anything is loaded.
 
-    A name that is not found is left to the check after loading, because Transformers may rename keys on the way.
+    A missing name is not an error here but in the check after loading, because Transformers may rename keys.
 
     Args:
         expected: shape and dtype by parameter name.
-        files: safetensors files of the checkpoint.
+        files: the safetensors files of the checkpoint.
         base_prefix: name of the base model's attribute, which `AutoModel` strips from names and heads add.
 
     Raises:
-        ValueError: a tensor has another shape or dtype than the model expects, or its file is truncated.
+        ValueError: the shape or dtype of a tensor is not the expected one, or its file is truncated.
     """
     stored = read_headers(files)
     for name, (shape, dtype) in expected.items():

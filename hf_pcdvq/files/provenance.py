@@ -1,4 +1,4 @@
-"""Where a packed model comes from: `provenance.json`, written when a model is quantized and read for its model card."""
+"""The origin of a packed model: `provenance.json`, written when a model is quantized, read for its model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .records import known_fields, read_json, write_text
 NAME = "provenance.json"
 _FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# What a quantized model has from its original. The rest of a card speaks of the original itself.
+# Metadata that a quantized model inherits. The rest of a card describes the original itself.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
 
@@ -25,11 +25,11 @@ class Provenance:
     """How a packed model was made.
 
     Attributes:
-        original: name of the dense model on the Hub; None if it was a folder, or is not known.
+        original: name of the dense model on the Hub; None if it was a local folder, or is unknown.
         revision: commit of the original on the Hub; None for a folder.
-        command: the command line; None if a Python program did it.
-        versions: of the packages that did it.
-        inherited: licence and language, as the original's own model card states them.
+        command: the command line; None if the model was quantized from Python.
+        versions: versions of the packages involved.
+        inherited: licence and language from the original's model card.
     """
 
     original: str | None = None
@@ -40,10 +40,10 @@ class Provenance:
 
     @classmethod
     def read(cls, folder: Path) -> Provenance:
-        """That of a saved model; empty if the folder has none.
+        """Read the provenance of a saved model; empty if the folder has none.
 
         Raises:
-            ValueError: it is damaged, or a newer version wrote it.
+            ValueError: the file is damaged, or was written by a newer version.
         """
         file = folder / NAME
         if not file.is_file():
@@ -63,10 +63,12 @@ def hub_name(model: str | None) -> str | None:
 
 
 def inherited_metadata(original: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """Licence and language that the card of a model states; empty if it has no card, or no card can be had offline.
+    """Licence and language from a model's card; empty if there is no card, or none is available offline.
 
     Args:
-        original: a folder, or a name on the Hub.
+        original: a folder, or the name of a model on the Hub.
+        revision: branch, tag or commit on the Hub.
+        token: access token for the Hub; None takes the stored one.
     """
     file = Path(original) / "README.md"
     if not Path(original).is_dir():

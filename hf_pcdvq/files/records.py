@@ -1,5 +1,4 @@
-"""What the records beside a model share: versions, the name of a device, their format, files that appear whole or not at
-all."""
+"""Shared by the records that are saved beside a model: package versions, device names, formats, atomic writes."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ Record = TypeVar("Record")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what every packed model is computed with."""
+    """Versions of the packages that every packed model runs on."""
     return {"hf_pcdvq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def device_name(device: torch.device) -> str:
-    """What its maker calls it; of a CPU with the number of threads, since speed depends on it."""
+    """The product name of a device; for a CPU with the number of threads, on which its speed depends."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"a CPU ({_cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
@@ -41,28 +40,28 @@ def _cpu_name() -> str:
 
 
 def known_fields(kind: type, content: Any, version: int) -> dict[str, Any]:
-    """The fields of a dataclass, out of a record; others, which a later version has added, are passed over.
+    """The fields of the dataclass `kind` in a record. Others, which a later version may have added, are ignored.
 
     Raises:
-        ValueError: the record is of another format, or lacks a field.
+        ValueError: the format of the record is not `version`, or a field is missing.
     """
     found = content.get("format") if isinstance(content, dict) else None
     if found != version:
         raise ValueError(
-            f"expected a record of format {version}, found format {found}; make it anew, or upgrade: "
+            f"expected a record of format {version}, found format {found}; create it again, or upgrade: "
             "pip install -U hf_pcdvq"
         )
     missing = [field.name for field in fields(kind) if field.name not in content]
     if missing:
-        raise ValueError(f"not a whole record, it lacks {', '.join(missing)}; make it anew")
+        raise ValueError(f"the record is incomplete, it lacks {', '.join(missing)}; create it again")
     return {field.name: content[field.name] for field in fields(kind)}
 
 
 def read_json(file: Path, parse: Callable[[Any], Record]) -> Record:
-    """What `parse` makes of the contents of a JSON file.
+    """Read a JSON file and return what `parse` makes of its content.
 
     Raises:
-        ValueError: the file is damaged, or `parse` has raised; the message names the file.
+        ValueError: the file is damaged, or `parse` raised a ValueError; the message names the file.
     """
     try:
         return parse(json.loads(file.read_text(encoding="utf-8")))
@@ -71,10 +70,10 @@ def read_json(file: Path, parse: Callable[[Any], Record]) -> Record:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically, with Unix line ends.
 
     Raises:
-        OSError: it cannot be written; the message names it, which that of a full disk does not do by itself.
+        OSError: the file cannot be written; the message names it, which the one for a full disk would not.
     """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:

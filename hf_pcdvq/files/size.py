@@ -1,7 +1,7 @@
-"""How large a saved model is, counted on its files: which tensors each packed layer takes, and what the rest takes.
+"""The size of a saved model, counted on its files: the tensors of each packed layer, and everything else.
 
-"2 bits" in a format's name counts the codes. What a user downloads holds scales, embeddings, an output head and norms
-too, so every number here comes from the headers of the safetensors files, and the parts add up to their size.
+The "2 bits" in a format's name are those of the codes. A download also contains scales, embeddings, an output head
+and norms, so every number here comes from the headers of the safetensors files, and the parts add up to their size.
 """
 
 from __future__ import annotations
@@ -12,26 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..codecs.base import Codec
 from ..config import CONFIGS, PackedConfig
-from ..evaluation.metrics import Evaluation
 from ..modules import STACKS, parameter_name
 from .headers import StoredTensor, checkpoint_files, read_headers
 
 
 @dataclass(frozen=True)
 class LayerCount:
-    """One packed layer as its file stores it.
+    """One packed layer as stored in its file.
 
     Attributes:
-        name: name of the module; of fused experts, with the name of the stack.
-        out_features, in_features: size of the weight that the codes stand for.
-        tensors: its packed tensors, codes first, companions after them. A bias is not among them.
-        codec: the format.
-        experts: number of weights of that size: 1, or those of a stack.
+        name: name of the module; for fused experts, followed by the name of the stack.
+        out_features, in_features: size of the dense weight that the codes represent.
+        tensors: its packed tensors: the codes, then their companions. A bias is not included.
+        codec: its format.
+        experts: number of weights of that size: 1, or the number in the stack.
     """
 
     name: str
@@ -43,21 +39,21 @@ class LayerCount:
 
     @property
     def weights(self) -> int:
-        """Number of weights that the codes stand for."""
+        """Number of weights that the codes represent."""
         return self.experts * self.out_features * self.in_features
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed tensors."""
+        """Bytes of all packed tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight with all companions."""
+        """Bits per weight, companions included."""
         return 8 * self.nbytes / self.weights
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-clean fields."""
+        """The fields as JSON-serializable values."""
         return {
             "name": self.name,
             "out_features": self.out_features,
@@ -79,14 +75,14 @@ class LayerCount:
 
 @dataclass(frozen=True)
 class FolderCount:
-    """A saved model, counted. The five parts `*_bytes` add up to `file_bytes`.
+    """The sizes of a saved model. `packed_bytes` and the four other parts `*_bytes` add up to `file_bytes`.
 
     Attributes:
-        folder: where it lies.
-        config: its quantization config, or None if it is not packed.
-        layers: its packed layers, in natural order of their names.
-        embedding_bytes: token embeddings (a tied output head included).
-        head_bytes: the output head, if it is stored by itself and not packed.
+        folder: the saved model.
+        config: its quantization config; None if it is not packed.
+        layers: its packed layers, in the natural order of their names.
+        embedding_bytes: token embeddings (including a tied output head).
+        head_bytes: the output head, if it is stored separately and not packed.
         other_bytes: all other tensors: norms, biases, dense layers.
         header_bytes: the headers of the safetensors files.
         file_bytes: size of the safetensors files.
@@ -110,31 +106,31 @@ class FolderCount:
 
     @property
     def packed_weights(self) -> int:
-        """Number of weights that the packed layers stand for."""
+        """Number of weights that the packed layers represent."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """Number of values of the whole model, packed ones counted as the weights they stand for."""
+        """Number of parameters of the model as if it were dense."""
         return self.packed_weights + self.dense_parameters
 
     @property
     def bits_per_packed_weight(self) -> float | None:
-        """Bits per weight over the packed layers, companions included; None if there is none."""
+        """Bits per weight over the packed layers, companions included; None if there are no packed layers."""
         return 8 * self.packed_bytes / self.packed_weights if self.layers else None
 
     @property
     def bits_per_parameter(self) -> float:
-        """Bits per value over the whole model: everything in the files, headers included."""
+        """Bits per parameter of the whole model: everything in the files, headers included."""
         return 8 * self.file_bytes / self.parameters
 
     @property
     def left_unpacked(self) -> dict[str, str]:
-        """Parameters of two and more dimensions that were not packed, layer numbers folded to `*`, with the reason."""
+        """Why each parameter of two or more dimensions was not packed; layer numbers in names are replaced by `*`."""
         return self.config.left_unpacked if self.config else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-clean fields."""
+        """The fields as JSON-serializable values."""
         return {
             "folder": str(self.folder),
             "quantization_config": self.config.to_dict() if self.config else None,
@@ -159,9 +155,9 @@ def count_folder(folder: Path) -> FolderCount:
     """Count a model saved with `save_pretrained`, packed or not, without loading it.
 
     Raises:
-        FileNotFoundError: `folder` holds no config.json or not all of its safetensors files.
-        ValueError: it is quantized with another method, written by a newer version, or damaged: a file is truncated,
-            or a packed layer lacks a tensor or has one of the wrong shape. The message names it.
+        FileNotFoundError: config.json or a safetensors file is missing.
+        ValueError: the model is quantized with another method, was written by a newer version, or is damaged: a file
+            is truncated, or a tensor of a packed layer is missing or has the wrong shape. The message names it.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -201,7 +197,7 @@ def _packed_config(fields: dict[str, Any] | None, folder: Path) -> PackedConfig 
 
 
 def _packed_layers(stored: dict[str, StoredTensor], config: PackedConfig) -> tuple[LayerCount, ...]:
-    """The packed weights: every parameter that has packed words, or a companion of some."""
+    """The packed weights: every parameter with packed words, or with a companion of packed words."""
     found: dict[str, str] = {}
     for module in {name.rpartition(".")[0] for name in stored}:
         codec = config.codec_of(module)
@@ -216,7 +212,7 @@ def _packed_layers(stored: dict[str, StoredTensor], config: PackedConfig) -> tup
 
 
 def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> LayerCount:
-    """One weight or stack, checked against the codec. The number of inputs follows from that of packed words."""
+    """One weight or stack, checked against the codec. The number of inputs is derived from the packed words."""
     module, _, parameter = name.rpartition(".")
     label = module if parameter == "weight" else name
     unit = codec.specs(codec.row_multiple, codec.multiple)
@@ -230,7 +226,7 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
     if len(words.shape) != dimensions or words.shape[-1] % per_unit:
         raise ValueError(
             f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
-            f"last a multiple of {per_unit}"
+            f"last one a multiple of {per_unit}"
         )
     if len(scale.shape) != dimensions - 1:
         raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
@@ -249,10 +245,10 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
 def _vocabulary_tensors(
     dense: list[StoredTensor], settings: dict[str, Any]
 ) -> tuple[list[StoredTensor], list[StoredTensor]]:
-    """Embeddings and output head, told by shape and place, so that no list of models' names is needed.
+    """Embeddings and output head, recognized by shape and position, so that no list of architectures is needed.
 
-    Both are matrices with one row per token; the head is a module of the outer model, the embeddings lie deeper, in
-    its base model. A single matrix is the embedding, which a tied head shares.
+    Both are matrices with one row per token. The head is a module of the outer model, the embeddings are deeper, in
+    its base model. If there is only one such matrix, it is the embedding, and the head is tied to it.
     """
     vocabulary = (settings.get("text_config") or settings).get("vocab_size")
     matrices = [tensor for tensor in dense if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary]
@@ -263,11 +259,17 @@ def _vocabulary_tensors(
 
 
 def _natural(name: str) -> list[tuple[bool, int | str]]:
-    """Sort key in which layer 10 follows layer 9."""
+    """Sort key that puts layer 10 after layer 9."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
-# ---------------------------------------------------------------------------------------------------- for a terminal
+def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
+    """The packed layers, grouped by name (with `*` for the layer numbers), outputs, inputs and format."""
+    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
+    for layer in count.layers:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
+        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
+    return groups
 
 
 def readable_size(nbytes: int) -> str:
@@ -277,88 +279,3 @@ def readable_size(nbytes: int) -> str:
         size /= 1024
         del units[0]
     return f"{nbytes} bytes" if units[0] == "bytes" else f"{size:,.1f} {units[0]}"
-
-
-def size_table(count: FolderCount) -> Table:
-    """What takes how much of the files, and the bits per weight."""
-    table = Table(title=str(count.folder), title_justify="left", show_header=False)
-    table.add_column("what", overflow="fold")
-    table.add_column("size", justify="right", overflow="fold")
-    table.add_row("method", count.config.describe() if count.config else "not packed")
-    for pattern, setting in count.config.overrides.items() if count.config else ():
-        table.add_row(f"  {escape(pattern)}", setting or "as it was")
-    table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
-    table.add_row("embeddings", readable_size(count.embedding_bytes))
-    table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
-    table.add_row("everything else", readable_size(count.other_bytes))
-    table.add_row("headers", readable_size(count.header_bytes))
-    table.add_row("safetensors files", readable_size(count.file_bytes), style="bold")
-    table.add_row("parameters", f"{count.parameters:,}")
-    if count.bits_per_packed_weight is not None:
-        table.add_row("bits per packed weight", f"{count.bits_per_packed_weight:.3f}", style="bold")
-    table.add_row("bits per parameter, whole files", f"{count.bits_per_parameter:.3f}", style="bold")
-    return table
-
-
-def layer_groups(count: FolderCount) -> dict[tuple[str, int, int, Codec], list[LayerCount]]:
-    """The packed layers by name, with layer numbers folded to `*`, outputs, inputs and format."""
-    groups: dict[tuple[str, int, int, Codec], list[LayerCount]] = {}
-    for layer in count.layers:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name)
-        groups.setdefault((name, layer.out_features, layer.in_features, layer.codec), []).append(layer)
-    return groups
-
-
-def layer_table(count: FolderCount) -> Table:
-    """The packed layers, those that differ only in their number in one row."""
-    table = Table(title="Packed layers", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("count", "outputs x inputs", "bits per weight", "size"):
-        table.add_column(heading, justify="right")
-    for (name, out_features, in_features, _), layers in layer_groups(count).items():
-        size = readable_size(sum(layer.nbytes for layer in layers))
-        bits = f"{layers[0].bits_per_weight:.3f}"
-        table.add_row(
-            name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
-        )
-    return table
-
-
-def left_table(left_unpacked: dict[str, str]) -> Table:
-    """Parameters that were left as they were, and why."""
-    table = Table(title="Left as they were", title_justify="left")
-    table.add_column("parameter", overflow="fold")
-    table.add_column("reason", overflow="fold")
-    for name, reason in left_unpacked.items():
-        table.add_row(name, reason)
-    return table
-
-
-def evaluation_rows(result: Evaluation, floor: Evaluation | None = None) -> list[list[str]]:
-    """The figures of a comparison: label, original, packed model, and with `floor` the original in another dtype."""
-    rows = [["perplexity", f"{result.perplexity_original:,.3f}"]]
-    rows += [["KL(original || packed), mean", ""], ["KL, median", ""], ["KL, 90 %", ""], ["KL, 99 %", ""]]
-    rows += [["same likeliest token", ""]]
-    for column in (result, floor) if floor else (result,):
-        divergences = (column.kl_mean, column.kl_median, column.kl_p90, column.kl_p99)
-        figures = [f"{column.perplexity_packed:,.3f}", *(f"{value:.5f} nats" for value in divergences)]
-        for row, figure in zip(rows, [*figures, f"{100 * column.top1_agreement:.2f} %"]):
-            row.append(figure)
-    return rows
-
-
-def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_name: str = "") -> Table:
-    """The figures of a comparison, with what they were taken over.
-
-    Args:
-        result: the packed model against the original.
-        floor: the original against itself in another dtype, if that was measured.
-        floor_name: heading of its column.
-    """
-    windows = f"{result.windows} windows of {result.context_length} tokens, {result.predictions:,} predictions"
-    table = Table("", title=windows, title_justify="left")
-    for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
-        table.add_column(heading, justify="right")
-    for row in evaluation_rows(result, floor):
-        table.add_row(*row)
-    return table

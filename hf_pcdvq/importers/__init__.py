@@ -1,1 +1,1 @@
-"""Models of other formats, as ordinary or packed ones."""
+"""Import of other formats, as ordinary or packed models."""

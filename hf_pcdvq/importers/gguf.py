@@ -1,4 +1,4 @@
-"""From a GGUF file to an ordinary model folder, which can then be quantized like any other."""
+"""From a GGUF file to an ordinary saved model, which can then be quantized like any other."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def dense_from_gguf(
 ) -> None:
     """Decode a GGUF file with Transformers and save model and tokenizer as an ordinary dense folder.
 
-    The model comes out in whatever precision the GGUF file has: from a 4-bit file come 4-bit weights, in `dtype`.
+    The model is only as precise as the GGUF file: from a 4-bit file come 4-bit weights, stored in `dtype`.
 
     Args:
-        folder: the folder that holds the file, or a repository on the Hub.
+        folder: the folder that contains the file, or a repository on the Hub.
         gguf_file: name of the file in it.
-        out: where to save.
+        out: folder to write.
         dtype: dtype of the saved weights.
         revision: branch, tag or commit of a repository on the Hub.
 
     Raises:
-        OSError: there is no such folder, repository or file.
-        ValueError: Transformers does not know the architecture of the file.
+        OSError: the folder, repository or file does not exist.
+        ValueError: Transformers does not support the architecture of the file.
         ImportError: the package `gguf`, which reads the file, is not installed.
     """
     source = str(folder)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, revision=revision)
-    # Without dequantize=True the weights may stay in their GGUF blocks, and save_pretrained refuses such a model.
+    # Without dequantize=True the weights may remain in GGUF blocks, which save_pretrained refuses.
     options = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype, "revision": revision}
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, **options)
     model.save_pretrained(out)

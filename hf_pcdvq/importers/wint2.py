@@ -1,17 +1,17 @@
-"""Reading FastDeploy's WINT2 checkpoints of mixture-of-experts models (CCQ, arXiv 2507.07145) without quantizing again.
+"""Import of FastDeploy's WINT2 checkpoints of mixture-of-experts models (CCQ, arXiv 2507.07145), not requantized.
 
-Such a checkpoint is Paddle's: matrices are `[inputs, outputs]`, `qkv_proj` holds the rows of query, key and value one
-after the other, `up_gate_proj` those of gate and up, and the names begin with `ernie.` where ours begin with `model.`.
-An expert's matrix `[N, K]` in WINT2 is, under `...mlp.experts.{e}.{up_gate_proj,down_proj}.`,
+Such a checkpoint follows Paddle's conventions: matrices are `[inputs, outputs]`, `qkv_proj` concatenates the rows of
+query, key and value, `up_gate_proj` those of gate and up, and names begin with `ernie.`, not with `model.`.
+An expert's matrix `[N, K]` in WINT2 is stored under `...mlp.experts.{e}.{up_gate_proj,down_proj}.` as
 
-    quant_weight    uint8 [K/4, N]     bytes, four weights each
-    weight_scale    uint8 [K/128, N]   scales of groups of 64 inputs, two in a byte
+    quant_weight    uint8 [K/4, N]     four weights per byte
+    weight_scale    uint8 [K/128, N]   scales of groups of 64 inputs, two per byte
     super_scales    float [N]
     code_scale      float [N]
     code_zp         float [N]
 
-which are the transposes of our tensors of the unrotated layout `2.0625` (`codecs/convolutional.py`). Everything else must
-be a floating `weight`; a matrix of another type is refused.
+These are the transposes of our tensors in the unrotated layout `2.0625` (`codecs/convolutional.py`). Everything else
+must be a floating-point `weight`; matrices of other types are refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NAMES = {
     "code_zero": "code_zp",
 }
 _THEIR_STACK = {"gate_up_proj": "up_gate_proj", "down_proj": "down_proj"}
-# A matrix of ours, and the fused one that may hold its rows together with those of the others named.
+# One of our matrices -> the fused one that may contain its rows, and all matrices in that, in order.
 _FUSED = {
     "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -62,10 +62,10 @@ class Wint2Checkpoint:
     """The tensors of a checkpoint, read one at a time.
 
     Args:
-        folder: holds one or several safetensors files.
+        folder: contains one or several safetensors files.
 
     Raises:
-        FileNotFoundError, ValueError: see `checkpoint.checkpoint_files` and `read_headers`.
+        FileNotFoundError, ValueError: see `checkpoint_files` and `read_headers` in `files/headers.py`.
     """
 
     def __init__(self, folder: Path):
@@ -73,7 +73,7 @@ class Wint2Checkpoint:
         self.unused = set(self.stored)
 
     def find(self, *names: str) -> str | None:
-        """The first of these names, or of what they are called in Paddle's files, that there is."""
+        """The first of these names, in our spelling or Paddle's, that is in the checkpoint; None if there is none."""
         for name in names:
             for key in (name, re.sub(r"^model\.", "ernie.", name)):
                 if key in self.stored:
@@ -86,7 +86,7 @@ class Wint2Checkpoint:
             return content.get_tensor(name)
 
     def packed_experts(self) -> list[str]:
-        """The modules of packed experts, by our names."""
+        """Our names of the modules with packed experts."""
         modules: dict[str, None] = {}
         for name in self.stored:
             match = _EXPERT.fullmatch(name)
@@ -104,18 +104,18 @@ def import_wint2(source: Path, folder: Path, model_config: PreTrainedConfig | No
         model_config: None takes the one in `source`.
 
     Returns:
-        Names of tensors of the checkpoint that the model has no place for.
+        Names of tensors in the checkpoint that the model does not use.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: there is nothing in WINT2, a tensor is missing, or one has another type or shape than expected; the
-            message names it.
+        ValueError: the checkpoint has no tensors in WINT2, or a tensor is missing or of an unexpected type or shape;
+            the message names it.
     """
     checkpoint = Wint2Checkpoint(source)
     modules = checkpoint.packed_experts()
     if not modules:
         raise ValueError(
-            f"{source} holds no tensor *.experts.*.{_NAMES['']}; expected a WINT2 checkpoint of FastDeploy"
+            f"{source} has no tensor *.experts.*.{_NAMES['']}; expected a WINT2 checkpoint of FastDeploy"
         )
     config = CcqConfig(layout="2.0625", hadamard=False, modules_to_convert=modules)
     model = _empty_model(model_config or AutoConfig.from_pretrained(source), config)
@@ -142,7 +142,7 @@ def _empty_model(model_config: PreTrainedConfig, config: CcqConfig) -> PreTraine
     known = {name for name, module in model.named_modules() if is_fused_experts(module)}
     if not known.issuperset(config.modules_to_convert):
         missing = sorted(set(config.modules_to_convert) - known)
-        raise ValueError(f"{type(model).__name__} has no experts {', '.join(missing)}, which the checkpoint holds")
+        raise ValueError(f"{type(model).__name__} has no experts {', '.join(missing)}, which are in the checkpoint")
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
     for name in quantizer.select(model):
         model.set_submodule(name, QuantExperts.empty_like(model.get_submodule(name), config.codec))
@@ -151,7 +151,7 @@ def _empty_model(model_config: PreTrainedConfig, config: CcqConfig) -> PreTraine
 
 
 def _shards(model: PreTrainedModel) -> list[list[str]]:
-    """Names of the model's tensors, those of a decoder layer together: what is in memory at a time."""
+    """Names of the model's tensors, one list per decoder layer: the tensors that are in memory at the same time."""
     tied = set(model.all_tied_weights_keys)
     shards: dict[str, list[str]] = {}
     for name in model.state_dict():
@@ -184,7 +184,7 @@ def _packed_stack(path: str, stack: str, suffix: str, wanted: Tensor, checkpoint
         name = f"{path}.{expert}.{_THEIR_STACK[stack]}.{_NAMES[suffix]}"
         key = checkpoint.find(name)
         if key is None:
-            raise ValueError(f"{name} is missing: all experts of a layer must be in WINT2, with all their tensors")
+            raise ValueError(f"{name} is missing: all experts of a layer must be in WINT2, with all of their tensors")
         tensor = checkpoint.read(key)
         floating = wanted.dtype.is_floating_point
         suitable = tensor.is_floating_point() if floating else tensor.dtype in (torch.uint8, torch.int8)
@@ -197,14 +197,14 @@ def _packed_stack(path: str, stack: str, suffix: str, wanted: Tensor, checkpoint
 
 
 def _dense_stack(path: str, stack: str, wanted: Tensor, checkpoint: Wint2Checkpoint) -> Tensor:
-    """Experts in bfloat16 or another floating type, of a layer that is not in WINT2."""
+    """Experts in a floating-point type, of a layer that is not in WINT2."""
     names = [f"{path}.{expert}.{_THEIR_STACK[stack]}.weight" for expert in range(len(wanted))]
     return torch.stack([_dense(name, matrix, False, checkpoint) for name, matrix in zip(names, wanted)])
 
 
 def _dense(name: str, wanted: Tensor, embedding: bool, checkpoint: Wint2Checkpoint) -> Tensor:
-    """A floating tensor, turned to our orientation; or its rows of a fused one."""
-    # The correction of the router's scores belongs to the router here, to the layer there.
+    """A floating-point tensor in our orientation, possibly cut out of a fused one."""
+    # The bias correction of the scores belongs to the router in Transformers, but to the layer in the checkpoint.
     key = checkpoint.find(name, name.replace(".gate.moe_statics.", ".moe_statics."))
     if key is not None:
         return _oriented(checkpoint, key, wanted, tuple(wanted.shape), embedding)
@@ -214,8 +214,8 @@ def _dense(name: str, wanted: Tensor, embedding: bool, checkpoint: Wint2Checkpoi
     key = checkpoint.find(f"{module}.{fused}.{parameter}") if fused else None
     if key is None:
         others = [stored for stored in checkpoint.stored if _belongs(stored, path, f"{module}.{fused}")]
-        found = f"; the checkpoint has {', '.join(sorted(others))}, of a type that is not imported" if others else ""
-        raise ValueError(f"{name} is missing: expected a floating tensor {list(wanted.shape)}{found}")
+        found = f"; the checkpoint has {', '.join(sorted(others))}, in a type that is not supported" if others else ""
+        raise ValueError(f"{name} is missing: expected a floating-point tensor {list(wanted.shape)}{found}")
     total = checkpoint.stored[key].numel // wanted[0].numel()
     whole = _oriented(checkpoint, key, wanted, (total, *wanted.shape[1:]), embedding)
     if len(parts) == 2:
@@ -233,7 +233,7 @@ def _belongs(stored: str, *modules: str) -> bool:
 def _oriented(
     checkpoint: Wint2Checkpoint, key: str, wanted: Tensor, shape: tuple[int, ...], embedding: bool
 ) -> Tensor:
-    """A floating tensor of this shape, in the dtype of `wanted`. Paddle's matrices are transposed, embeddings are not."""
+    """A floating-point tensor in the dtype of `wanted`. Paddle's matrices are transposed, its embeddings are not."""
     stored = checkpoint.stored[key]
     if not isinstance(stored.dtype, torch.dtype) or not stored.dtype.is_floating_point:
         raise ValueError(_unexpected(stored, "floating", list(shape)))

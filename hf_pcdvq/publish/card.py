@@ -1,6 +1,6 @@
 """The model card of a packed model. Every number in it is read from a file in the model's folder.
 
-What was not measured is left out: a section appears when its file does. The text is in `data/model_card.md`.
+A section is left out if the file of its measurement is missing. The text is in `data/model_card.md`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import PackedConfig
-from ..evaluation.record import TASK_HEADINGS, markdown_table, task_rows
+from ..evaluation.tables import TASK_HEADINGS, markdown_table, task_rows
 from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
 from ..files.provenance import Provenance
-from ..files.size import FolderCount, count_folder, layer_groups, readable_size
-from .measurements import Measured
+from ..files.size import FolderCount, layer_groups, readable_size
+from .measurements import Measurements
 
 
 def model_card(
-    folder: Path,
+    count: FolderCount,
     repo_id: str,
     *,
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
 ) -> ModelCard:
-    """Write the card of a packed model.
+    """Make the card of a packed model.
 
     Args:
-        folder: the saved model, with whatever was measured: `quantization_report.json`, `evaluation.json`, `speed.json`.
-        repo_id: where it is published: the card's code loads it from there.
-        base_model: name of the original on the Hub; None takes the one that `provenance.json` records.
-        metadata: further YAML metadata: `license`, `language`, ...; goes before what the original's card said.
-        loader_stub: say that the model loads with `trust_remote_code=True` too.
+        count: the count of a saved model. Its folder may contain measurements: `quantization_report.json`,
+            `evaluation.json`, `speed.json`.
+        repo_id: where it is published; the code in the card loads it from there.
+        base_model: name of the original on the Hub; None takes the one in `provenance.json`.
+        metadata: further YAML metadata: `license`, `language`, ...; overrides that of the original's card.
+        loader_stub: say that the model also loads with `trust_remote_code=True`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no packed model, or a measurement that cannot be its own.
+        ValueError: the model is not packed, or its folder holds a measurement of another model.
     """
-    count = count_folder(folder)
+    folder = count.folder
     if count.config is None:
-        raise ValueError(f"{folder} is not packed; a card is written for packed models only")
-    measured, provenance = Measured.read(folder, count), Provenance.read(folder)
+        raise ValueError(f"{folder} is not packed; cards are made for packed models only")
+    measured, provenance = Measurements.read(count), Provenance.read(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
@@ -93,7 +94,7 @@ def _pipeline_tag(settings: dict[str, Any]) -> str | None:
 
 
 def _size_facts(count: FolderCount) -> dict[str, Any]:
-    """What the headers say."""
+    """Facts from the headers of the files."""
     packed_parts = [
         {
             "name": name,
@@ -123,7 +124,7 @@ def _size_facts(count: FolderCount) -> dict[str, Any]:
     }
 
 
-def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenance) -> dict[str, Any]:
+def _origin_facts(config: PackedConfig, measured: Measurements, provenance: Provenance) -> dict[str, Any]:
     """Command, versions and calibration."""
     settings = {name: value for name, value in config.to_dict().items() if name != "left_unpacked"}
     calibration = None
@@ -146,8 +147,8 @@ def _origin_facts(config: PackedConfig, measured: Measured, provenance: Provenan
     }
 
 
-def _measured_facts(measured: Measured) -> dict[str, Any]:
-    """Quality and speed. Without an evaluation, the comparison that a calibrated run made."""
+def _measured_facts(measured: Measurements) -> dict[str, Any]:
+    """Quality and speed. Without an evaluation, quality is the comparison made by the calibrated run."""
     evaluation, noise, tasks, speed = None, None, None, None
     record, report = measured.evaluation, measured.report
     if record is not None:
@@ -174,8 +175,8 @@ def _data_name(data: str | None) -> str:
     return "data given in Python" if data == "given" else f"`{data}`"
 
 
-def _eval_results(measured: Measured) -> list[EvalResult]:
-    """The `model-index` of the card: what a user of the model gets, so of the packed model only."""
+def _eval_results(measured: Measurements) -> list[EvalResult]:
+    """The `model-index` of the card, with results of the packed model only."""
     record = measured.evaluation
     if record is None:
         return []
@@ -200,16 +201,16 @@ def _eval_result(metric: str, value: float, **names: Any) -> EvalResult:
 
 
 def _dataset(text: str) -> dict[str, str]:
-    """How the Hub calls what was measured on: WikiText-2 as it is there, a file by its name without the folder."""
+    """The text as a dataset of the Hub: WikiText-2 by its name there, a file by its name without the folder."""
     if text == WIKITEXT2:
         return WIKITEXT2_ON_HUB
     file = Path(text)
     return {"dataset_type": file.stem, "dataset_name": file.name}
 
 
-# ------------------------------------------------------------------------------------------------- cards written by hand
+# ---------------------------------------------------------------------------------------------- cards written by hand
 
-# Not prose: code, addresses, comments, numbers of papers and versions behind a name.
+# Not prose: code, addresses, comments, arXiv numbers.
 _NOT_PROSE = re.compile(
     r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|https?://\S+|arXiv:?\s*\d+\.\d+", re.DOTALL | re.IGNORECASE
 )
@@ -218,9 +219,9 @@ _FIGURE = re.compile(rf"(?<![\w./-])(\d[\d,]*(?:\.\d+)?)(?![\w-]*\d)\s*({_UNITS}
 
 
 def unmeasured_figures(card: ModelCard, generated: ModelCard) -> list[str]:
-    """Figures that a card states and the card generated from the measurements does not, whole or rounded.
+    """Figures in a card that are not, exact or rounded, in the card generated from the measurements.
 
-    A figure is a number with a decimal point or a unit; also every value in the `model-index`.
+    A figure is a number with a decimal point or a unit, or a value in the `model-index`.
     """
     known = {number for number, _ in _figures(generated.text)}
     known_values = _metric_values(generated)
@@ -237,6 +238,6 @@ def _metric_values(card: ModelCard) -> list[str]:
 
 
 def _figures(text: str) -> list[tuple[str, str]]:
-    """Number without separators, and as it stands in the text."""
+    """Each figure as a number without separators, and as written in the text."""
     found = _FIGURE.finditer(_NOT_PROSE.sub(" ", text))
     return [(m[1].replace(",", ""), m[0].strip()) for m in found if "." in m[1] or m[2]]

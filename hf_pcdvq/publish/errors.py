@@ -1,4 +1,4 @@
-"""What went wrong on the way to the Hub, in one message that says what to do."""
+"""Failures on the way to the Hub, each as one message that says what to do."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-_AGAIN = "push again: what has been uploaded is not sent a second time"
-_LOGIN = "log in with `hf auth login`, or give a token that may write"
+_AGAIN = "push again: files that were uploaded are not sent a second time"
+_LOGIN = "log in with `hf auth login`, or pass a token with write access"
 _ADVICE = {
-    400: "the Hub does not accept what was sent",
-    401: f"the Hub does not accept the token, or there is none: {_LOGIN}",
-    402: "the namespace has no more storage: make room, or choose another one",
-    403: f"the token may not write there: {_LOGIN} to this namespace",
-    404: "there is no such repository, or the token may not see it: check the name",
-    409: f"something else is being done to the repository at the same time, or its name is taken: wait, then {_AGAIN}",
+    400: "the Hub rejected the request",
+    401: f"the Hub did not accept the token, or there is none: {_LOGIN}",
+    402: "the namespace is out of storage: make room, or choose another one",
+    403: f"the token has no permission to write there: {_LOGIN} to this namespace",
+    404: "the repository does not exist, or the token has no access to it: check the name",
+    409: f"another operation on the repository is in progress, or its name is taken: wait, then {_AGAIN}",
     412: "the branch has changed since this push began: look at what is there, then push again",
     413: "a file is too large for the Hub: save the model in smaller shards (--max-shard-size)",
-    429: f"too many requests: wait some minutes, then {_AGAIN}",
+    429: f"too many requests: wait a few minutes, then {_AGAIN}",
 }
-# Also a proxy's page in place of JSON. Errors of the local disk are OSErrors, and go on as they are.
+# JSONDecodeError: a proxy may answer with a page instead of JSON. OSErrors of the local disk are not among them.
 _FAILURES = (
     HTTPError,
     RuntimeError,
@@ -42,15 +42,15 @@ _FAILURES = (
 
 
 class PushError(RuntimeError):
-    """A push that did not go through. The model on the disk is as it was; the message says what to do."""
+    """A push that failed. The model on disk is unchanged; the message says what to do."""
 
 
 @contextmanager
 def told_plainly(repo_id: str) -> Iterator[None]:
-    """Turn every failure of the network or the Hub into a `PushError` about the repository.
+    """Turn failures of the network or the Hub into a `PushError` that names the repository.
 
     Raises:
-        PushError: in place of what the body raised.
+        PushError: the network or the Hub failed in the body.
     """
     try:
         yield
@@ -70,12 +70,12 @@ def _explanation(error: BaseException) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"there is no token: {_LOGIN}"
     if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision: check the name of the branch"
-    # The upload of a file wraps what happened to it.
+        return "the revision does not exist: check the name of the branch"
+    # The upload of a file wraps the actual error.
     if not isinstance(error, HTTPError) and isinstance(error.__cause__, HTTPError):
         return _explanation(error.__cause__)
     if not isinstance(error, HfHubHTTPError):
-        return f"the connection was lost or could not be made ({_short(error)}): {_AGAIN}"
+        return f"the connection failed ({_short(error)}): {_AGAIN}"
     status = error.response.status_code
     said = f", it says: {error.server_message}" if error.server_message else ""
     if isinstance(error, RepositoryNotFoundError) and status != 401:

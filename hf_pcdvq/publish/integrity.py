@@ -1,6 +1,6 @@
-"""Whether a saved packed model is whole: every tensor that its config asks for, and a tokenizer that fits it.
+"""Integrity of a saved packed model: every tensor that its config requires, and a matching tokenizer.
 
-Only headers are read, and the scales: bytes that changed inside of packed words cannot be told from others.
+Only headers and scales are read: packed words have no invalid values, so changed bytes in them cannot be detected.
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ from ..files.size import FolderCount, count_folder
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
-    """Check a packed model as `save_pretrained` wrote it, without loading its weights.
+    """Check a packed model that was saved with `save_pretrained`, without loading its weights.
 
     Args:
         folder: the saved model.
-        trust_remote_code: run Python code that comes with the model, if its architecture is not in Transformers.
+        trust_remote_code: run Python code that comes with the model if its architecture is not in Transformers.
 
     Returns:
-        What `count_folder` counts.
+        The result of `count_folder`.
 
     Raises:
         FileNotFoundError: config.json, a shard or the tokenizer is missing.
-        ValueError: the model is not packed, or anything in the folder contradicts its config: a tensor is missing, left
-            over, of another shape or dtype, not finite, or its file is truncated. The message names it.
+        ValueError: the model is not packed, or the folder contradicts its config: a tensor is missing, unexpected, of
+            the wrong shape or dtype, or not finite, or its file is truncated. The message names it.
     """
     count = count_folder(folder)
     if count.config is None:
-        raise ValueError(f"{folder} is not packed: its config.json has no quantization_config. Quantize it first")
+        raise ValueError(
+            f"{folder} is not packed: its config.json has no quantization_config. Quantize the model first"
+        )
     if not count.layers:
         raise ValueError(f"{folder} has a quantization_config, but none of its layers is packed")
     files = checkpoint_files(folder)
     strays = sorted(set(folder.glob("*.safetensors")) - set(files))
     if strays:
         raise ValueError(
-            f"{strays[0]} does not belong to the model: no index names it. It is left over from another one; delete it"
+            f"{strays[0]} does not belong to the model: no index lists it. It was left by another model; delete it"
         )
     _check_names(folder, files, trust_remote_code)
     _check_finite(count)
@@ -54,7 +56,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
 
 
 def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> None:
-    """Compare the files with what `save_pretrained` would write of this model."""
+    """Compare the files with those that `save_pretrained` would write for this model."""
     model = _empty_model(folder, files, trust_remote_code)
     expected = revert_weight_conversion(model, model.state_dict())
     stored = read_headers(files)
@@ -62,14 +64,14 @@ def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> No
     tied = set(model.all_tied_weights_keys)
     missing = [name for name in expected if name not in stored and name not in tied]
     if missing:
-        raise ValueError(f"{folder} lacks {_first(missing)}, which its config.json asks for")
+        raise ValueError(f"{folder} lacks {_first(missing)}, which its config.json requires")
     left_over = [name for name in stored if name not in expected and name.removeprefix(prefix) not in expected]
     if left_over:
-        raise ValueError(f"{folder} holds {_first(left_over)}, of which its config.json knows nothing")
+        raise ValueError(f"{folder} contains {_first(left_over)}, which its config.json does not account for")
     for name, tensor in expected.items():
         if name in stored and stored[name].shape != tuple(tensor.shape):
             raise ValueError(
-                f"{stored[name].file}: {name} has the shape {list(stored[name].shape)}, but config.json asks for "
+                f"{stored[name].file}: {name} has the shape {list(stored[name].shape)}, but config.json requires "
                 f"{list(tensor.shape)}. They do not belong together"
             )
 
@@ -86,12 +88,12 @@ def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> An
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
     names = [str(file) for file in files]
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=names)
-    quantizer._settle_conversions(model)  # as after loading: packed experts are saved as the stacks they are
+    quantizer._settle_conversions(model)  # as after loading: packed experts are saved as stacks
     return model
 
 
 def _check_finite(count: FolderCount) -> None:
-    """The scales of every packed layer. They are a small part of the file."""
+    """Check the scales of every packed layer, a small part of the file."""
     for layer in count.layers:
         for tensor in layer.tensors:
             if not isinstance(tensor.dtype, torch.dtype) or not tensor.dtype.is_floating_point:
@@ -99,26 +101,26 @@ def _check_finite(count: FolderCount) -> None:
             with safe_open(tensor.file, "pt") as file:
                 if not file.get_tensor(tensor.name).isfinite().all():
                     raise ValueError(
-                        f"{tensor.file}: {tensor.name} holds infinite or NaN values; the file is damaged"
+                        f"{tensor.file}: {tensor.name} contains infinite or NaN values; the file is damaged"
                     )
 
 
 def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no tokenizer: tokenizer_config.json is missing. Save it there: "
+            f"{folder} has no tokenizer: tokenizer_config.json is missing. Save it there: "
             "AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(f"the tokenizer in {folder} knows special tokens only: its vocabulary file is missing")
-    # Added tokens may lie beyond the embeddings: a text model keeps the image token of its family.
+        raise ValueError(f"the tokenizer in {folder} has special tokens only: its vocabulary file is missing")
+    # Added tokens may be beyond the embeddings: a text model keeps the image token of its family.
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     highest = max((index for token, index in vocabulary.items() if token not in added), default=-1)
     if highest >= config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has the token id {highest}, but the model knows {config.vocab_size} tokens; "
+            f"the tokenizer in {folder} has the token id {highest}, but the model has {config.vocab_size} tokens; "
             "they do not belong together"
         )
 

@@ -1,11 +1,11 @@
 """Files that let `from_pretrained(repo, trust_remote_code=True)` load a packed model without `import hf_pcdvq`.
 
-Transformers imports the module that config.json's `auto_map` names before it looks for the quantization method, which is
-early enough to register ours. Where the package is missing, it says `pip install hf_pcdvq`.
+Transformers imports the module named in `auto_map` of config.json before it looks for the quantization method, early
+enough to register ours. If the package is missing, Transformers suggests `pip install hf_pcdvq`.
 
-The class in that module only hands on to the architecture's own. A subclass that was loaded itself would count as custom
-code, for which Transformers skips the renaming of mixture-of-experts weights; the own class in `auto_map` could not be
-saved again. Without `trust_remote_code=True`, Transformers ignores `auto_map`, and the model loads as it would without.
+The class in that module only delegates to the architecture's. Loading the subclass itself would count as custom code,
+for which Transformers skips the renaming of mixture-of-experts weights; and with the architecture's own class in
+`auto_map`, the model could not be saved again. Without `trust_remote_code=True`, Transformers ignores `auto_map`.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Packed{architecture}({architecture}):
 
 
 def add_loader_stub(config: dict, folder: Path) -> None:
-    """Write the module into a folder, and name it in the config of the model that is published with it.
+    """Write the module into a folder, and refer to it in the config.json there.
 
     Args:
-        config: contents of config.json; changed in place.
-        folder: where the files to be published are.
+        config: content of config.json; changed in place.
+        folder: contains the files to be published.
 
     Raises:
-        ValueError: the model is no causal language model of Transformers, or has code of its own already.
+        ValueError: the model is not a causal language model of Transformers, or already has code of its own.
     """
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ValueError(f"a loader stub is for causal language models of Transformers; this is {architecture}")
+        raise ValueError(f"loader stubs are for causal language models of Transformers; this is {architecture}")
     if "auto_map" in config:
         raise ValueError(
-            f"the model has code of its own, {config['auto_map']}; add `import hf_pcdvq` to that instead"
+            f"the model already has code of its own, {config['auto_map']}; add `import hf_pcdvq` to it instead"
         )
     config["auto_map"] = {_AUTO_CLASS: f"{MODULE}.Packed{architecture}"}
     write_text(folder / f"{MODULE}.py", _SOURCE.format(architecture=architecture))

@@ -1,7 +1,6 @@
-"""What was measured on a packed model and lies beside it: the report, the evaluation and the speed.
+"""The measurements saved beside a packed model: report, evaluation and speed.
 
-Each file is compared with the model as far as it can be: a number must not be published beside a model that it does not
-belong to.
+Each is compared with the model as far as possible, so that no number of another model is published with it.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from ..files.size import FolderCount
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The records of a folder, each None if there is no such file.
+class Measurements:
+    """The records in a model's folder, each None if its file is missing.
 
     Attributes:
         report: `quantization_report.json`.
@@ -36,13 +35,13 @@ class Measured:
     speed: Speed | None
 
     @classmethod
-    def read(cls, folder: Path, count: FolderCount) -> Measured:
-        """Read and check them.
+    def read(cls, count: FolderCount) -> Measurements:
+        """Read the records beside a saved model, and check that they belong to it.
 
         Raises:
             ValueError: a file is damaged, was written by a newer version, or belongs to another model.
         """
-        report, evaluation, speed = (folder / f"{name}.json" for name in (REPORT, EVALUATION, SPEED))
+        report, evaluation, speed = (count.folder / f"{name}.json" for name in (REPORT, EVALUATION, SPEED))
         return cls(
             _report(report, count) if report.is_file() else None,
             _evaluation(evaluation, count) if evaluation.is_file() else None,
@@ -52,14 +51,14 @@ class Measured:
 
 def _report(file: Path, count: FolderCount) -> dict[str, Any]:
     report = read_json(file, dict)
-    # Through the class, because a newer version may have added fields.
+    # Parsed into a config first, because a newer version may have added fields.
     same = (
         count.config is not None
         and type(count.config).from_dict(report["config"]).to_dict() == count.config.to_dict()
     )
     if not same or report["bits_per_packed_weight"] != count.bits_per_packed_weight:
         raise ValueError(
-            f"{file} belongs to another model: its settings or its bits per weight are not those of the files beside it. "
+            f"{file} belongs to another model: its settings or bits per weight differ from those of the files beside it. "
             "Delete it, or quantize again"
         )
     return report
@@ -84,12 +83,12 @@ def _evaluation(file: Path, count: FolderCount) -> EvaluationRecord:
 def _speed(file: Path) -> Speed:
     speed = read_json(file, Speed.from_dict)
     if not _finite(speed.tokens_per_second) or speed.tokens_per_second <= 0 or not speed.device:
-        raise ValueError(f"{file} names no speed and device; write it with hf-pcdvq speed")
+        raise ValueError(f"{file} has no valid speed and device; create it with hf-pcdvq speed")
     return speed
 
 
 def _check_metrics(file: Path, metrics: Evaluation) -> None:
-    """Refuse what no evaluation can have given."""
+    """Reject metrics that no evaluation can have returned."""
     plausible = (
         _finite(*astuple(metrics))
         and min(metrics.perplexity_original, metrics.perplexity_packed) >= 1
@@ -100,7 +99,7 @@ def _check_metrics(file: Path, metrics: Evaluation) -> None:
     )
     if not plausible:
         raise ValueError(
-            f"{file} holds metrics that no evaluation gives: {metrics.to_dict()}. Measure again with hf-pcdvq eval"
+            f"{file} has metrics that no evaluation can return: {metrics.to_dict()}. Measure again with hf-pcdvq eval"
         )
 
 

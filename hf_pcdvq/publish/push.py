@@ -1,8 +1,8 @@
 """Publishing a packed model on the Hugging Face Hub: `push_to_hub` for one in memory, `push_folder` for a saved one.
 
-A push is refused before anything is sent if the folder is damaged, if its card states what was not measured, or if the
-repository holds another model. What goes is laid out in a temporary folder, of links and of the few files that are made
-for it, so the model's own folder is never written to. All of it goes in one commit, unless there are hundreds of files.
+A push is refused before anything is sent if the folder is damaged, if its card states figures that were not measured,
+or if the repository contains another model. The files to send are staged in a temporary folder, as links and a few
+generated files, so the model's own folder is never modified. They go in one commit, unless there are hundreds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CARD = "README.md"
 _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".py", ".safetensors", ".tiktoken", ".txt"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _FOLDERS = {"additional_chat_templates"}
-# Where a push leaves these out, those of the model before must not stay.
+# Files of the previous model that must not remain if a push does not replace them.
 _REPLACED = [
     "model*.safetensors*",
     "pytorch_model*.bin*",
@@ -56,10 +56,10 @@ _GENERATED = "<!-- Written by hf_pcdvq from the files beside it"
 
 @dataclass(frozen=True)
 class Publication:
-    """What a push sends.
+    """The content of a push.
 
     Attributes:
-        files: size in bytes by name in the repository.
+        files: sizes in bytes by name in the repository.
         left_out: files of the folder that are not sent.
         card: the model card.
     """
@@ -87,33 +87,33 @@ def push_to_hub(
     loader_stub: bool = False,
     work_dir: str | Path | None = None,
 ) -> CommitInfo:
-    """Publish a packed model: weights, tokenizer, generation config, report and a model card with what was measured.
+    """Publish a packed model: weights, tokenizer, generation config, report, and a model card with the measurements.
 
     Args:
         model: quantized with `quantize_model` or while loading.
         tokenizer: its tokenizer, with the chat template if there is one.
-        repo_id: `"namespace/name"`; created if there is no such repository.
-        private: make a new repository private. None leaves it to the namespace.
-        revision: branch to push to; created if there is none. None is the main one.
+        repo_id: `"namespace/name"`; created if it does not exist.
+        private: make a new repository private. None takes the default of the namespace.
+        revision: branch to push to; created if it does not exist. None is the main branch.
         create_pr: open a pull request instead of changing the branch.
-        token: None takes the one that `hf auth login` has stored.
-        force: replace whatever model the repository holds.
-        commit_message: None writes one.
-        max_shard_size: of one file, as for `save_pretrained`.
-        evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote about this model, or the folder that holds it.
-        base_model: name of the original on the Hub; None takes what the model was loaded from.
-        metadata: further YAML metadata of the card, such as `license` and `language`.
+        token: access token; None takes the one that `hf auth login` stored.
+        force: replace whatever model the repository contains.
+        commit_message: None takes a default.
+        max_shard_size: largest file, as for `save_pretrained`.
+        evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote for this model, or the folder that contains it.
+        base_model: name of the original on the Hub; None takes the model that was quantized, if it is on the Hub.
+        metadata: further YAML metadata for the card, such as `license` and `language`.
         loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`.
-        work_dir: where the files are saved before they are sent, and deleted afterwards; None takes the system's
+        work_dir: folder for the files until they are sent; they are deleted afterwards. None takes the system's
             temporary folder.
 
     Returns:
         The commit, with `commit_url` and, for a pull request, `pr_url`.
 
     Raises:
-        ValueError: the model is not packed, its files are damaged, the card states what was not measured, or the
-            repository holds another model.
-        OSError: the files cannot be saved, or there is no such evaluation.
+        ValueError: the model is not packed, its files are damaged, the card states figures that were not measured, or
+            the repository contains another model.
+        OSError: the files cannot be saved, or the evaluation does not exist.
         PushError: the Hub or the network failed; the message says what to do.
     """
     if getattr(model, "hf_quantizer", None) is None:
@@ -125,7 +125,7 @@ def push_to_hub(
             _save(model, tokenizer, folder, max_shard_size, record)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"the files to push could not be saved in {temporary}: {error}. Make room there, or give another work_dir"
+                f"the files to push could not be saved in {temporary}: {error}. Free some space, or pass another work_dir"
             ) from error
         return push_folder(
             folder,
@@ -156,7 +156,7 @@ def _save(
 
 
 def _provenance(model: PreTrainedModel) -> Provenance:
-    """Of a model in memory: what it was quantized from, or what lies beside the packed model that it was loaded from."""
+    """The provenance of a model in memory: that of the packed folder it was loaded from, or a new one."""
     source = Path(model.name_or_path)
     local = bool(model.name_or_path) and source.is_dir()
     if model.hf_quantizer.pre_quantized:
@@ -180,12 +180,12 @@ def push_folder(
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
 ) -> CommitInfo:
-    """Publish a packed model that is saved in a folder, with its tokenizer. An interrupted push goes on if called again.
+    """Publish a packed model saved in a folder, with its tokenizer. An interrupted push resumes when it is repeated.
 
-    Args, returns and raises like `push_to_hub`.
+    Arguments, return value and errors as for `push_to_hub`.
     """
     if create_pr and revision is not None:
-        raise ValueError("create_pr opens a pull request against the main branch; leave out the revision")
+        raise ValueError("create_pr opens a pull request against the main branch; omit the revision")
     _check_repo_id(repo_id)
     metadata = dict(metadata or {})
     with told_plainly(repo_id):
@@ -193,7 +193,7 @@ def push_folder(
     with _staged(folder, repo_id, base_model, {**inherited, **metadata}, loader_stub) as (staging, publication):
         if publication.card.data.get("license") is None:
             logger.warning(
-                "the card of %s states no licence: give one with --license, or metadata={'license': ...}", repo_id
+                "the card of %s states no licence: pass one with --license, or metadata={'license': ...}", repo_id
             )
         api = HfApi(token=token)
         with told_plainly(repo_id):
@@ -213,8 +213,8 @@ def planned(folder: Path, repo_id: str, **options: Any) -> Publication:
     """What `push_folder` would send, after all checks that need no network.
 
     Args:
-        options: `base_model`, `metadata` and `loader_stub` of `push_folder`. Without network, the card lacks the licence
-            unless it was recorded when the model was quantized, or `metadata` has it.
+        options: `base_model`, `metadata` and `loader_stub` of `push_folder`. The original's card is not looked up, so
+            the licence is missing unless it was recorded during quantization, or is in `metadata`.
 
     Raises:
         ValueError, FileNotFoundError: see `push_to_hub`.
@@ -227,11 +227,11 @@ def planned(folder: Path, repo_id: str, **options: Any) -> Publication:
 def _check_repo_id(repo_id: str) -> None:
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"give the repository with its namespace, as in your-name/{repo_id}")
+        raise ValueError(f"the repository needs a namespace, as in your-name/{repo_id}")
 
 
 def _inherited(folder: Path, base_model: str | None, token: str | bool | None) -> dict[str, Any]:
-    """Licence and language from the original's card on the Hub, if they were not recorded when it was quantized."""
+    """Licence and language from the original's card on the Hub, unless they were recorded during quantization."""
     provenance = Provenance.read(folder)
     original = base_model or provenance.original
     if provenance.inherited or original is None:
@@ -239,7 +239,7 @@ def _inherited(folder: Path, base_model: str | None, token: str | bool | None) -
     try:
         return inherited_metadata(original, token=token)
     except RepositoryNotFoundError:
-        logger.warning("%s, the original, cannot be seen on the Hub, so its licence is not known", original)
+        logger.warning("the original, %s, is not accessible on the Hub, so its licence is unknown", original)
         return {}
 
 
@@ -254,9 +254,9 @@ def _staged(
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
 ) -> Iterator[tuple[Path, Publication]]:
-    """A temporary folder with everything that is sent, checked."""
-    check_folder(folder)
-    generated = model_card(folder, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
+    """Check the model, and stage everything that is sent in a temporary folder."""
+    count = check_folder(folder)
+    generated = model_card(count, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
     card = _card(folder / CARD, generated)
     chosen, left_out = _selection(folder)
     with tempfile.TemporaryDirectory(prefix="hf_pcdvq-push-") as temporary:
@@ -277,7 +277,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _selection(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files that belong to a model, and of the others."""
+    """Names of the files that belong to the model, and of all others."""
     chosen: list[str] = []
     left_out: list[str] = []
     for path in _files(folder):
@@ -290,20 +290,20 @@ def _selection(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _card(file: Path, generated: ModelCard) -> ModelCard:
-    """The user's own card if there is one, which may state nothing that was not measured; else the generated one."""
+    """The user's own card if there is one, which may only state measured figures; otherwise the generated card."""
     if not file.is_file() or _GENERATED in file.read_text(encoding="utf-8"):
         return generated
     own = ModelCard.load(file)
     unknown = unmeasured_figures(own, generated)
     if unknown:
         raise ValueError(
-            f"{file} states figures that no measurement beside it holds: {', '.join(unknown)}. Measure them with "
-            "hf-pcdvq eval, take them out, or delete the file to have a card written"
+            f"{file} states figures that no measurement beside it contains: {', '.join(unknown)}. Measure them with "
+            "hf-pcdvq eval, remove them, or delete the file to have a card generated"
         )
     return own
 
 
-# ----------------------------------------------------------------------------------------------------- where it is sent
+# --------------------------------------------------------------------------------------------------- where it is sent
 
 
 def _prepared_branch(
@@ -316,19 +316,19 @@ def _prepared_branch(
     staging: Path,
     force: bool,
 ) -> str | None:
-    """Make repository and branch if they are missing, or else look whether they may be changed. Returns its head."""
+    """Create repository and branch, or check that they may be changed. Returns the head of the branch."""
     try:
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         if create_pr:
             raise PushError(
-                f"{repo_id} does not exist, or the token may not see it; push without create_pr"
+                f"{repo_id} does not exist, or the token has no access to it; push without create_pr"
             ) from None
         api.create_repo(repo_id, private=private)
         info = api.model_info(repo_id)
     if private and not info.private:
         raise ValueError(
-            f"{repo_id} exists and is public. Make it private in its settings on the Hub, then push again"
+            f"{repo_id} already exists and is public. Make it private in its settings on the Hub, then push again"
         )
     if create_pr:
         return None

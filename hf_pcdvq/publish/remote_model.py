@@ -1,4 +1,4 @@
-"""Whether a repository on the Hub holds the model that is to be pushed there, an older one of it, or another model."""
+"""Whether a repository on the Hub contains a version of the model to be pushed, or another model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from huggingface_hub import HfApi, ModelCard, ModelInfo
 
 from ..config import CONFIGS
 
-# Files of weights, whatever library wrote them.
+# Weight files of any library.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
 
 
 def refuse_other_model(api: HfApi, info: ModelInfo, folder: Path, card: ModelCard) -> None:
     """Refuse to replace a model that is not an older version of the one in `folder`.
 
-    The same model has the same architecture, the same sizes, the same original and the same packed format with the same
-    bits. It may have been calibrated otherwise, or saved by another version.
+    Versions of a model share its architecture, sizes, original, packed format and bits. They may have been calibrated
+    differently, or saved by different versions of hf_pcdvq.
 
     Args:
-        info: of the repository, at the revision that is to be changed.
-        folder: what is to be pushed.
+        info: the repository, at the revision to be changed.
+        folder: the model to be pushed.
         card: its card.
 
     Raises:
-        ValueError: the repository holds another model; says what differs.
+        ValueError: the repository contains another model; the message says what differs.
     """
     names = [file.rfilename for file in info.siblings or []]
     if not any(PurePosixPath(name).suffix in _WEIGHTS for name in names):
@@ -40,7 +40,7 @@ def refuse_other_model(api: HfApi, info: ModelInfo, folder: Path, card: ModelCar
         difference = _difference(there, _read(folder / "config.json")) or _other_original(info, card)
     if difference:
         raise ValueError(
-            f"{info.id} holds another model ({difference}). Push to another repository or revision, or --force "
+            f"{info.id} contains another model ({difference}). Push to another repository or revision, or use --force "
             "(force=True) to replace it"
         )
 
@@ -50,7 +50,7 @@ def _read(file: str | Path) -> dict[str, Any]:
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """What makes two configs those of different models."""
+    """The first difference that makes two configs those of different models."""
     for name in ("model_type", "architectures"):
         if there.get(name) != here.get(name):
             return f"{name} {there.get(name)}, here {here.get(name)}"
@@ -65,7 +65,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 
 def _other_size(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first size, a whole number that both state, in which they differ; those of text_config and the like too."""
+    """The first integer field, nested ones such as text_config included, that is in both configs but differs."""
     for name in sorted(there.keys() & here.keys()):
         if name.endswith("_token_id"):
             continue

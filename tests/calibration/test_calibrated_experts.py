@@ -14,8 +14,8 @@ from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.experts import RoutedTokens, quantize_experts
 from hf_pcdvq.calibration.report import _curves
 from hf_pcdvq.calibration.run import _MAX_STAGES
-from hf_pcdvq.cli import main
 from hf_pcdvq.modules import QuantExperts
+from hf_pcdvq_cli import main
 
 EXPERTS, TOP_K = 8, 2
 

@@ -93,7 +93,7 @@ def test_tokenizer_that_comes_up_without_its_files_is_not_saved(model_dir, tmp_p
         file.unlink()
     (model_dir / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     result = succeed(*ROUND, model_dir, "--out", tmp_path / "packed")
-    assert "no tokenizer was found beside the model, so none is saved with it: what is there knows" in result.stderr
+    assert "no tokenizer was found with the model, so none is saved: the tokenizer there has special" in result.stderr
     assert not (tmp_path / "packed" / "tokenizer.json").exists()
 
 
@@ -124,7 +124,7 @@ def test_gguf_file_is_decoded_first_and_nothing_of_it_stays(tiny_model_dir, pack
 def test_folder_that_is_not_empty_is_left_alone(tiny_model_dir, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     fail(1, "is not empty", *ROUND, tiny_model_dir, "--out", tmp_path)
-    fail(1, "holds no config.json", *ROUND, tiny_model_dir, "--out", tmp_path, "--force")
+    fail(1, "contains no config.json", *ROUND, tiny_model_dir, "--out", tmp_path, "--force")
     assert contents(tmp_path) == {Path("notes.txt"): b"mine"}
 
 
@@ -157,8 +157,8 @@ def test_source_folder_and_those_above_it_are_refused(model_dir, tmp_path):
     before = contents(tmp_path)
     (tmp_path / "link").symlink_to(model_dir)
     for out in (model_dir, tmp_path, tmp_path / "link", model_dir / ".." / "model"):
-        fail(1, "is the source model's folder or holds it", *ROUND, model_dir, "--out", out, "--force")
-    fail(1, "is the source model's folder or holds it", *ROUND, tmp_path / "link", "--out", model_dir, "--force")
+        fail(1, "is or contains the source model's folder", *ROUND, model_dir, "--out", out, "--force")
+    fail(1, "is or contains the source model's folder", *ROUND, tmp_path / "link", "--out", model_dir, "--force")
     (tmp_path / "link").unlink()
     assert contents(tmp_path) == before
 
@@ -234,7 +234,7 @@ def test_packed_model_is_not_quantized_again(packed_once, tmp_path):
 
 
 def test_missing_source_and_a_file_as_source_are_named(tiny_model_dir, tmp_path):
-    fail(1, f"there is no folder {tmp_path / 'none'}", *ROUND, tmp_path / "none", "--out", tmp_path / "packed")
+    fail(1, f"folder {tmp_path / 'none'} does not exist", *ROUND, tmp_path / "none", "--out", tmp_path / "packed")
     file = tiny_model_dir / "model.safetensors"
     fail(1, f"{file} is a file", *ROUND, file, "--out", tmp_path / "packed")
 

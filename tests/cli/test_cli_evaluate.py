@@ -115,7 +115,13 @@ def test_hub_out_of_reach_is_said_with_a_way_out(tiny_model_dir, packed, monkeyp
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    fail(1, "could not be had from the Hub (no route to host); give a text file with --text", "eval", packed, packed)
+    fail(
+        1,
+        "could not be downloaded from the Hub (no route to host); pass a text file with --text",
+        "eval",
+        packed,
+        packed,
+    )
 
 
 def test_it_refuses_before_it_has_computed_anything(tiny_model_dir, packed, text, tmp_path, monkeypatch):
@@ -126,7 +132,7 @@ def test_it_refuses_before_it_has_computed_anything(tiny_model_dir, packed, text
     fail(2, "does not exist", "eval", tiny_model_dir, packed, "--text", tmp_path / "none.txt")
     fail(2, "--context", "eval", *models, "--context", 1)
     fail(1, "the original is in bfloat16 itself", "eval", *models, "--context", 40, "--noise-floor", "bfloat16")
-    fail(2, "--limit belong to --tasks", "eval", *models, "--limit", 3)
+    fail(2, "--limit need --tasks", "eval", *models, "--limit", 3)
     assert not list(packed.glob("evaluation.*"))
 
 
@@ -134,7 +140,7 @@ def test_earlier_record_is_not_lost(tiny_model_dir, packed, text):
     options = ["--text", text, "--context", 40, "--windows", 1]
     succeed("eval", tiny_model_dir, packed, *options)
     before = (packed / "evaluation.json").read_bytes()
-    fail(1, "holds evaluation.json already", "eval", tiny_model_dir, packed, *options, "--windows", 2)
+    fail(1, "has an evaluation.json already", "eval", tiny_model_dir, packed, *options, "--windows", 2)
     assert (packed / "evaluation.json").read_bytes() == before
     succeed("eval", tiny_model_dir, packed, *options, "--windows", 2, "--force")
     assert read_record(packed).metrics.windows == 2
@@ -270,7 +276,7 @@ def test_records_of_different_windows_are_not_compared(tiny_model_dir, packed, r
     ("change", "message"),
     [
         ({"format": 2}, "expected a record of format 1, found format 2"),
-        ({"metrics": {"kl_mean": 1}}, "not a whole record"),
+        ({"metrics": {"kl_mean": 1}}, "the record is incomplete"),
         (None, "Expecting value"),
     ],
 )

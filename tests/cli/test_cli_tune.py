@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
-from hf_pcdvq.cli import main
+from hf_pcdvq_cli import main
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 def test_products_of_a_packed_model(config, codec, tiny_model_dir, tmp_path):
     from hf_pcdvq_kernels.triton.launch_config import Shape, candidates
 
-    from hf_pcdvq.cli.tune import _shapes
+    from hf_pcdvq_cli.tune import _shapes
 
     AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config).save_pretrained(tmp_path)
     shapes = _shapes(tmp_path, (1, 3, 4, 9))
@@ -41,7 +41,7 @@ def test_says_that_a_gpu_is_needed(tiny_model_dir):
 
 
 def test_a_model_that_is_not_packed_is_refused(tiny_model_dir):
-    from hf_pcdvq.cli.tune import _shapes
+    from hf_pcdvq_cli.tune import _shapes
 
     with pytest.raises(ValueError, match="holds no packed layers"):
         _shapes(tiny_model_dir, (1,))

@@ -220,7 +220,7 @@ def test_model_that_computes_nan_is_refused_by_name(original, changed):
     ("tokens", "message"),
     [
         (windows(length=600), "600 tokens are longer than the 512 positions"),
-        (windows() + 200, "knows 258 tokens"),
+        (windows() + 200, "has 258 tokens"),
         (windows()[0], r"int64 \[n, L\]"),
         (windows().float(), r"int64 \[n, L\]"),
         (windows(length=1), r"int64 \[n, L\]"),

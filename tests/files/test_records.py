@@ -35,8 +35,11 @@ def test_fields_that_a_later_version_has_added_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2}', "expected a record of format 1, found format 2; make it anew, or upgrade"),
-        ('{"format": 1, "original": null}', "not a whole record, it lacks revision, command, versions, inherited"),
+        ('{"format": 2}', "expected a record of format 1, found format 2; create it again, or upgrade"),
+        (
+            '{"format": 1, "original": null}',
+            "the record is incomplete, it lacks revision, command, versions, inherited",
+        ),
         ("[]", "found format None"),
         ('{"format"', "Expecting"),
     ],

@@ -1,6 +1,5 @@
 """Bits and bytes counted on files, against hand computations, and the damage that counting must name."""
 
-import io
 import json
 import math
 import re
@@ -8,12 +7,11 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
-from hf_pcdvq.files.size import count_folder, layer_table, left_table, readable_size, size_table
+from hf_pcdvq.files.size import count_folder, readable_size
 
 # Layers of the tiny model: outputs, inputs. Two blocks of each.
 LAYERS = {
@@ -224,21 +222,7 @@ def test_folder_without_a_model_is_refused_by_name(tmp_path):
         count_folder(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
-def test_tables_show_the_counted_numbers(packed_dir):
-    count = count_folder(packed_dir)
-    console = Console(file=io.StringIO(), width=200)
-    for table in (size_table(count), layer_table(count), left_table(count.left_unpacked)):
-        console.print(table)
-    shown = console.file.getvalue()
-    assert f"{count.bits_per_packed_weight:.3f}" in shown
-    assert f"{count.bits_per_parameter:.3f}" in shown
-    assert readable_size(count.packed_bytes) in shown
-    assert "model.layers.*.mlp.down_proj" in shown
-    assert "128 x 192" in shown
-    assert "lm_head.weight" in shown
+# ---------------------------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from moe_models import EXPERTS, ernie, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_pcdvq.cli import main
 from hf_pcdvq.modules import QuantExperts
+from hf_pcdvq_cli import main
 
 HIDDEN, MIDDLE = 192, 128
 WINT2_LAYER = 2  # layer 0 is dense, the experts of layer 1 are in bfloat16

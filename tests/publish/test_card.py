@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
-from hf_pcdvq.cli import main
 from hf_pcdvq.evaluation.record import TaskScore, read_record
 from hf_pcdvq.evaluation.tasks import WIKITEXT2
 from hf_pcdvq.files.provenance import Provenance
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.publish.card import model_card, unmeasured_figures
+from hf_pcdvq_cli import main
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "model_cards/examples"
 
 def written(folder, **options):
     """The card as the Hub gets it, read back."""
-    return ModelCard(str(model_card(folder, REPO, **options)))
+    return ModelCard(str(model_card(count_folder(folder), REPO, **options)))
 
 
 def edit(folder, name, change):
@@ -94,11 +94,11 @@ def test_speed_is_stated_once_it_was_measured(packed):
     assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in text
     assert "bfloat16, backend reference." in text  # what ran, not what was asked for
     edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
-    with pytest.raises(ValueError, match="names no speed"):
-        model_card(packed, REPO)
+    with pytest.raises(ValueError, match="has no valid speed"):
+        model_card(count_folder(packed), REPO)
     (packed / "speed.json").write_text("{")
     with pytest.raises(ValueError, match="speed.json: Expecting"):
-        model_card(packed, REPO)
+        model_card(count_folder(packed), REPO)
 
 
 def test_wikitext_and_large_figures_are_named_as_they_are(packed):
@@ -140,20 +140,23 @@ def test_what_was_not_measured_is_left_out(packed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record["metrics"].update(kl_mean=-1.0), "holds metrics that no evaluation gives"),
-        (lambda record: record["metrics"].update(predictions=5), "holds metrics that no evaluation gives"),
-        (lambda record: record["metrics"].update(perplexity_packed=float("nan")), "metrics that no evaluation gives"),
-        (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: not a whole record, .*kl_p99"),
+        (lambda record: record["metrics"].update(kl_mean=-1.0), "has metrics that no evaluation can return"),
+        (lambda record: record["metrics"].update(predictions=5), "has metrics that no evaluation can return"),
+        (
+            lambda record: record["metrics"].update(perplexity_packed=float("nan")),
+            "metrics that no evaluation can return",
+        ),
+        (lambda record: record["metrics"].pop("kl_p99"), "evaluation.json: the record is incomplete, .*kl_p99"),
         (lambda record: record.update(bits_per_packed_weight=4.0), "belongs to another model, of 4.000 bits"),
         (lambda record: record["tasks"][0].update(packed=float("nan")), "task 'piqa' has no finite results"),
         (lambda record: record.update(format=2), "evaluation.json: expected a record of format 1, found format 2"),
-        (lambda record: record.pop("text"), "evaluation.json: not a whole record, it lacks text"),
+        (lambda record: record.pop("text"), "evaluation.json: the record is incomplete, it lacks text"),
     ],
 )
 def test_evaluation_that_cannot_be_of_this_model_is_refused(packed, change, message):
     edit(packed, "evaluation.json", change)
     with pytest.raises(ValueError, match=message):
-        model_card(packed, REPO)
+        model_card(count_folder(packed), REPO)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_evaluation_that_cannot_be_of_this_model_is_refused(packed, change, mess
 def test_report_that_is_not_of_this_model_is_refused(packed, change):
     edit(packed, "quantization_report.json", change)
     with pytest.raises(ValueError, match="belongs to another model"):
-        model_card(packed, REPO)
+        model_card(count_folder(packed), REPO)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_figures_of_a_card_written_by_hand(text, unknown):
 
 
 def test_results_in_the_metadata_are_checked_too(packed):
-    generated = model_card(packed, REPO)
+    generated = model_card(count_folder(packed), REPO)
     own = ModelCard(str(generated))
     assert unmeasured_figures(own, generated) == []
     own.data.eval_results[0].metric_value = 1.01
@@ -234,7 +237,7 @@ def test_examples_are_valid_cards_of_the_template_as_it_is(name, hub):
     assert card.data.base_model_relation == "quantized"
     assert {"perplexity", "kl_divergence", "accuracy", "acc"} <= {r.metric_type for r in card.data.eval_results}
     assert "```python\nimport hf_pcdvq" in card.text
-    template = (files("hf_pcdvq") / "data/model_card.md").read_text()
+    template = (files("hf_pcdvq.publish") / "data/model_card.md").read_text()
     headings = re.findall("^##+ .*", template, re.MULTILINE)
     assert re.findall("^##+ .*", card.text, re.MULTILINE) == headings
     for file in re.findall(r"\]\((quantization_report\.\w+)\)", card.text):

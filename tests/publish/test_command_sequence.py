@@ -20,7 +20,7 @@ def test_from_a_dense_model_to_a_card_with_everything_that_was_measured(tiny_mod
     succeed("quantize", tiny_model_dir, "--out", packed, *calibration)
     succeed("eval", tiny_model_dir, packed, "--text", text, "--context", 64, "--noise-floor", "float32")
     succeed("speed", packed, "--new-tokens", 4)
-    assert "is whole: 14 packed layers" in succeed("check", packed).stdout
+    assert "is complete: 14 packed layers" in succeed("check", packed).stdout
     options = ["--license", "mit", "--base-model", "org/tiny"]
     printed = succeed("card", packed, REPO, *options).stdout
     assert " evaluation.json " in succeed("push", packed, REPO, *options, "--dry-run").stdout

@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from hf_pcdvq.cli import main
 from hf_pcdvq.publish.integrity import check_folder
+from hf_pcdvq_cli import main
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -70,15 +70,15 @@ def other_vocabulary(folder):
     ("damage", "message"),
     [
         (drop(f"{LAYER}.weight_scale"), f"packed layer '{LAYER}' lacks {LAYER}.weight_scale"),
-        (drop("model.norm.weight"), "lacks model.norm.weight, which its config.json asks for"),
-        (add, "holds model.layers.7.extra, of which its config.json knows nothing"),
-        (reshape, "model.norm.weight has the shape [3], but config.json asks for [128]"),
-        (infinite, f"{LAYER}.weight_scale holds infinite or NaN values"),
+        (drop("model.norm.weight"), "lacks model.norm.weight, which its config.json requires"),
+        (add, "contains model.layers.7.extra, which its config.json does not account for"),
+        (reshape, "model.norm.weight has the shape [3], but config.json requires [128]"),
+        (infinite, f"{LAYER}.weight_scale contains infinite or NaN values"),
         (truncate, "is truncated: tensor"),
         (other_config, "do not belong together"),
-        (other_vocabulary, "has the token id 300, but the model knows 258 tokens"),
+        (other_vocabulary, "has the token id 300, but the model has 258 tokens"),
         (lambda folder: shard_of(folder, "lm_head.weight").unlink(), "is missing; expected a model saved with"),
-        (lambda folder: (folder / "tokenizer_config.json").unlink(), "holds no tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (
             lambda folder: (folder / "old.safetensors").write_bytes(b""),
             "old.safetensors does not belong to the model",
@@ -108,7 +108,7 @@ def test_damage_is_named(packed, damage, message):
 def test_whole_folder_passes(packed):
     result = CliRunner().invoke(main, ["check", str(packed)])
     assert result.exit_code == 0, result.output
-    assert "is whole: 14 packed layers" in result.stdout
+    assert "is complete: 14 packed layers" in result.stdout
 
 
 def test_dense_model_is_not_a_packed_one(tiny_model_dir):

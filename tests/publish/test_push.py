@@ -144,15 +144,15 @@ def test_repo_with_another_model_is_replaced_only_by_force(packed, other, tiny_m
     held = hub.repos[REPO].files()
     result = run("push", packed, REPO)
     assert result.exit_code == 1
-    assert f"{REPO} holds another model (bits 2.0, here 2.25)" in result.stderr
+    assert f"{REPO} contains another model (bits 2.0, here 2.25)" in result.stderr
     assert hub.repos[REPO].files() == held
     assert run("push", packed, REPO, "--force").exit_code == 0
     assert json.loads(hub.repos[REPO].files()["config.json"])["quantization_config"]["bits"] == 2.25
     hub.create("me/dense", files={file.name: file.read_bytes() for file in tiny_model_dir.iterdir()})
-    with pytest.raises(ValueError, match="holds another model .one that is not quantized"):
+    with pytest.raises(ValueError, match="contains another model .one that is not quantized"):
         push_folder(packed, "me/dense")
     hub.create("me/gguf", files={"model.gguf": b"GGUF"})
-    with pytest.raises(ValueError, match="holds another model .weights without a config.json"):
+    with pytest.raises(ValueError, match="contains another model .weights without a config.json"):
         push_folder(packed, "me/gguf")
 
 
@@ -182,7 +182,7 @@ def test_damaged_folder_is_refused_before_anything_is_sent(packed, hub):
     assert f"{shard} is truncated" in result.stderr
     (packed / "tokenizer_config.json").unlink()
     shard.write_bytes(whole)
-    assert "holds no tokenizer" in run("push", packed, REPO).stderr
+    assert "has no tokenizer" in run("push", packed, REPO).stderr
     assert hub.requests == []
 
 
@@ -194,7 +194,7 @@ def test_own_card_may_state_only_what_was_measured(packed, hub):
     (packed / "README.md").write_text(f"{measured} Llama-3.1-like, 97.3 % of the original, 81 tokens/s.")
     result = run("push", packed, REPO)
     assert result.exit_code == 1
-    assert "states figures that no measurement beside it holds: 97.3 %, 81 tokens/s." in result.stderr
+    assert "states figures that no measurement beside it contains: 97.3 %, 81 tokens/s." in result.stderr
     assert hub.requests == []
     (packed / "README.md").write_text(measured)
     push_folder(packed, REPO)
@@ -202,7 +202,7 @@ def test_own_card_may_state_only_what_was_measured(packed, hub):
 
 
 def test_wrong_names_and_options_are_refused_at_once(packed, calibrated, hub, tmp_path):
-    with pytest.raises(ValueError, match="give the repository with its namespace, as in your-name/tiny"):
+    with pytest.raises(ValueError, match="the repository needs a namespace, as in your-name/tiny"):
         push_folder(packed, "tiny")
     assert run("push", packed, REPO, "--create-pr", "--revision", "main").exit_code == 2
     with pytest.raises(PushError, match="does not exist.*push without create_pr"):
@@ -221,7 +221,7 @@ def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(p
     result = run("push", packed, REPO)
     assert result.exit_code == 1
     assert result.stderr.count("Error: ") == 1
-    assert f"the push to {REPO} did not finish: the connection was lost" in result.stderr
+    assert f"the push to {REPO} did not finish: the connection failed" in result.stderr
     assert "push again: what has been uploaded is not sent a second time" in result.stderr
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
     (sent,) = hub.blobs
@@ -234,7 +234,7 @@ def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(p
 
 def test_commit_that_is_cut_is_made_by_the_next_push(packed, hub):
     hub.faults = [Fault("POST", "/commit/", None, times=99)]
-    with pytest.raises(PushError, match="the connection was lost"):
+    with pytest.raises(PushError, match="the connection failed"):
         push_folder(packed, REPO)
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
     hub.faults = []
@@ -247,16 +247,16 @@ def test_commit_that_is_cut_is_made_by_the_next_push(packed, hub):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("POST", "/api/repos/create", 401), "the Hub does not accept the token, or there is none: log in with"),
-        (Fault("POST", "/api/repos/create", 403), "the token may not write there: log in with"),
+        (Fault("POST", "/api/repos/create", 401), "the Hub did not accept the token, or there is none: log in with"),
+        (Fault("POST", "/api/repos/create", 403), "the token has no permission to write there: log in with"),
         (
             Fault("POST", "/api/repos/create", 409, message="name taken"),
             "or its name is taken: wait, then push again",
         ),
-        (Fault("POST", "/commit/", 403), "the token may not write there"),
+        (Fault("POST", "/commit/", 403), "the token has no permission to write there"),
         (Fault("POST", "/commit/", 409, message="locked"), "(status 409, it says: locked)"),
         (Fault("POST", "/commit/", 412), "the branch has changed since this push began"),
-        (Fault("POST", "/preupload/", 404), "there is no such repository, or the token may not see it"),
+        (Fault("POST", "/preupload/", 404), "the repository does not exist, or the token has no access to it"),
         (Fault("POST", "/preupload/", 503, times=99), "the Hub has a problem (status 503"),
     ],
     ids=lambda value: f"{value.status}-{value.path.split('/')[-1] or value.path}" if isinstance(value, Fault) else "",
@@ -277,7 +277,10 @@ def test_refusal_of_the_hub_ends_in_one_clear_message(packed, hub, fault, messag
 
 
 def test_tokens_that_may_not_write(packed, hub):
-    for token, message in ((READ_TOKEN, "the token may not write there"), ("hf_wrong", "does not accept the token")):
+    for token, message in (
+        (READ_TOKEN, "the token has no permission to write there"),
+        ("hf_wrong", "did not accept the token"),
+    ):
         result = run("push", packed, REPO, "--token", token)
         assert message in result.stderr
         assert result.exit_code == 1
@@ -287,9 +290,7 @@ def test_tokens_that_may_not_write(packed, hub):
 def test_unreachable_hub(packed, hub):
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(
-        PushError, match="the connection was lost or could not be made .*Connection refused.*push again"
-    ):
+    with pytest.raises(PushError, match="the connection failed .*Connection refused.*push again"):
         push_folder(packed, REPO)
 
 
@@ -304,7 +305,7 @@ def test_full_disk_ends_in_one_clear_message_and_leaves_nothing(calibrated, hub,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"the files to push could not be saved in {tmp_path}" in str(caught.value)
-    assert "File too large" in str(caught.value) and "Make room there, or give another work_dir" in str(caught.value)
+    assert "File too large" in str(caught.value) and "Free some space, or pass another work_dir" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert hub.requests == []
 

@@ -12,7 +12,7 @@ from hf_pcdvq.publish.push import push_folder
 pytest_plugins = ["hub_fixtures"]
 
 REPO = "me/tiny-2bit"
-PUSH = "from hf_pcdvq.cli import main; main(prog_name='hf-pcdvq')"
+PUSH = "from hf_pcdvq_cli import main; main(prog_name='hf-pcdvq')"
 
 # The card's own code comes first: nothing is imported that it does not import itself.
 LOAD = """

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
-from hf_pcdvq.cli import main
+from hf_pcdvq_cli import main
 
 DENSE, WORK = map(Path, sys.argv[1:])
 IDS = torch.arange(3, 40)[None]

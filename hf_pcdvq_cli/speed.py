@@ -16,13 +16,13 @@ from .common import Command, load_model, placement_options
 @click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @placement_options
 def speed(folder: Path, prompt_tokens: int, new_tokens: int, **options: Any) -> None:
-    """Measure how fast the model in DIR generates on this machine, and keep it in DIR for the model card.
+    """Measure how fast the model in DIR generates on this machine, and save the result in DIR for the model card.
 
     \b
     Example:
       hf-pcdvq speed qwen-2bit --device-map cuda
     """
-    from ..evaluation.speed import measure_speed
+    from hf_pcdvq.evaluation.speed import measure_speed
 
     result = measure_speed(load_model(str(folder), **options), prompt_tokens, new_tokens)
     result.write(folder)

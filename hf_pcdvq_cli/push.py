@@ -7,33 +7,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .common import Command, note
 
 if TYPE_CHECKING:
-    from ..publish.push import Publication
+    from hf_pcdvq.publish.push import Publication
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 def _card_options(command: Callable) -> Callable:
-    """What a card says that no file in the folder knows."""
+    """Options for what a card says and no file in the folder states."""
     for option in (
         click.option(
             "--loader-stub",
             is_flag=True,
             help="Add a module with which trust_remote_code=True loads the model without `import hf_pcdvq`.",
         ),
-        click.option("--language", multiple=True, metavar="CODE", help="Of the model. [default: the original's]"),
         click.option(
-            "--license", metavar="ID", help="As the Hub knows it: apache-2.0, ... [default: the original's]"
+            "--language",
+            multiple=True,
+            metavar="CODE",
+            help="Language of the model; may be repeated. [default: the original's]",
+        ),
+        click.option(
+            "--license", metavar="ID", help="Licence id on the Hub: apache-2.0, ... [default: the original's]"
         ),
         click.option(
             "--base-model",
             metavar="NAME",
-            help="The original on the Hub. [default: what was quantized, if it came from there]",
+            help="The original on the Hub. [default: the one recorded by quantize, if it is on the Hub]",
         ),
     ):
         command = option(command)
@@ -54,12 +57,12 @@ def _card_arguments(
 @click.argument("repo", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option(
-    "--revision", metavar="BRANCH", help="Push to this branch; it is made if it is missing. [default: main]"
+    "--revision", metavar="BRANCH", help="Push to this branch, which is created if necessary. [default: main]"
 )
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
 @click.option("--token", help="Access token. [default: the one that `hf auth login` stored]")
-@click.option("--dry-run", is_flag=True, help="Only check, and list what would be sent. Needs no network.")
-@click.option("--force", is_flag=True, help="Replace whatever model REPO holds.")
+@click.option("--dry-run", is_flag=True, help="Only check the model, and list what would be sent. Needs no network.")
+@click.option("--force", is_flag=True, help="Replace whatever model REPO contains.")
 @_card_options
 def push(
     folder: Path,
@@ -74,19 +77,19 @@ def push(
 ) -> None:
     """Publish the packed model in DIR on the Hugging Face Hub as REPO, with a model card.
 
-    The card states what was measured: quantization_report.json and evaluation.json beside the model. A damaged folder, a
-    README.md of yours with other figures, and a REPO that holds another model are refused. An interrupted push goes on
-    where it stopped if it is started again.
+    The card states the measurements saved with the model: quantization_report.json, evaluation.json and speed.json.
+    The push is refused if DIR is damaged, if your own README.md states other figures, or if REPO contains another
+    model. An interrupted push resumes when it is started again.
 
     \b
     Example:
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --dry-run
       hf-pcdvq push qwen-2bit me/Qwen3-0.6B-2bit --private
     """
-    from ..publish.push import planned, push_folder
+    from hf_pcdvq.publish.push import planned, push_folder
 
     if create_pr and revision:
-        raise click.UsageError("--create-pr is made against the main branch; leave out --revision")
+        raise click.UsageError("--create-pr opens a pull request against the main branch; omit --revision")
     options = _card_arguments(**card)
     if dry_run:
         _show(planned(folder, repo, **options), repo)
@@ -105,7 +108,10 @@ def push(
 
 
 def _show(publication: Publication, repo: str) -> None:
-    from ..files.size import readable_size
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_pcdvq.files.size import readable_size
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
@@ -118,26 +124,26 @@ def _show(publication: Publication, repo: str) -> None:
     if publication.left_out:
         note(f"Left out: {', '.join(publication.left_out)}")
     if publication.card.data.get("license") is None:
-        note("The licence is not known; a push looks it up on the Hub if the original is there, or give --license")
+        note("The licence is unknown; a push looks it up on the Hub if the original is there, or pass --license")
 
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 def check(folder: Path) -> None:
-    """Check that the packed model in DIR is whole, without loading its weights.
+    """Check the integrity of the packed model in DIR, without loading its weights.
 
-    Every tensor that config.json asks for must be there in the right shape, no shard may be truncated, no scale infinite,
-    and the tokenizer must fit the model.
+    Every tensor that config.json requires must be there in the right shape, no shard may be truncated, all scales
+    must be finite, and the tokenizer must match the model.
 
     \b
     Example:
       hf-pcdvq check qwen-2bit
     """
-    from ..files.size import readable_size
-    from ..publish.integrity import check_folder
+    from hf_pcdvq.files.size import readable_size
+    from hf_pcdvq.publish.integrity import check_folder
 
     count = check_folder(folder)
-    click.echo(f"{folder} is whole: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
+    click.echo(f"{folder} is complete: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
 
 
 @click.command(cls=Command)
@@ -148,14 +154,14 @@ def check(folder: Path) -> None:
 )
 @_card_options
 def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
-    """Write the model card with which the packed model in DIR would be published as REPO.
+    """Write the model card that the packed model in DIR would have if it were published as REPO.
 
     \b
     Example:
       hf-pcdvq card qwen-2bit me/Qwen3-0.6B-2bit --base-model Qwen/Qwen3-0.6B --license apache-2.0
     """
-    from ..files.records import write_text
-    from ..publish.push import planned
+    from hf_pcdvq.files.records import write_text
+    from hf_pcdvq.publish.push import planned
 
     text = str(planned(folder, repo, **_card_arguments(**options)).card)
     if out is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
 
 from .common import Command, override_option, overrides_of, setting_option
 
@@ -15,31 +14,37 @@ from .common import Command, override_option, overrides_of, setting_option
 @setting_option
 @override_option
 @click.option(
-    "--skip", multiple=True, metavar="PATTERN", help="Leave the modules of this name, suffix or regular expression."
+    "--skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave modules with this name, suffix or regular expression dense.",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=0),
     default=4096,
     show_default=True,
-    help="Tokens whose keys and values the memory must hold.",
+    help="Tokens in the key-value cache that memory is estimated for.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def estimate(
     model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
 ) -> None:
-    """Count what a model will take when it is packed, from its configuration alone.
+    """Estimate the size of a packed model from its configuration alone.
 
-    Nothing is downloaded but the configuration, and no weights are allocated.
+    Only the configuration is downloaded, and no weights are allocated.
 
     \b
     Example:
       hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
     """
-    from ..config import config_of_setting
-    from ..estimate import estimate as run
-    from ..estimate import estimate_table, read_model_config
-    from ..files.size import left_table
+    from rich.console import Console
+
+    from hf_pcdvq.config import config_of_setting
+    from hf_pcdvq.estimate import estimate as run
+    from hf_pcdvq.estimate import estimate_table, read_model_config
+
+    from .tables import left_table
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, **options)

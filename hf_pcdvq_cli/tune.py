@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .common import Command, note
 
@@ -47,6 +45,8 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
         raise click.ClickException("--device cpu: launch configs are measured on a GPU")
 
     from hf_pcdvq_kernels.triton import tuned, tuning
+    from rich.console import Console
+    from rich.table import Table
     from tqdm import tqdm
 
     shapes = _shapes(folder, tokens)
@@ -73,7 +73,7 @@ def _shapes(folder: Path, tokens: tuple[int, ...]) -> list[Shape]:
     """The products of a packed model, each once."""
     from hf_pcdvq_kernels.triton.launch_config import Shape, tokens_per_program
 
-    from ..files.size import count_folder
+    from hf_pcdvq.files.size import count_folder
 
     count = count_folder(folder)
     if not count.layers:

@@ -1,7 +1,4 @@
-"""What the commands share: how errors end, options of every command that loads a model, and loading it.
-
-PyTorch, Transformers and the rest of the package are imported inside the functions: help should not wait for them.
-"""
+"""Shared by the commands: error messages, options of every command that loads a model, and loading it."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ _COMMAND_LINE = "hf_pcdvq.command_line"
 
 
 class Command(click.Command):
-    """A command that reports an error as one message with exit code 1, and has `--debug` to see where it came from."""
+    """A command that reports an error as one message with exit code 1; with `--debug`, as a traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.params.append(click.Option(["--debug"], is_flag=True, help="On an error, show the Python traceback."))
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_COMMAND_LINE] = shlex.join(["hf-pcdvq", ctx.info_name, *args])
@@ -42,14 +39,14 @@ class Command(click.Command):
 
 
 def command_line(ctx: click.Context) -> str:
-    """What was typed, quoted for a shell."""
+    """The command line as typed, quoted for a shell."""
     return ctx.meta[_COMMAND_LINE]
 
 
 def _message(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error}. This was not foreseen; run the command again with --debug to see more"
+    return f"{type(error).__name__}: {error}. This is unexpected; run the command again with --debug for details"
 
 
 def placement_options(command: Callable) -> Callable:
@@ -59,14 +56,14 @@ def placement_options(command: Callable) -> Callable:
         click.option(
             "--device-map",
             metavar="MAP",
-            help="Where the model goes: auto, cpu, cuda, cuda:1, ... [default: the accelerator, else the CPU]",
+            help="Where to put the model: auto, cpu, cuda, cuda:1, ... [default: the accelerator, else the CPU]",
         ),
         click.option(
             "--dtype",
             type=click.Choice(("auto", *DTYPES)),
             default="auto",
             show_default=True,
-            help="Floating dtype of what is not packed; auto keeps the saved one.",
+            help="Dtype of the parameters that are not packed; auto keeps the saved one.",
         ),
     ):
         command = option(command)
@@ -90,13 +87,13 @@ def override_option(command: Callable) -> Callable:
         "--override",
         multiple=True,
         metavar="PATTERN=SETTING",
-        help="Another setting for the modules in whose names this regular expression is found, none to leave them as they "
-        r'are: "layers\.[0-6]\..*experts=stream-4.0". May be given several times; the first that is found counts.',
+        help="Another setting for modules in whose names this regular expression is found; none leaves them dense: "
+        r'"layers\.[0-6]\..*experts=stream-4.0". May be repeated; the first match applies.',
     )(command)
 
 
 def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
-    """What `--override` says, as a config takes it."""
+    """The values of `--override` in the form that a config takes."""
     overrides: dict[str, str | None] = {}
     for option in options:
         pattern, _, setting = option.rpartition("=")
@@ -107,7 +104,7 @@ def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
-    """A causal language model, packed or not, on the accelerator if there is one and nothing else is asked for."""
+    """Load a causal language model, packed or not; by default on the accelerator, if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command, note
 
@@ -18,23 +17,25 @@ from .common import Command, note
     metavar="DIR",
     default="comparison",
     show_default=True,
-    help="Where comparison.md and comparison.png go; older ones are replaced.",
+    help="Folder for comparison.md and comparison.png; existing ones are replaced.",
 )
 def compare(records: tuple[Path, ...], out: Path) -> None:
-    """Put evaluations side by side: one table, and one plot of quality against bits.
+    """Compare evaluations in a table, and in a plot of quality against bits.
 
-    A, B, ... are files that `hf-pcdvq eval` wrote, or the folders of the models that hold them. They must have been
-    measured on the same text, context and windows.
+    A, B, ... are files that `hf-pcdvq eval` wrote, or folders of models that contain them. All must have been
+    measured with the same text, context and windows.
 
     \b
     Example:
       hf-pcdvq compare qwen-2bit qwen-2.25bit other/evaluation.json --out comparison
     """
-    from rich.table import Table
+    from rich.console import Console
 
-    from ..evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
-    from ..files.folders import check_writable
-    from ..files.records import write_text
+    from hf_pcdvq.evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
+    from hf_pcdvq.files.folders import check_writable
+    from hf_pcdvq.files.records import write_text
+
+    from .tables import plain_table
 
     check_writable(out)
     comparison = Comparison.read(records)
@@ -43,17 +44,14 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     if task_rows:
         tables.append((task_headings, task_rows, "Tasks"))
     for headings, rows, title in tables:
-        table = Table(*headings, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        Console().print(plain_table(headings, rows, title))
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{NAME}.md"]
     write_text(written[0], comparison.markdown())
     uncounted = [point.label for point in comparison.points if point.bits is None]
     if uncounted:
-        note(f"Warning: not in the plot, because their bits are not counted: {', '.join(uncounted)}")
+        note(f"Warning: not in the plot, because their bits were not counted: {', '.join(uncounted)}")
     if len(uncounted) < len(comparison.points):
         written.append(out / f"{NAME}.png")
         plot_quality(comparison.points, comparison.originals, comparison.title, written[1])

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("model", metavar="DIR")
-@click.option("--prompt", required=True, help="What the model is to answer or to continue.")
+@click.option("--prompt", required=True, help="Text for the model to answer or continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--chat/--no-chat",
     default=None,
-    help="Put the prompt into the model's chat template, or let it continue the bare text. "
+    help="Put the prompt into the model's chat template, or have the model continue the plain text. "
     "[default: chat if the tokenizer has a template]",
 )
-@click.option("--seed", type=int, help="Draw tokens at random with this seed. [default: always the likeliest token]")
+@click.option("--seed", type=int, help="Sample tokens with this seed. [default: greedy decoding]")
 @placement_options
 def generate(
     model: str, prompt: str, max_new_tokens: int, chat: bool | None, seed: int | None, **options: Any
 ) -> None:
-    """Let a model, packed or not, write text; it appears as it is generated.
+    """Generate text with a model, packed or not, and print it while it is generated.
 
     \b
     Example:
@@ -36,7 +36,7 @@ def generate(
     """
     from transformers import AutoTokenizer, TextStreamer, set_seed
 
-    from ..files.folders import check_source
+    from hf_pcdvq.files.folders import check_source
 
     check_source(model)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=options["trust_remote_code"])

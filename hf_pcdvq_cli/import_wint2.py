@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command, note
 
-# What lies beside the weights and says nothing about them.
+# Files beside the weights that do not depend on their format.
 _COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generation_config.json", "LICENSE*")
 
 
@@ -23,21 +22,25 @@ _COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generat
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The model's config.json as Transformers reads it. [default: the one in DIR]",
 )
-@click.option("--force", is_flag=True, help="Replace the model that --out holds.")
+@click.option("--force", is_flag=True, help="Replace the model in --out.")
 def import_wint2_command(source: Path, out: Path, config_file: Path | None, force: bool) -> None:
-    """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without quantizing it again.
+    """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without requantizing it.
 
-    Experts in WINT2 become packed experts, and all that is in floating point is taken as it is. What is stored in other
-    types, as 4-bit experts and 8-bit dense layers, is refused.
+    Experts in WINT2 become packed experts, and floating-point tensors are kept as they are. Other types, such as
+    4-bit experts and 8-bit dense layers, are refused.
 
     \b
     Example:
       hf-pcdvq import-wint2 ERNIE-4.5-300B-A47B-2Bits-Paddle --out ernie-2bit
     """
-    from ..estimate import read_model_config
-    from ..files.folders import folder_in_place
-    from ..files.size import count_folder, size_table
-    from ..importers.wint2 import import_wint2
+    from rich.console import Console
+
+    from hf_pcdvq.estimate import read_model_config
+    from hf_pcdvq.files.folders import folder_in_place
+    from hf_pcdvq.files.size import count_folder
+    from hf_pcdvq.importers.wint2 import import_wint2
+
+    from .tables import size_table
 
     out = out.resolve()
     with folder_in_place(out, source, force) as folder:
@@ -47,7 +50,5 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
             for file in source.glob(pattern):
                 shutil.copy2(file, folder / file.name)
     if unused:
-        note(
-            f"Warning: the model has no place for {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ..."
-        )
+        note(f"Warning: the model does not use {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ...")
     Console().print(size_table(count_folder(out)))

@@ -1,6 +1,9 @@
-"""The console script `hf-pcdvq`: quantize a model, look into a packed one, measure it, try it, publish it.
+"""The console script `hf-pcdvq`: quantize a model, then inspect, measure, try and publish it.
 
-Exit codes: 0 done, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
+It is a package of its own because `import hf_pcdvq` imports PyTorch and Transformers, and `--help` should not wait
+for them. The commands import it, and everything else that is heavy, inside their functions.
+
+Exit codes: 0 success, 1 an error (one message on stderr, the traceback with `--debug`), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from .tune import tune
 def main() -> None:
     """Language models at 2 to 3 bits per weight, for Hugging Face Transformers.
 
-    MODEL is always a folder that holds a saved model, or the name of one on the Hugging Face Hub.
+    MODEL is the folder of a saved model, or the name of a model on the Hugging Face Hub.
 
     \b
-    Example, from a model to a small copy of it that has been measured:
+    Example: quantize a model, measure the result and publish it.
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit
       hf-pcdvq inspect qwen-2bit
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt

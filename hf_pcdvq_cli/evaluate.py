@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from .common import DTYPES, Command, command_line, load_model, note, placement_options
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..evaluation.record import EvaluationRecord, TaskScore
+    from hf_pcdvq.evaluation.record import EvaluationRecord, TaskScore
 
 
 @click.command("eval", cls=Command)
@@ -31,30 +30,33 @@ if TYPE_CHECKING:
 @click.option(
     "--noise-floor",
     type=click.Choice(DTYPES),
-    help="Also compare the original with itself in this dtype: what rounding alone does.",
+    help="Also compare the original with itself in this dtype, to see the effect of rounding alone.",
 )
 @click.option("--tasks", metavar="A,B,...", help="Also run these tasks of lm-eval on both models.")
 @click.option(
     "--task-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with task files of your own, in lm-eval's format.",
+    help="Folder with your own task files, in lm-eval's format.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Samples per task. [default: all]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Of --tasks.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per batch, for --tasks."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where evaluation.json and evaluation.md go. [default: PACKED, if it is a folder]",
+    help="Folder for evaluation.json and evaluation.md. [default: PACKED, if it is a folder]",
 )
-@click.option("--force", is_flag=True, help="Replace the evaluation.json that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing evaluation.json.")
 @placement_options
 @click.pass_context
 def evaluate_command(ctx: click.Context, original: str, packed: str, **options: Any) -> None:
     """Compare the model PACKED with the ORIGINAL that it was made from.
 
-    Prints how far the predictions diverge on a text (KL, in nats; 0 is the same model), how often both find the same
-    next token likeliest, and the perplexity of both. Figures for different --context values are not comparable.
+    Prints how far the predictions diverge on a text (KL divergence in nats, 0 for identical models), how often the
+    most likely next token is the same, and the perplexity of both. Figures for different values of --context are not
+    comparable.
 
     \b
     Examples:
@@ -62,17 +64,18 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt --noise-floor float32
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --tasks piqa,arc_easy,arc_challenge,hellaswag,winogrande
     """
+    from rich.console import Console
     from transformers import AutoTokenizer
 
-    from ..evaluation.metrics import token_windows
-    from ..evaluation.record import check_record_folder
-    from ..files.folders import check_source
+    from hf_pcdvq.evaluation.metrics import token_windows
+    from hf_pcdvq.evaluation.record import check_record_folder
+    from hf_pcdvq.files.folders import check_source
 
     for model in (original, packed):
         check_source(model)
     tasks = [] if options["tasks"] is None else [task.strip() for task in options["tasks"].split(",")]
     if (options["task_dir"] or options["limit"]) and not tasks:
-        raise click.UsageError("--task-dir and --limit belong to --tasks", ctx)
+        raise click.UsageError("--task-dir and --limit need --tasks", ctx)
     folder = options["out"] or (Path(packed) if Path(packed).is_dir() else None)
     if folder is not None:
         check_record_folder(folder, options["force"])
@@ -93,18 +96,18 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
 
 
 def _read(file: Path | None) -> tuple[str, str]:
-    """A text and what to call it."""
-    from ..evaluation.tasks import WIKITEXT2, wikitext2
+    """A text and its name."""
+    from hf_pcdvq.evaluation.tasks import WIKITEXT2, wikitext2
 
     if file is None:
         return wikitext2(), WIKITEXT2
-    # newline="": line ends are part of the text and must not be translated.
+    # newline="" keeps line ends as they are: they are part of the text.
     with file.open(encoding="utf-8", newline="") as stream:
         return stream.read(), str(file)
 
 
 def _task_manager(tasks: list[str], folder: Path | None) -> Any:
-    from ..evaluation.tasks import task_manager
+    from hf_pcdvq.evaluation.tasks import task_manager
 
     return task_manager(tasks, folder) if tasks else None
 
@@ -117,10 +120,10 @@ def _measure(
     tasks: list[str],
     manager: Any,
 ) -> EvaluationRecord:
-    """Everything that was asked for; never more than two models are in memory."""
-    from ..evaluation.metrics import evaluate
-    from ..evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
-    from ..files.records import device_name, package_versions
+    """Measure everything that was asked for, with at most two models in memory."""
+    from hf_pcdvq.evaluation.metrics import evaluate
+    from hf_pcdvq.evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
+    from hf_pcdvq.files.records import device_name, package_versions
 
     options = ctx.params
     placement = {name: options[name] for name in ("dtype", "device_map", "trust_remote_code")}
@@ -162,11 +165,11 @@ def _run_tasks(
     original: PreTrainedModel,
     packed: PreTrainedModel,
 ) -> tuple[list[TaskScore], str]:
-    """Scores of both models, and the version of lm-eval."""
+    """The scores of both models, and the version of lm-eval."""
     import lm_eval
 
-    from ..evaluation.record import TaskScore
-    from ..evaluation.tasks import run_tasks
+    from hf_pcdvq.evaluation.record import TaskScore
+    from hf_pcdvq.evaluation.tasks import run_tasks
 
     limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
     before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
@@ -179,17 +182,13 @@ def _run_tasks(
 
 
 def _tables(record: EvaluationRecord) -> list[Table]:
-    from rich.table import Table
+    from hf_pcdvq.evaluation.tables import TASK_HEADINGS, task_rows
 
-    from ..evaluation.record import TASK_HEADINGS, task_rows
-    from ..files.size import evaluation_table
+    from .tables import evaluation_table, plain_table
 
     floor = record.noise_floor
     column = (floor.metrics, f"original, {floor.dtype}") if floor else ()
     shown = [evaluation_table(record.metrics, *column)]
     if record.tasks:
-        table = Table(*TASK_HEADINGS, title="Tasks, mean ± standard error", title_justify="left")
-        for row in task_rows(record.tasks):
-            table.add_row(*row)
-        shown.append(table)
+        shown.append(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))
     return shown

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .common import Command
 
@@ -15,13 +14,17 @@ from .common import Command
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(folder: Path, as_json: bool) -> None:
-    """Count the bits of a saved model on its files, without loading it.
+    """Count the bits of a saved model from its files, without loading it.
 
     \b
     Example:
       hf-pcdvq inspect qwen-2bit
     """
-    from ..files.size import count_folder, layer_table, left_table, size_table
+    from rich.console import Console
+
+    from hf_pcdvq.files.size import count_folder
+
+    from .tables import layer_table, left_table, size_table
 
     count = count_folder(folder)
     if as_json:

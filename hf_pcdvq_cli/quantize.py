@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from .common import (
     Command,
@@ -27,14 +26,14 @@ from .common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..calibration.settings import Calibration
-    from ..config import PackedConfig
+    from hf_pcdvq.calibration.settings import Calibration
+    from hf_pcdvq.config import PackedConfig
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    # save_pretrained would refuse it too, but only after the model has been quantized.
+    # save_pretrained would also refuse it, but only after quantization.
     if not _SHARD_SIZE.fullmatch(value):
         raise click.BadParameter(f"{value!r} is not a size like 5GB or 500MB")
     return value
@@ -54,7 +53,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     "--skip",
     multiple=True,
     metavar="PATTERN",
-    help="Leave the modules of this name, suffix or regular expression as they are. May be given several times.",
+    help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
 )
 @override_option
 @click.option(
@@ -72,23 +71,22 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     "--work-dir",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Where finished parts are kept until the end, so that an interrupted run goes on where it stopped. "
-    "[default: beside --out]",
+    help="Folder for finished parts until the end, from which an interrupted run resumes. [default: beside --out]",
 )
-@click.option("--gguf-file", metavar="NAME", help="MODEL holds this GGUF file: decode it and quantize that.")
+@click.option("--gguf-file", metavar="NAME", help="Decode and quantize this GGUF file in MODEL.")
 @click.option(
     "--max-shard-size", default="50GB", callback=_shard_size, show_default=True, help="Largest file to write."
 )
-@click.option("--force", is_flag=True, help="Replace the model that --out holds.")
+@click.option("--force", is_flag=True, help="Replace the model in --out.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @placement_options
 @click.pass_context
 def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
     """Quantize MODEL and save it with its tokenizer and a report in a folder.
 
-    The weights of all linear layers but the output head are quantized so that the layers' outputs on a calibration text
-    change least. An interrupted run, started again, goes on where it stopped. The folder appears when everything is
-    written; if anything goes wrong there is none.
+    The weights of all linear layers except the output head are quantized so that the layers' outputs on a calibration
+    text change as little as possible. An interrupted run resumes when it is started again. The folder is created only
+    when everything has been written.
 
     \b
     Examples:
@@ -96,8 +94,8 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
-    from ..calibration.store import clear
-    from ..files.folders import check_source, folder_in_place
+    from hf_pcdvq.calibration.store import clear
+    from hf_pcdvq.files.folders import check_source, folder_in_place
 
     config = _quantization_config(ctx, skip)
     check_source(model)
@@ -114,7 +112,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
     """The config that the options ask for; an option that does not belong to the setting is wrong usage."""
-    from ..config import config_of_setting
+    from hf_pcdvq.config import config_of_setting
 
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
@@ -127,7 +125,7 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
 
 def _calibration(ctx: click.Context) -> Calibration | None:
     """The calibration that the options ask for; options of it beside --no-calibration are wrong usage."""
-    from .. import Calibration
+    from hf_pcdvq import Calibration
 
     given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
     if ctx.params["all_experts"]:
@@ -146,14 +144,14 @@ def _calibration(ctx: click.Context) -> Calibration | None:
 def _quantize_into(
     folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
 ) -> bool:
-    """Quantize and save. Returns whether there was a tokenizer to save."""
+    """Quantize and save the model. Returns whether there was a tokenizer to save."""
     import torch
 
-    from ..files.provenance import Provenance, hub_name, inherited_metadata
-    from ..files.records import package_versions
-    from ..importers.gguf import dense_from_gguf
-    from ..quantize import quantize_model
-    from ..quiet import quiet
+    from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
+    from hf_pcdvq.files.records import package_versions
+    from hf_pcdvq.importers.gguf import dense_from_gguf
+    from hf_pcdvq.quantize import quantize_model
+    from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
     inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
@@ -166,11 +164,11 @@ def _quantize_into(
             model, source = dense, {}
         _refuse_quantized(model, source)
         tokenizer = _tokenizer_or_warning(model, source)
-        stack.enter_context(quiet("hf_pcdvq.quantizer"))  # its summary, which the command prints as a table
+        stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         if config.calibration is None:
             loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
         else:
-            # On the CPU: the decoder blocks travel to the accelerator one at a time.
+            # On the CPU: the decoder blocks are moved to the accelerator one at a time.
             loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
             loaded = quantize_model(loaded, tokenizer, config, work_dir=work_dir)
         loaded.save_pretrained(folder, max_shard_size=options["max_shard_size"])
@@ -198,21 +196,25 @@ def _refuse_quantized(model: str, source: dict[str, Any]) -> None:
 def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    # Some classes come up without their files, as a tokenizer of special tokens only.
-    problem = "what is there knows special tokens only"
+    # Some classes load without their files, as a tokenizer with special tokens only.
+    problem = "the tokenizer there has special tokens only"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **source)
         if len(tokenizer) > len(tokenizer.all_special_tokens):
             return tokenizer
     except (OSError, ValueError) as error:
         problem = str(error)
-    note(f"Warning: no tokenizer was found beside the model, so none is saved with it: {problem}")
+    note(f"Warning: no tokenizer was found with the model, so none is saved: {problem}")
     return None
 
 
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
-    from ..files.folders import weight_bytes
-    from ..files.size import count_folder, left_table, readable_size, size_table
+    from rich.console import Console
+
+    from hf_pcdvq.files.folders import weight_bytes
+    from hf_pcdvq.files.size import count_folder, readable_size
+
+    from .tables import left_table, size_table
 
     count = count_folder(out)
     console = Console()
@@ -226,10 +228,13 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
 
 
 def _print_comparison(out: Path) -> None:
-    """How the result compares with the original, where a calibrated run has measured it."""
-    from ..calibration.report import NAME
-    from ..evaluation.metrics import Evaluation
-    from ..files.size import evaluation_table
+    """Print how the result compares with the original, if a calibrated run measured it."""
+    from rich.console import Console
+
+    from hf_pcdvq.calibration.report import NAME
+    from hf_pcdvq.evaluation.metrics import Evaluation
+
+    from .tables import evaluation_table
 
     file = out / f"{NAME}.json"
     comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None
