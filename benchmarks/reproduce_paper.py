@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The tables of the PCDVQ and CCQ papers: perplexity at contexts of 2048 and 4096, and five zero-shot tasks.
 
-Quantizes LLaMA-2-7B, LLaMA-3-8B and Mistral-7B from the Hub with calibration, and compares each with its original in the
-same run. For the first two you must accept a license on the Hub and run `hf auth login`. Rows that are in the output file
-are not computed again; packed models are kept in --work. See docs/reproduce.md for what to expect.
+Quantizes LLaMA-2-7B, LLaMA-3-8B and Mistral-7B from the Hub with calibration, and compares each with its original in
+the same run. For the first two you must accept a license on the Hub and run `hf auth login`. Rows that are in the output
+file are not computed again; packed models are kept in --work. See docs/reproduce.md for what to expect.
 
     python benchmarks/reproduce_paper.py --out reproduction.json
     python benchmarks/reproduce_paper.py --out reproduction.json --models mistralai/Mistral-7B-v0.1 --settings "PCDVQ 2.25"

@@ -24,7 +24,8 @@ class Texts:
 
     Attributes:
         text: a text file to evaluate on; None for the WikiText-2 test text.
-        dataset: what to calibrate on: a text or .jsonl file, or a data set on the Hub; None for the text that a row names.
+        dataset: what to calibrate on: a text or .jsonl file, or a data set on the Hub; None for the text that a row
+            names.
     """
 
     text: Path | None = None
