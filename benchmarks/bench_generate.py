@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Tokens per second of a whole model, in bf16 and packed: greedy, one sequence, with a static cache.
+"""Tokens per second of a whole model, in bf16 and packed: greedy decoding, batch size 1, static cache.
 
-The model is of Llama-3-8B's shape, with random weights; packed, its layers hold random codes, since speed does not depend
+The model has the shape of Llama-3-8B and random weights; the packed layers hold random codes, since speed does not depend
 on them. On a GPU Transformers compiles both. Everything is measured in one process, bf16 first.
 
     python benchmarks/bench_generate.py
     python benchmarks/bench_generate.py --settings pcdvq-2.25 stream-2.0 --config path/to/config.json
 
-Needs transformers>=5.21. A machine without a network gets it as wheels: `pip download --no-deps -d wheels transformers`
-where there is one (for the platform and Python of that machine), and there
+Needs transformers>=5.21. For a machine without a network, run `pip download --no-deps -d wheels transformers` elsewhere
+(for the platform and Python version of that machine), copy the folder, and run there
 `pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site:.:kernels/torch-ext`.
 """
 
@@ -39,7 +39,7 @@ from hf_pcdvq.quantizer import PackedHfQuantizer
 
 CHOICES = [name for name, (method, _) in SETTINGS.items() if method != "int8"]
 DEFAULT = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.5", "stream-2.0")
-TARGET = 2.5  # of issue 5, times as fast as bf16
+TARGET = 2.5  # times as fast as bf16
 
 
 def llama_3_8b() -> LlamaConfig:
@@ -69,7 +69,7 @@ def dense_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedMod
 
 
 def packed_model(config: PreTrainedConfig, setting: str, device: torch.device) -> PreTrainedModel:
-    """The same with random codes in the layers that the setting packs."""
+    """The same model with random codes in the layers that the setting packs."""
     model, quantization = dense_model(config, device), config_of_setting(setting)
     for name in PackedHfQuantizer(quantization, pre_quantized=False).select(model):
         layer = model.get_submodule(name)
@@ -82,7 +82,7 @@ def packed_model(config: PreTrainedConfig, setting: str, device: torch.device) -
 
 
 def random_codes(codec: Codec, outputs: int, inputs: int, device: torch.device) -> Packed:
-    """Packed tensors of random bits, with small scales."""
+    """Packed tensors of a weight `[outputs, inputs]`: random bits, and small scales so that activations stay finite."""
     packed = {}
     for suffix, (shape, dtype) in codec.specs(outputs, inputs).items():
         if dtype.is_floating_point:
@@ -100,7 +100,7 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def free(device: torch.device) -> None:
-    """Give back what a model that is gone had, and what was compiled for it."""
+    """Release the memory of a deleted model, and what was compiled for it."""
     torch.compiler.reset()
     gc.collect()
     if device.type != "cpu":
@@ -138,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of a model (default: Llama-3-8B's)")
     parser.add_argument("--prompt-tokens", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--runs", type=int, default=3, help="of which the median counts (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs; the median counts (default: %(default)s)")
     add_options(parser)
     args = parser.parse_args()
     settle(parser, args, "-generate", needs_gpu=True)
@@ -168,7 +168,7 @@ def main() -> None:
         free(args.device)
     Console(width=100).print(table(rows))
     met = [row["setting"] for row in rows if row["ratio"] >= TARGET]
-    print(f"target of issue 5, {TARGET} times bf16, is met by: {', '.join(met) or 'none'}; written to {args.out}")
+    print(f"target: {TARGET} times as fast as bf16; met by {', '.join(met) or 'none'}; written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Time of the products of packed weights on a GPU, against bf16 and other projects, at the layer sizes of large models.
+"""Speed of products with packed weights on a GPU, against bf16 and other projects, at layer sizes of large models.
 
-For every layer, number of tokens and kind of weight: time per call in a CUDA graph, the rotation of the activations
-included, with weights that come from memory and not from a cache; bf16 is measured beside it in the same process. Ends
-with a table and the targets of issue 5, and draws a plot beside the file where matplotlib is installed.
+For every layer, number of tokens and kind of weight: time per call in a CUDA graph, including the rotation of the
+activations, with weights that are read from memory and not from a cache; bf16 is measured in the same process. Ends with
+a table and the performance targets, and draws a plot next to the output file if matplotlib is installed.
 
-Needs PyTorch and Triton only, and some minutes, most of them for compiling. The file is written after every layer and number
-of tokens; what it holds is not measured again, so that a run that was interrupted goes on where it stopped.
+Needs only PyTorch and Triton. Takes some minutes, most of them for compiling. The file is written after each group (one
+layer with one number of tokens); groups in the file are not measured again, so an interrupted run can be resumed.
 
     PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py
     PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py --models Llama-3-70B --tokens 1 8 --codecs "ccq-2.5"
@@ -42,14 +42,14 @@ ROTATION = 128  # the largest block of the rotation, as configs have it by defau
 
 
 def dense(outputs: int, inputs: int, seed: int, device: torch.device) -> Product:
-    """What all others are compared with."""
+    """The product that all others are compared with."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator, device=device, dtype=torch.bfloat16)
     return Product(partial(linear, weight=weight), weight.nbytes)
 
 
 def packed(codec: str, outputs: int, inputs: int, seed: int, device: torch.device) -> Product:
-    """One of ours, called as layers call it."""
+    """A product of ours, called as the layers of a model call it."""
     weight = random_packed(codec, outputs, inputs, seed, device)
     signs = torch.ones(min(ROTATION, inputs & -inputs), device=device)
     nbytes = sum(tensor.nbytes for tensor in weight if isinstance(tensor, torch.Tensor))
@@ -58,7 +58,7 @@ def packed(codec: str, outputs: int, inputs: int, seed: int, device: torch.devic
 
 
 def maker(weight: str) -> Callable[[int, int, int, torch.device], Product]:
-    """What makes products with this kind of weight."""
+    """The function that creates products with this kind of weight."""
     if weight == DENSE:
         return dense
     return PEERS[weight] if weight in PEERS else partial(packed, weight)
@@ -69,19 +69,19 @@ def activations(tokens: int, inputs: int, device: torch.device) -> torch.Tensor:
 
 
 def usable_peers(names: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """Which other projects run here, and why the others do not."""
+    """The names of other projects that run here, and for the rest the error."""
     usable, errors = [], {}
     for name in names:
         try:
             PEERS[name](128, 128, 0, device).run(activations(1, 128, device))
             usable.append(name)
-        except Exception as error:  # whatever it is, it is reported and ours are measured
+        except Exception as error:  # whatever it is, it is reported, and our own products are still measured
             errors[name] = f"{type(error).__name__}: {error}"
     return usable, errors
 
 
 def setup(device: torch.device, smoke: bool) -> dict[str, str]:
-    """What figures depend on besides the product."""
+    """What figures depend on besides the product: device, versions, hashes of the kernels and the launch configs."""
     source = Path(ops.__file__).parent
     files = sorted(source.rglob("*.py"))
     configs = tuned.file_of(device)
@@ -102,10 +102,10 @@ def digest(content: bytes) -> str:
 
 
 def opened(file: Path, device: torch.device, smoke: bool) -> Results:
-    """The results that a file holds, or none yet.
+    """The results in a file, or empty ones if it does not exist.
 
     Raises:
-        ValueError: it holds others, or was measured on another device, with other versions or kernels.
+        ValueError: the file is not one of results, or was measured on another device or with other versions or kernels.
     """
     here = setup(device, smoke)
     if not file.is_file():
@@ -124,7 +124,7 @@ def opened(file: Path, device: torch.device, smoke: bool) -> Results:
 def unmeasured(
     results: Results, layers: Iterable[Layer], tokens: Iterable[int], wanted: Iterable[str]
 ) -> Iterator[tuple[Layer, int]]:
-    """The groups that lack some of the weights that are wanted."""
+    """Yields the groups for which some of the wanted weights have not been measured."""
     for layer in layers:
         yield from ((layer, number) for number in tokens if not set(wanted) <= set(results.times(layer, number)))
 
@@ -140,7 +140,7 @@ def compile_all(groups: list[tuple[Layer, int]], codecs: list[str], device: torc
         try:
             for number, task in enumerate(as_completed(tasks), 1):
                 error = task.result()
-                if error is not None:  # measuring it will fail as well, and note the error
+                if error is not None:  # measuring it will fail as well, and record the error
                     print(f"cannot run {tasks[task]}: {error}", flush=True)
                 if number % 50 == 0 or number == len(tasks):
                     print(f"compiled {number} of {len(tasks)} products", flush=True)
@@ -149,9 +149,9 @@ def compile_all(groups: list[tuple[Layer, int]], codecs: list[str], device: torc
 
 
 def run_once(codec: str, outputs: int, inputs: int, tokens: int, device: torch.device) -> str | None:
-    """Run a product; what went wrong, if something did, in words, because not every exception can leave its process."""
+    """Run a product; returns its error, if any, as text: not every exception can be passed between processes."""
     choose_backend(device)
-    try:  # the sum is fetched, so that errors of the device show here
+    try:  # .item() waits for the device, so its errors are raised here
         packed(codec, outputs, inputs, 0, device).run(activations(tokens, inputs, device)).sum().item()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -159,7 +159,7 @@ def run_once(codec: str, outputs: int, inputs: int, tokens: int, device: torch.d
 
 
 def choose_backend(device: torch.device) -> None:
-    """On a GPU, kernels that are missing are an error: nothing else is to be measured in their place."""
+    """On a GPU, missing kernels are an error: a fallback must not be measured in their place."""
     ops.set_backend("auto" if device.type == "cpu" else "triton")
 
 
@@ -188,7 +188,7 @@ def measure(weights: Weights, tokens: int, names: list[str], copy_rate: float) -
         try:
             products = weights[name]
             seconds = timing.seconds_per_call([partial(product.run, x) for product in products], weights.device)
-        except Exception as error:  # noted in the file and the table; the others are measured
+        except Exception as error:  # recorded in the file and the table; the others are still measured
             if name == DENSE:
                 raise
             rows.append(row(error=f"{type(error).__name__}: {error}"))
@@ -207,7 +207,7 @@ def measure_all(
     for number, (layer, tokens) in enumerate(groups, 1):
         if weights is None or weights.layer != layer:
             weights = Weights(layer, args.device, args.smoke)
-        # Rows of an earlier run of this group would be compared with its bf16, so they are measured again.
+        # Rows of this group from an earlier run are measured again: all ratios must be to the same bf16 run.
         names = list({**dict.fromkeys(wanted), **results.times(layer, tokens)})  # bf16 is the first that is wanted
         rows = measure(weights, tokens, names, results.copy_rate)
         results.replace(rows)
@@ -245,9 +245,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME", help=f"{', '.join(PEERS)}; or none"
     )
-    parser.add_argument("--jobs", type=int, help="processes that compile (default: one per core, up to 16; 0: none)")
     parser.add_argument(
-        "--plot-only", action="store_true", help="print and draw what the file holds, measure nothing"
+        "--jobs",
+        type=int,
+        help="processes for compiling (default: one per core, up to 16; 0: compile while measuring)",
+    )
+    parser.add_argument(
+        "--plot-only", action="store_true", help="print and plot what is in the file, measure nothing"
     )
     args = parser.parse_args()
     settle(parser, args, "", needs_gpu=not args.plot_only)
@@ -261,7 +265,7 @@ def arguments() -> argparse.Namespace:
 
 @torch.inference_mode()
 def run(results: Results, args: argparse.Namespace) -> None:
-    """Measure what the results lack."""
+    """Measure what is missing in the results."""
     choose_backend(args.device)
     peers, results.unavailable = usable_peers(args.peers, args.device)
     layers = SMOKE_LAYERS if args.smoke else [layer for layer in LAYERS if layer.model in args.models]
@@ -283,7 +287,7 @@ def main() -> None:
         try:
             run(results, args)
         except KeyboardInterrupt:
-            sys.exit(f"\nstopped; {args.out} keeps what was measured, and the same command goes on")
+            sys.exit(f"\nstopped; {args.out} keeps what was measured, and the same command continues from there")
     show(results, args.out)
     failed = [row for row in own_rows(results.rows) if row.error is not None]
     if failed:

@@ -1,4 +1,4 @@
-"""What benchmarks/bench_kernels.py and benchmarks/bench_generate.py ask alike: where to run, and where to write."""
+"""Options that benchmarks/bench_kernels.py and benchmarks/bench_generate.py share: where to run, and where to write."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --device, --out and --smoke."""
     parser.add_argument("--device", type=torch.device, help="cuda, cuda:1, xpu, ... (default: the accelerator)")
     parser.add_argument("--out", type=Path, help="JSON file, or a folder for it (default: benchmarks/results)")
-    parser.add_argument("--smoke", action="store_true", help="tiny and on the CPU, to see that it works; needs --out")
+    parser.add_argument("--smoke", action="store_true", help="a tiny test run on the CPU; needs --out")
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace, ending: str, needs_gpu: bool) -> None:
-    """Fill in `device` and `out`, whose file is called like the device, and refuse what cannot be."""
+    """Fill in `args.device` and `args.out`, whose file is named after the device; exit if they cannot work.
+
+    Args:
+        parser: reports the error.
+        args: the parsed arguments, which are changed.
+        ending: follows the device's name in the file name.
+        needs_gpu: whether to refuse the CPU.
+    """
     if args.device is None:
         has_gpu = torch.accelerator.is_available() and not args.smoke
         args.device = torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Products of other projects, for benchmarks/bench_kernels.py. Each is imported only where it is measured."""
+"""Products of other projects, for benchmarks/bench_kernels.py. Each project is imported only when it is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Product(NamedTuple):
-    """`run(x)` is `x @ W.T` for a weight of its own, which takes `nbytes`."""
+    """`run(x)` returns `x @ W.T` for x `[n, in]` and a weight W `[out, in]` that takes `nbytes` bytes."""
 
     run: Callable[[Tensor], Tensor]
     nbytes: int
@@ -28,7 +28,7 @@ def bitsandbytes_nf4(outputs: int, inputs: int, seed: int, device: torch.device)
 
 
 def gemlite_2bit(outputs: int, inputs: int, seed: int, device: torch.device) -> Product:
-    """2-bit integers in groups of 64 with a scale and a zero each, 2.5 bits per weight."""
+    """2-bit integers in groups of 64, each with a scale and a zero point, 2.5 bits per weight."""
     from gemlite import DType, GemLiteLinear
 
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What scripts/bench_kernels.py measured: its file, and the table, targets and plot that are made of it."""
+"""The results of benchmarks/bench_kernels.py: their file, and the table, targets and plot made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DENSE = "bf16"
 
 
 class Layer(NamedTuple):
-    """A size of layer, and how many of them a block of the model has."""
+    """A layer size, and how many layers of this size a block of the model has."""
 
     model: str
     name: str
@@ -39,24 +39,24 @@ LAYERS = (
 )
 SMOKE_LAYERS = (Layer("smoke", "up", 256, 128, 2), Layer("smoke", "down", 128, 256, 1))
 
-# Issue 5, on an H200. Over the layers of a block, one token:
+# Least speed on an H200, as a multiple of bf16's. Over the layers of a block, one token:
 TARGET_MODEL = "Llama-3-70B"
 TARGETS = {"pcdvq-2.0": 3.0, "pcdvq-2.25": 3.0, "ccq-2.5": 3.5, "stream-2.0": 2.5}
-# ... and for every layer by itself, over a range of tokens:
+# ... and for each single layer, over a range of tokens:
 LEAST = ((range(1, 65), 1.0), (range(2048, 2049), 0.8))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One product: a layer with one kind of weight, and so many tokens.
+    """One product: a layer, a kind of weight and a number of tokens.
 
     Attributes:
-        weight: "bf16", a codec of ours, or another project's.
-        nbytes: of the weight.
-        seconds: of a call; None if it failed.
-        ratio: the seconds of bf16 by these, measured one after the other.
-        bytes_per_second: of the weight, read once a call.
-        copy_share: of the rate of a copy within the memory.
+        weight: "bf16", one of our formats, or the name of another project.
+        nbytes: size of the weight.
+        seconds: time per call; None if it failed.
+        ratio: speed relative to bf16, which is measured right before.
+        bytes_per_second: bytes of the weight, which is read once per call, over time.
+        copy_share: `bytes_per_second` as a fraction of the rate of a copy within device memory.
         error: why it failed.
     """
 
@@ -76,18 +76,18 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, int]:
-        """What is measured together."""
+        """Key of the rows that are measured together."""
         return self.model, self.layer, self.tokens
 
 
 @dataclass
 class Results:
-    """A file of results.
+    """The content of a file of results.
 
     Attributes:
-        setup: device, versions and launch configs; rows of different ones are not mixed.
-        copy_rate: bytes per second, read and written together, of a copy within the device's memory.
-        unavailable: other projects that cannot run here, with the error.
+        setup: device, versions and launch configs; rows measured with different ones are not mixed.
+        copy_rate: bytes per second, read and written together, of a copy within device memory.
+        unavailable: for each other project that cannot run here the error.
     """
 
     setup: dict[str, str]
@@ -97,7 +97,7 @@ class Results:
 
     @classmethod
     def read(cls, file: Path) -> Results:
-        """Raises ValueError, with the file named, for one that `write` did not write."""
+        """Raises ValueError, which names the file, if `write` did not write it."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
@@ -112,30 +112,30 @@ class Results:
 
     def write(self, file: Path) -> None:
         """Write the file whole or not at all."""
-        content = {"format": FORMAT, "command": "python scripts/bench_kernels.py", **asdict(self)}
+        content = {"format": FORMAT, "command": "python benchmarks/bench_kernels.py", **asdict(self)}
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
 
     def times(self, layer: Layer, tokens: int) -> dict[str, Row]:
-        """What was measured of a group, by kind of weight."""
+        """The rows of a group that did not fail, by kind of weight."""
         group = (layer.model, layer.name, tokens)
         return {row.weight: row for row in self.rows if row.group == group and row.seconds is not None}
 
     def replace(self, rows: list[Row]) -> None:
-        """Put the rows of a group in place of its old ones."""
+        """Replace the rows of a group."""
         self.rows = [row for row in self.rows if row.group != rows[0].group] + rows
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layers of all models of which there are rows."""
+        """All layers of the models that have rows."""
         models = {row.model for row in self.rows}
         return tuple(layer for layer in (*LAYERS, *SMOKE_LAYERS) if layer.model in models)
 
     def speedups(self, model: str) -> dict[str, dict[int, float]]:
-        """By kind of weight and tokens, how much faster than bf16 the layers of a block are, one after the other.
+        """For each kind of weight and number of tokens: the speed of all layers of a block relative to bf16.
 
-        Nothing where one of the layers is missing.
+        Only where all layers of the block were measured.
         """
         layers = [layer for layer in self.layers if layer.model == model]
         found: dict[str, dict[int, float]] = {}
@@ -149,7 +149,7 @@ class Results:
 
 
 def table(results: Results) -> str:
-    """Speed against bf16, model by model, and what happened to the rest."""
+    """Speed relative to bf16 for each model, and the errors of what could not be measured."""
     lines = [", ".join(f"{name} {value}" for name, value in results.setup.items())]
     lines.append(f"copy rate {results.copy_rate / 1e12:.2f} TB/s, read and written")
     for model in dict.fromkeys(layer.model for layer in results.layers):
@@ -171,13 +171,13 @@ def table(results: Results) -> str:
 
 
 def _shares(results: Results, model: str, weight: str) -> str:
-    """Of every layer of a model, the share of the copy rate that it reaches with one token."""
+    """For each layer of a model, the share of the copy rate that it reaches with one token."""
     rows = [row for row in results.rows if (row.model, row.weight, row.tokens) == (model, weight, 1)]
     return "  ".join(f"{row.layer} {row.copy_share:.0%}" for row in rows if row.copy_share is not None)
 
 
 def targets(results: Results) -> Iterator[tuple[str, float | None, float]]:
-    """Every target of the issue in words, what was measured, None for nothing, and the least that it should be."""
+    """Yields for each target its description, the measured figure (None if there is none), and the least it should be."""
     speedups = results.speedups(TARGET_MODEL) if any(row.model == TARGET_MODEL for row in results.rows) else {}
     for weight, least in TARGETS.items():
         yield f"{weight}, 1 token, a block of {TARGET_MODEL}", speedups.get(weight, {}).get(1), least
@@ -193,13 +193,13 @@ def targets(results: Results) -> Iterator[tuple[str, float | None, float]]:
 
 
 def own_rows(rows: Iterable[Row]) -> Iterator[Row]:
-    """Those of our codecs."""
+    """The rows of our own formats."""
     return (row for row in rows if row.weight in FORMATS)
 
 
 def target_lines(results: Results) -> str:
-    """Which targets are met."""
-    lines = [f"Targets of issue 5, set for an H200; measured on {results.setup['device']}:"]
+    """Whether each target is met, as text."""
+    lines = [f"Targets, set for an H200; measured on {results.setup['device']}:"]
     for words, found, least in targets(results):
         verdict = "not measured" if found is None else "met" if found >= least else "MISSED"
         figure = "" if found is None else f"{found:.2f}, "
@@ -208,7 +208,7 @@ def target_lines(results: Results) -> str:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Speed against bf16 over the number of tokens, one panel per model. Needs matplotlib."""
+    """Plot speed relative to bf16 over the number of tokens, one panel per model. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

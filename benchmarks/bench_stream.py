@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Encoding of CCQ's stream layout: weights per second, compiled against PyTorch, and the squared error that is left.
+"""Encoding of CCQ's stream layout: weights per second of the compiled search and of PyTorch's, and the squared error.
 
-Both searches run in the same process on the same normal weights, in turn; the figures are the best of three rounds each.
+Both searches run in the same process on the same normally distributed weights; the figures are the best of three rounds.
 
     python benchmarks/bench_stream.py --out benchmarks/results/stream_encoder.json
 """
@@ -42,7 +42,7 @@ def best_time(function: Callable[[], Any]) -> float:
 
 
 def measure(bits: float, window: int, weight: torch.Tensor, share: int) -> dict[str, Any]:
-    """One setting; the slow reference searches only every `share`-th column."""
+    """One setting; the reference search is slow and gets only every `share`-th column."""
     codec = StreamCodec(0, 0, bits, window)
     encoder = codec.unit_encoder(weight)
     targets = (weight / (encoder.scale[:, None] * DEVIATION)).T.contiguous()

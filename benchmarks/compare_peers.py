@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
-"""Our formats beside other projects', on the same model, data and harness: quality against counted bits.
+"""Our formats and other projects' on the same model, data and evaluation: quality against counted bits.
 
-Every peer is installed into an environment of its own with the same PyTorch, quantizes SmolLM2-135M there
-(benchmarks/peers/with_*.py), and hands back the decoded weights, which are measured here by the protocol of
-benchmarks/quality.py. A peer that cannot be installed or run is listed with its error. Rows that the output file holds already
-are not computed again; those with an error are tried again.
+Every peer is installed into an environment of its own with the same PyTorch, quantizes SmolLM2-135M-Instruct there
+(benchmarks/peers/with_*.py), and writes the decoded weights, which are evaluated here by the protocol of
+benchmarks/quality.py. A peer that cannot be installed or run is listed with its error. Rows that are in the output file
+are not computed again, except those with an error.
+
+Texts are found as in benchmarks/quality.py; our own rows are shown beside the peers' only where the texts are the same.
 
     python benchmarks/compare_peers.py --out benchmarks/results/peers_smollm2.json                 # hours
     python benchmarks/compare_peers.py --out benchmarks/results/peers_smollm2.json --only HQQ --only Q2_K
     python benchmarks/compare_peers.py --out benchmarks/results/peers_smollm2.json --table         # table and plot only
+    python benchmarks/compare_peers.py --out mine.json --only HQQ --text mine.txt --dataset other.txt
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from texts import CALIBRATION, WIKITEXT2, Texts, add_text_options, read_results, texts_of
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -41,12 +46,12 @@ from hf_pcdvq.files.records import write_text
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = Path(__file__).resolve().parent / "peers"
 OURS = ROOT / "benchmarks" / "results" / "quality_smollm2.json"
-TEXT, SAMPLES, LENGTH = "wikitext2_train", 128, 1024  # calibration
-IMPORTANCE_SAMPLES = 32  # windows of these for llama.cpp's importance matrix
+SAMPLES, LENGTH = 128, 1024  # calibration windows, tokens per window
+IMPORTANCE_SAMPLES = 32  # how many of these windows llama.cpp's importance matrix is computed on
 
 
 class Peer(NamedTuple):
-    """One row: what a peer is asked for. Rows with the same adapter share an environment."""
+    """One row: a peer with options. Rows with the same adapter share an environment."""
 
     name: str
     adapter: str
@@ -83,11 +88,15 @@ PEERS = [
 
 
 class PeerError(Exception):
-    """A peer could not be installed or run; the message ends in what it said itself."""
+    """A peer could not be installed or run; the message ends with the last lines of its output."""
 
 
 def run(command: list[Any], log: Path, timeout: float, what: str) -> None:
-    """Run a command with its output in `log`."""
+    """Run a command with its output in `log`.
+
+    Raises:
+        PeerError: it failed, or took longer than `timeout` seconds.
+    """
     with log.open("w") as stream:
         try:
             subprocess.run(list(map(str, command)), stdout=stream, stderr=stream, check=True, timeout=timeout)
@@ -99,7 +108,11 @@ def run(command: list[Any], log: Path, timeout: float, what: str) -> None:
 
 
 def environment(peer: Peer, work: Path, timeout: float) -> Path:
-    """The Python of the peer's environment, made and filled if need be."""
+    """The Python of the peer's environment, which is created if it does not exist.
+
+    Raises:
+        PeerError: the installation failed.
+    """
     folder = work / "environments" / peer.adapter
     stamp = folder / ".installed"
     python = folder / "bin" / "python"
@@ -113,36 +126,36 @@ def environment(peer: Peer, work: Path, timeout: float) -> Path:
     return python
 
 
-def prepare(work: Path, reference: quality.Reference) -> Path:
+def prepare(work: Path, reference: quality.Reference, texts: Texts) -> Path:
     """The folder that adapters read: model, names of weights, calibration tokens, and mean squares of the inputs.
 
-    One that an earlier run has made is taken again: it depends on nothing but the model and the calibration text.
+    It depends on nothing but the model and the calibration text, so that of an earlier run is used again.
     """
-    source = work / "source"
-    if (source / "inputs.safetensors").is_file():  # which is written last
+    name = texts.calibration_name(CALIBRATION)
+    source = work / f"source-{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}"
+    if (source / "inputs.safetensors").is_file():  # written last
         return source
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir()
     shutil.copytree(reference.folder, source / "model")
-    model = reference.widened(reference.load())
+    model = reference.upcast(reference.load())
     layers = decoder_layers(model)
     (source / "layers.json").write_text(json.dumps([f"{name}.weight" for name in layers]))
-    text = quality.SHARED / "calibration" / f"{TEXT}.txt"
-    tokens = read_windows(text, reference.tokenizer, SAMPLES, LENGTH, seed=0)
+    tokens = read_windows(texts.calibration_data(CALIBRATION), reference.tokenizer, SAMPLES, LENGTH, seed=0)
     save_file({"tokens": tokens}, source / "tokens.safetensors")
     save_file(mean_squares(model, layers, tokens[:IMPORTANCE_SAMPLES]), source / "inputs.safetensors")
     return source
 
 
 def decoder_layers(model: PreTrainedModel) -> list[str]:
-    """Names of all linear layers but the output head: what our own rows pack."""
+    """Names of all linear layers except the output head: the layers that our own rows quantize."""
     head = model.get_output_embeddings()
     return [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
 
 
 @torch.inference_mode()
 def mean_squares(model: PreTrainedModel, layers: list[str], tokens: Tensor) -> dict[str, Tensor]:
-    """Per weight the mean square of each of its inputs, float32 `[in]`: llama.cpp's importance matrix."""
+    """For each weight the mean square of each of its inputs, float32 `[in]`: llama.cpp's importance matrix."""
     sums = {f"{name}.weight": torch.zeros(model.get_submodule(name).in_features) for name in layers}
 
     def hook(name):
@@ -171,8 +184,8 @@ def measure(peer: Peer, source: Path, reference: quality.Reference, args: argpar
             return {"peer": peer.name, "options": peer.options, "error": str(error)}
         seconds = time.perf_counter() - start
         count = json.loads((out / "count.json").read_text())
-        model = reference.widened(AutoModelForCausalLM.from_pretrained(out))
-        logits = quality._logits(model, reference.windows)
+        model = reference.upcast(AutoModelForCausalLM.from_pretrained(out))
+        logits = quality.window_logits(model, reference.windows)
         result = compare_logits(zip(reference.logits(), logits), reference.windows)
     return {
         "peer": peer.name,
@@ -185,10 +198,12 @@ def measure(peer: Peer, source: Path, reference: quality.Reference, args: argpar
 
 
 def own_rows() -> list[dict[str, Any]]:
-    """The rows of benchmarks/quality.py with default options and the most text, one of each setting."""
+    """The rows of benchmarks/quality.py with default options; for each setting the one with most calibration windows."""
     rows = json.loads(OURS.read_text(encoding="utf-8"))["rows"]
     plain = [
-        row for row in rows if row["row"] == f"{row['setting']}, {TEXT}, {row['calibration']['samples']} windows"
+        row
+        for row in rows
+        if row["row"] == f"{row['setting']}, {CALIBRATION}, {row['calibration']['samples']} windows"
     ]
     best: dict[str, dict[str, Any]] = {}
     for row in sorted(plain, key=lambda row: row["calibration"]["samples"]):
@@ -201,14 +216,15 @@ def point(row: dict[str, Any], series: str) -> Point:
     return Point(row["peer"], row["bits_counted"], *figures, series)
 
 
-def show(file: Path, rows: list[dict[str, Any]]) -> None:
+def show(file: Path, rows: list[dict[str, Any]], text: str, calibration_text: str) -> None:
     """Print the table and draw the plot beside the file."""
-    ours = own_rows()
+    ours = own_rows() if (text, calibration_text) == (WIKITEXT2, CALIBRATION) else []
+    measured = [*ours, *(row for row in rows if "error" not in row)]
     points = [point(row, "hf_pcdvq") for row in ours]
     points += [point(row, "other projects") for row in rows if "error" not in row]
     points.sort(key=lambda point: point.kl_mean)
-    originals = {"SmolLM2-135M-Instruct": ours[0]["perplexity_original"]}
-    title = f"SmolLM2-135M-Instruct, WikiText-2 test, {quality.WINDOWS} windows of {quality.CONTEXT} tokens"
+    originals = {"SmolLM2-135M-Instruct": measured[0]["perplexity_original"]} if measured else {}
+    title = f"SmolLM2-135M-Instruct, {text}, {quality.WINDOWS} windows of {quality.CONTEXT} tokens"
     table = Table(*HEADINGS, title=title, title_justify="left")
     for cells in point_rows(points, originals):
         table.add_row(*cells)
@@ -217,48 +233,67 @@ def show(file: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "error" in row:
             console.print(f"{row['peer']}: {row['error']}", markup=False)
-    plot_quality(points, originals, title, file.with_suffix(".png"))
+    if points:
+        plot_quality(points, originals, title, file.with_suffix(".png"))
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
+def write(file: Path, rows: list[dict[str, Any]], texts: Texts) -> None:
+    name = texts.calibration_name(CALIBRATION)
     content = {
         "model": "SmolLM2-135M-Instruct (Q4_1 decoded to bf16)",
-        "protocol": f"that of benchmarks/quality.py; calibration on {SAMPLES} windows of {LENGTH} tokens of {TEXT}, seed 0",
+        "text": texts.evaluation_name,
+        "calibration_text": name,
+        "protocol": f"that of benchmarks/quality.py; calibration on {SAMPLES} windows of {LENGTH} tokens of {name}, seed 0",
         "command": "python benchmarks/compare_peers.py",
         "rows": rows,
     }
     write_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def run_all(peers: list[Peer], args: argparse.Namespace, texts: Texts, rows: list[dict[str, Any]]) -> None:
+    """Measure peers; put the row of each into `rows`, in place of an older one, and write the file after it."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        try:
+            reference = quality.Reference(Path(folder), texts)
+            source = prepare(args.work, reference, texts)
+        except (ImportError, OSError, ValueError) as error:
+            sys.exit(f"compare_peers.py: {error}")
+        for peer in peers:
+            row = measure(peer, source, reference, args)
+            rows[:] = [other for other in rows if other["peer"] != peer.name] + [row]
+            write(args.out, rows, texts)
+            print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that are in it are kept")
     parser.add_argument(
         "--work", type=Path, default=ROOT / ".peers", help="environments and logs (default: %(default)s)"
     )
     parser.add_argument("--only", action="append", metavar="TEXT", help="rows whose name contains this; repeatable")
-    parser.add_argument("--timeout", type=float, default=7200, help="seconds for each step of a peer")
+    add_text_options(parser)
+    parser.add_argument(
+        "--timeout", type=float, default=7200, help="seconds for each step of a peer (default: %(default)s)"
+    )
     parser.add_argument("--table", action="store_true", help="print and plot the rows of the file, compute nothing")
-    parser.add_argument("--timed", action="store_true", help="nothing else runs on this machine: note the seconds")
+    parser.add_argument("--timed", action="store_true", help="nothing else runs on this machine: record the seconds")
     args = parser.parse_args()
     args.work = args.work.resolve()
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
-    wanted = [peer for peer in PEERS if not args.only or any(text in peer.name for text in args.only)]
+    texts = texts_of(parser, args)
+    names = {"text": texts.evaluation_name, "calibration_text": texts.calibration_name(CALIBRATION)}
+    content = read_results(args.out, None if args.table else names)
+    rows = content["rows"]
+    if args.table:
+        show(args.out, rows, content["text"], content["calibration_text"])
+        return
     done = {row["peer"] for row in rows if "error" not in row}
+    wanted = [peer for peer in PEERS if not args.only or any(part in peer.name for part in args.only)]
     wanted = [peer for peer in wanted if peer.name not in done]
-    if wanted and not args.table:
-        if not quality.SHARED.is_dir():
-            sys.exit(f"{quality.SHARED} is missing: it holds WikiText-2 and the calibration text")
-        args.work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.work) as folder:
-            reference = quality.Reference(Path(folder))
-            source = prepare(args.work, reference)
-            for peer in wanted:
-                row = measure(peer, source, reference, args)
-                rows = [other for other in rows if other["peer"] != peer.name] + [row]
-                write(args.out, rows)
-                print(json.dumps(row), flush=True)
-    show(args.out, rows)
+    if wanted:
+        run_all(wanted, args, texts, rows)
+    show(args.out, rows, *names.values())
 
 
 if __name__ == "__main__":

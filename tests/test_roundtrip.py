@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from new_process import reloaded_logits
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
@@ -27,7 +28,7 @@ SETTINGS = {
 IDS = torch.arange(3, 40)[None]
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.fixture(params=SETTINGS)
 def setting(request):
     return request.param
 
@@ -41,6 +42,21 @@ def quantize(folder, config, **options):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
 
 
+@pytest.fixture(scope="module")
+def models(tiny_model_dir):
+    """The packed tiny model of every setting. Shared: do not change them."""
+    return {setting: quantize(tiny_model_dir, config) for setting, config in SETTINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def reloaded(models, tmp_path_factory):
+    """The logits of the same models, saved and loaded again in a new process."""
+    folder = tmp_path_factory.mktemp("saved")
+    for setting, model in models.items():
+        model.save_pretrained(folder / setting)
+    return dict(zip(models, reloaded_logits([folder / setting for setting in models], IDS)))
+
+
 @pytest.fixture
 def packed_dir(tiny_model_dir, tmp_path):
     """A packed folder of the default setting, with the logits that it must give."""
@@ -50,29 +66,21 @@ def packed_dir(tiny_model_dir, tmp_path):
     return tmp_path / "packed", logits(model)
 
 
-def test_saved_and_reloaded_in_a_new_process_gives_identical_logits(tiny_model_dir, setting, tmp_path):
-    model = quantize(tiny_model_dir, setting)
-    model.save_pretrained(tmp_path / "packed")
-    code = (
-        "import sys, torch, hf_pcdvq; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "with torch.inference_mode(): torch.save(model(torch.arange(3, 40)[None]).logits, sys.argv[2])\n"
-    )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "packed", tmp_path / "logits.pt"], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+def test_saved_and_reloaded_in_a_new_process_gives_identical_logits(models, reloaded, setting):
+    assert torch.equal(reloaded[setting], logits(models[setting]))
 
 
-def test_decoder_layers_are_packed_and_the_head_is_not(tiny_model_dir, setting):
-    model = quantize(tiny_model_dir, setting)
+def test_decoder_layers_are_packed_and_the_head_is_not(models, setting):
+    model = models[setting]
     assert isinstance(model.model.layers[1].mlp.down_proj, QuantLinear)
     assert type(model.lm_head) is nn.Linear
-    assert model.is_quantized and model.quantization_method == setting.method
+    assert model.is_quantized and model.quantization_method == SETTINGS[setting].method
 
 
-def test_quantized_weights_resemble_the_original(tiny_model_dir, setting):
+def test_quantized_weights_resemble_the_original(tiny_model_dir, models, setting):
     """Relative squared error of the decoded weights: 0.12 is what a 2-bit scalar quantizer leaves."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_model_dir).model.layers
-    packed = quantize(tiny_model_dir, setting).model.layers
+    packed = models[setting].model.layers
     for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
         weight = dense[0].get_submodule(name).weight.float()
         decoded = packed[0].get_submodule(name).dequantize(torch.float32).weight
@@ -80,11 +88,12 @@ def test_quantized_weights_resemble_the_original(tiny_model_dir, setting):
 
 
 def test_dequantize_in_memory_and_on_load(tiny_model_dir, setting, tmp_path):
-    model = quantize(tiny_model_dir, setting, dtype=torch.float32)
+    config = SETTINGS[setting]
+    model = quantize(tiny_model_dir, config, dtype=torch.float32)
     expected = logits(model)
     model.save_pretrained(tmp_path / "packed")
     with pytest.warns(UserWarning, match="loading attributes"):
-        loaded = quantize(tmp_path / "packed", type(setting)(dequantize=True), dtype=torch.float32)
+        loaded = quantize(tmp_path / "packed", type(config)(dequantize=True), dtype=torch.float32)
     for dense in (model.dequantize(), loaded):
         assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
         assert not hasattr(dense.config, "quantization_config")
@@ -218,6 +227,6 @@ def test_static_cache_generates_the_same(packed_dir):
     assert torch.equal(static, model.generate(IDS, **options))
 
 
-def test_quantizing_twice_gives_the_same_model(tiny_model_dir, setting):
-    first, second = (quantize(tiny_model_dir, setting).state_dict() for _ in range(2))
+def test_quantizing_twice_gives_the_same_model(tiny_model_dir, models, setting):
+    first, second = models[setting].state_dict(), quantize(tiny_model_dir, SETTINGS[setting]).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the folder that Hugging Face's library `kernels` loads: the package of kernels/ once per backend, with metadata.
+"""Build the folder that Hugging Face's library `kernels` loads: the package in kernels/ once per backend, with metadata.
 
     python tools/build_kernel_repo.py --out kernel-repo
     python -c "from pathlib import Path; from kernels import get_local_kernel; get_local_kernel(Path('kernel-repo'))"
     hf upload ORGANIZATION/hf-pcdvq-kernels kernel-repo . --repo-type kernel --revision v1
 
-All that is in it is Python, so that nothing is compiled. What the variants hold is the same; the library takes the one
-whose name has the backend of the installed PyTorch. Each is imported under the `id` in its metadata.json, which changes
-whenever a file does, and its ops lie in a namespace of that name: several versions can be loaded in one process.
+The package is pure Python, so nothing is compiled. All variants have the same content; the library takes the one named
+after the backend of the installed PyTorch. Each is imported under the `id` in its metadata.json, which changes whenever a
+file does, and registers its ops in a namespace of that name, so several versions can be loaded in one process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SOURCE = ROOT / "kernels"
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """For every file in a folder, by its path there, its SHA-256 in base64."""
+    """The SHA-256, in base64, of every file in a folder, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         file.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(file.read_bytes()).digest()).decode()
@@ -57,10 +57,10 @@ def add_variant(build: Path, backend: str, general: dict[str, Any]) -> None:
 
 
 def check_target(out: Path, name: str) -> None:
-    """Refuse a folder with anything but an older result in it.
+    """Refuse a folder that contains anything but an earlier build.
 
     Raises:
-        FileExistsError: it is a file, or holds something else.
+        FileExistsError: `out` is a file, or a folder that contains something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -71,14 +71,14 @@ def check_target(out: Path, name: str) -> None:
         or any(metadata.get("name") != name for metadata in made)
         or names != {"LICENSE", "README.md", "build"}
     ):
-        raise FileExistsError(f"{out} holds something else than an older build of {name}; choose another folder")
+        raise FileExistsError(f"{out} holds something else than an earlier build of {name}; choose another folder")
 
 
 def build_repository(out: Path) -> None:
-    """Write the folder `out`, or replace an older one, when all of it is there.
+    """Write the folder `out`, or replace an earlier build, once everything is complete.
 
     Raises:
-        FileExistsError: `out` is a file, or a folder with something else in it.
+        FileExistsError: `out` is a file, or a folder that contains something else.
     """
     general = tomllib.loads((SOURCE / "build.toml").read_text(encoding="utf-8"))["general"]
     out = out.resolve()

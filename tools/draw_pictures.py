@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The two pictures of docs/how_it_works.md, drawn from the codecs themselves.
+"""Draw the two pictures of docs/how_it_works.md from the codecs themselves.
 
 python tools/draw_pictures.py        # writes docs/images/polar.png and docs/images/windows.png
 """
@@ -30,7 +30,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def draw_polar(file: Path) -> None:
-    """PCDVQ: direction and magnitude apart, signs folded away, levels of the magnitude."""
+    """PCDVQ: direction and magnitude quantized separately, signs folded away, levels of the magnitude."""
     made = figure(14, 4.8)
     plane, folded, levels = made.subplots(1, 3)
     _directions(plane)
@@ -95,7 +95,7 @@ def _levels(axes: Axes) -> None:
 
 
 def draw_windows(file: Path) -> None:
-    """CCQ: overlapping windows in a word, windows over a ring, and the values that a hash makes of them."""
+    """CCQ: overlapping windows in a word, windows over a ring, and the values that a hash maps them to."""
     made = figure(14, 7.5)
     grid = made.add_gridspec(2, 2, width_ratios=(1.7, 1), height_ratios=(1, 1.5))
     upper, lower, values = (made.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))

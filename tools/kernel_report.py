@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What the compiler makes of every Triton kernel: registers, spills, shared memory, instructions per decoded weight.
+"""Compile every Triton kernel and report registers, spills, shared memory and instructions per decoded weight.
 
-Needs no GPU. Every kernel is compiled as it is launched by default for a layer of 8192 x 8192 on an H100. The first run
-takes some twenty minutes on two cores; Triton caches what it compiled, so a run that was interrupted goes on there.
+Needs no GPU. Every kernel is compiled with its default launch config for a layer of 8192 x 8192 on an H100. The first run
+takes some twenty minutes on two cores; Triton caches compiled kernels, so an interrupted run can be resumed.
 
     python tools/kernel_report.py --json benchmarks/results/kernel_report.json
     python tools/kernel_report.py --target sm_90 --kernel "stream-2.0" --kernel rotation
@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 
 def chosen(parts: list[str]) -> list[str]:
-    """Names of the kernels that contain one of these texts; all of them without any."""
+    """Names of the kernels that contain one of `parts`, or all names if it is empty; exits if there is no such kernel."""
     names = [name for name in compiled.variants() if not parts or any(part in name for part in parts)]
     if not names:
-        raise SystemExit(f"no kernel is called like {parts}; there are: {'; '.join(compiled.variants())}")
+        raise SystemExit(f"no kernel has a name like {parts}; there are: {'; '.join(compiled.variants())}")
     return names
 
 
@@ -46,7 +46,7 @@ def report(names: list[str], targets: list[str], jobs: int) -> list[dict[str, An
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows, with what should not be there in red."""
+    """The rows as a table, spills in red."""
     made = Table("kernel", title="instructions: SASS instructions per decoded weight in the main loop")
     for name in ("target", "warps", "registers", "spills", "shared bytes", "instructions"):
         made.add_column(name, justify="right")
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)"
+        "--jobs", type=int, default=os.cpu_count(), help="processes for compiling (default: %(default)s)"
     )
     args = parser.parse_args()
     if args.json is not None and not args.json.absolute().parent.is_dir():

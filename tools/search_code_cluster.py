@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Search the linear map from byte to code word (CCQ layout 2.0625) that suits normal weights best.
+"""Search the linear map from bytes to code words (CCQ layout 2.0625) that is best for normally distributed weights.
 
-A pair (code_scale, code_zero) picks 256 of the 32768 code words. Random pairs are compared by the mean squared error
-that they leave on standard normal weights in groups of 64, each group with the best of a few scales; the best are
-refined by random steps and compared again on fresh weights. Both numbers are multiples of 1/16, so that decoding is
-exact in float32, and no byte may leave the 15 bits of a code word. The winner of seed 0 stands in
+A pair (code_scale, code_zero) selects 256 of the 32768 code words. Random pairs are compared by their mean squared error
+on standard normal weights in groups of 64, each group with the best of a few scales; the best pairs are refined by
+random steps and compared again on fresh weights. Both numbers are multiples of 1/16, so that decoding is exact in
+float32, and no byte may map outside the 15 bits of a code word. The result of seed 0 is used in
 `hf_pcdvq/codecs/convolutional.py`; other seeds end elsewhere on the same plateau, within 0.1 % in squared error.
 
     python tools/search_code_cluster.py            # 2 minutes on one core
@@ -36,14 +36,14 @@ def squared_error(pair: Pair, vectors: torch.Tensor) -> float:
     table = cluster_table(pair[0] / STEPS, pair[1] / STEPS)
     errors = []
     for scale in GROUP_SCALES:
-        # 112 vectors against 256 bytes stay in a core's cache, below the size at which PyTorch starts threads.
+        # 112 vectors times 256 bytes fit a core's cache and stay below the size at which PyTorch starts threads.
         parts = [chain_error(part, SHIFTS, LAYOUT, table) for part in (vectors / scale).split(112, 1)]
         errors.append(torch.cat(parts).view(-1, VECTORS).sum(1) * scale**2)
     return torch.stack(errors).amin(0).mean().item() / GROUP
 
 
 def best(pairs: Iterable[Pair], vectors: torch.Tensor, count: int) -> list[tuple[float, Pair]]:
-    """The `count` pairs of least error, least first."""
+    """The `count` pairs with the lowest errors, in ascending order."""
     return sorted((squared_error(pair, vectors), pair) for pair in pairs)[:count]
 
 
@@ -56,13 +56,13 @@ def draw(low: int, high: int, generator: torch.Generator) -> int:
 
 
 def random_pair(generator: torch.Generator) -> Pair:
-    """Maps of at least 64 code words a byte; flatter ones leave out half of the first weight's range."""
+    """A random map with a slope of at least 64; flatter ones miss half of the first weight's range."""
     code_scale = draw(64 * STEPS, STEPS * LAST_WORD // 255, generator)
     return code_scale, draw(0, STEPS * LAST_WORD - 255 * code_scale, generator)
 
 
 def neighbour(pair: Pair, generator: torch.Generator) -> Pair:
-    """A small step of the slope, about byte 0 or byte 128, and a small or a large step of the offset."""
+    """A small change of the slope, around byte 0 or byte 128, and a small or large change of the offset."""
     step, reach = draw(-8, 8, generator), (40, 1000)[draw(0, 1, generator)]
     middle = 128 * step * draw(0, 1, generator)
     return pair[0] + step, pair[1] - middle + draw(-reach, reach, generator)

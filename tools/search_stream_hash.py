@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Search the multiplier of the hash in CCQ's stream layout.
 
-Random odd multipliers of 32 bits are compared by the squared error that the best rings leave on standard normal weights:
-first at 2 bits with windows of 12, then the best of them at every rate and with the largest windows, by the geometric
-mean over all of these. The winner of seed 1 stands in `hf_pcdvq_kernels/formats.py`.
+Random odd 32-bit multipliers are compared by the squared error of the best rings on standard normal weights: first at 2
+bits with windows of 12, then the best of them at every rate and with the largest windows, by the geometric mean over all
+of these. The result of seed 1 is used in `hf_pcdvq_kernels.formats`.
 
-    python tools/search_stream_hash.py            # two minutes on two cores; wants Numba
+    python tools/search_stream_hash.py            # two minutes on two cores; use it with Numba installed
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tqdm import tqdm
 from hf_pcdvq.codecs import viterbi
 from hf_pcdvq.codecs.stream import DEVIATION
 
-# Bits per weight, bits per window, rings to try it on.
+# Bits per weight, bits per window, number of rings.
 ALL = ((2.0, 12, 400), (2.5, 12, 200), (3.0, 12, 200), (4.0, 12, 200), (2.0, 16, 40))
 SCREEN = (2.0, 12, 200)
-# Standard deviations that the values are given: which one suits depends on the rate and the multiplier.
+# Standard deviations that the values are scaled to: which one is better depends on the rate and the multiplier.
 SPREADS = (0.95, 1.0)
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=250, help="multipliers to try (default: %(default)s)")
     parser.add_argument(
-        "--keep", type=int, default=80, help="of which to compare at all rates (default: %(default)s)"
+        "--keep", type=int, default=80, help="how many of them to compare at all rates (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--show", type=int, default=8, help="multipliers to print (default: %(default)s)")

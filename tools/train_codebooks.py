@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train the PCDVQ codebooks and write them as the data files that the wheel ships.
+"""Train the PCDVQ codebooks and write them as the data files that the wheel contains.
 
-Directions: spherical k-means on normal 8-vectors in the folded domain (absolute values; where an odd number of signs is
-negative, the coordinate of least |v_j| p_j is negated). Magnitudes: Lloyd-Max on the norms and on the projections.
-The shipped files are part of the format: run this only to make a codebook under a new id.
+Directions: spherical k-means on normally distributed 8-vectors in the folded domain (absolute values; where an odd
+number of signs is negative, the coordinate with the smallest |v_j| p_j is negated). Magnitudes: Lloyd-Max on the norms
+and on the projections. The published files are part of the format: run this only to create a codebook with a new id.
 
     python tools/train_codebooks.py --out codebooks                 # about 3 minutes on 2 cores
 """
@@ -24,12 +24,12 @@ NORM = 127
 
 
 def folded_kmeans(count: int, samples: int, steps: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` non-negative unit patterns, float32 `[count, 8]`; every step draws fresh samples, so nothing overfits."""
+    """`count` non-negative unit patterns, float32 `[count, 8]`; every step draws fresh samples to avoid overfitting."""
     patterns = torch.randn(count, VECTOR, generator=generator).abs()
     patterns /= patterns.norm(dim=1, keepdim=True)
     progress = trange(steps, desc=f"{count} patterns")
     for step in progress:
-        # Few samples suffice while the patterns still move; the last third averages over the full number.
+        # Few samples are enough while the patterns still move; the last third of the steps uses all of them.
         vectors = torch.randn(
             max(samples // 8, min(samples, samples * 3 * step // (2 * steps))), VECTOR, generator=generator
         )
@@ -62,11 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the data files")
     parser.add_argument(
-        "--samples", type=int, default=1 << 19, help="vectors of the last steps (default: %(default)s)"
+        "--samples", type=int, default=1 << 19, help="vectors in the last steps (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=100, help="k-means steps (default: %(default)s)")
     parser.add_argument(
-        "--restarts", type=int, default=2, help="the best of so many trainings (default: %(default)s)"
+        "--restarts",
+        type=int,
+        default=2,
+        help="number of trainings, of which the best is kept (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

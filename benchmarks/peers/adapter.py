@@ -1,11 +1,11 @@
-"""What the adapters share: each quantizes the model in a peer's own environment and writes it back dense.
+"""Shared by the adapters, each of which quantizes the model in a peer's own environment and saves it decoded.
 
     python with_PEER.py SOURCE OUT '{"option": value}'
 
 SOURCE holds `model/` (a dense model in one safetensors file), `layers.json` (names of the weights to quantize),
 `inputs.safetensors` (per weight the mean square of each input, float32 `[in]`) and `tokens.safetensors` (calibration
-windows, int64 `[n, L]`). OUT becomes a dense folder with the decoded weights, and `count.json`: bytes that the peer stores
-for them, number of weights, and the peer's version. Needs PyTorch, NumPy and safetensors only.
+windows, int64 `[n, L]`). OUT becomes a dense model folder with the decoded weights and `count.json`: the bytes that the
+peer stores for them, the number of weights, and the peer's version. Needs only PyTorch, NumPy and safetensors.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def each_weight(package: str, quantize: Callable[..., tuple[Tensor, int]]) -> No
 
     Args:
         package: the peer's name on PyPI.
-        quantize: from a weight float32 `[out, in]`, the mean squares of its inputs `[in]` and the options to the decoded
-            weight of the same shape and the bytes that are stored for it.
+        quantize: takes a weight float32 `[out, in]`, the mean squares of its inputs `[in]` and the options; returns the
+            decoded weight, of the same shape, and the number of bytes that are stored for it.
     """
     source, out, options = arguments()
     weights = load_file(source / "model" / "model.safetensors")
@@ -55,8 +55,8 @@ def write(source: Path, out: Path, package: str, decoded: dict[str, Tensor], nby
     """Save the model with the decoded weights in place of its own.
 
     Raises:
-        ValueError: weights are missing, have another shape, or have next to nothing in common with the original. How far
-            they are from it does not matter: at 2 bits, GPTQ's feedback of errors goes further than zeros are.
+        ValueError: weights are missing, have the wrong shape, or are almost uncorrelated with the original. Their
+            distance to it is not checked: at 2 bits, GPTQ's error feedback leaves it further away than zeros would be.
     """
     with safe_open(source / "model" / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -64,10 +64,12 @@ def write(source: Path, out: Path, package: str, decoded: dict[str, Tensor], nby
     names = json.loads((source / "layers.json").read_text())
     wrong = [name for name in names if name not in decoded or decoded[name].shape != weights[name].shape]
     if wrong:
-        raise ValueError(f"{package}: {len(wrong)} weights are missing or of another shape, {wrong[0]} is the first")
+        raise ValueError(
+            f"{package}: {len(wrong)} weights are missing or have the wrong shape; the first is {wrong[0]}"
+        )
     for name in names:
         cosine = torch.cosine_similarity(decoded[name].float().flatten(), weights[name].float().flatten(), dim=0)
-        if not cosine > 0.25:  # of weights in another order it is about zero
+        if not cosine > 0.25:  # it is about zero for weights in the wrong order
             raise ValueError(f"{package}: {name} was not decoded: its cosine to the original is {cosine:.3g}")
         weights[name] = decoded[name].to(weights[name].dtype).contiguous()
     shutil.copytree(source / "model", out)

@@ -1,4 +1,4 @@
-"""AutoRound, calibrated: rounding learned block by block. Options: bits, group_size, iters, samples, length."""
+"""AutoRound, calibrated: learned rounding, block by block. Options: bits, group_size, iters, samples, length."""
 
 import torch
 from adapter import arguments, calibration_tokens, write
@@ -27,6 +27,6 @@ rounder = AutoRound(
 model, settings = rounder.quantize()
 decoded = {f"{name}.weight": model.get_submodule(name).weight.data for name in settings}
 bits, group = options["bits"], options["group_size"]
-# Codes, and per group a float16 scale and a zero point of as many bits as a code, as its own format stores them.
+# As its own format stores them: codes, and per group a float16 scale and a zero point with as many bits as a code.
 nbytes = sum(weight.numel() * bits // 8 + weight.numel() // group * (16 + bits) // 8 for weight in decoded.values())
 write(source, out, "auto-round", decoded, nbytes)

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# GPTQModel reads its settings for a CPU from there; without them it starts more workers than there are cores.
+# GPTQModel takes its number of CPU workers from the environment; without it, it starts more than there are cores.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count()))
 
 import torch

@@ -1,6 +1,6 @@
-"""llama.cpp's quantizers, out of the wheel of its fork ik_llama.cpp, with an importance matrix. Option: type.
+"""llama.cpp's quantizers, from the wheel of its fork ik_llama.cpp, with an importance matrix. Option: type.
 
-Its types want rows divisible by 256, so rows are laid end to end until they are.
+Its types need rows of a multiple of 256 weights, so rows are joined until their length is one.
 """
 
 import ctypes
@@ -25,10 +25,10 @@ ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
 ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
 ggml.ggml_init.restype = ctypes.c_void_p
 ggml.ggml_init.argtypes = [InitParameters]
-# Fills the table by which float16 scales are read; without it weights decode to zeros. The context itself is not needed.
+# Fills the table that converts float16 scales; without it weights decode to zeros. The context itself is not needed.
 ggml.ggml_init(InitParameters(1 << 20, None, True))
 BLOCK = 256
-TYPES = 160  # numbers of types to look through; the library has more
+TYPES = 160  # type numbers to search; the library has more
 
 
 def quantize(weight, inputs, type):

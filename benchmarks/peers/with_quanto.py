@@ -1,4 +1,4 @@
-"""optimum-quanto: rounding to the nearest, without calibration. Options: bits, group_size."""
+"""optimum-quanto: rounding to nearest, without calibration. Options: bits, group_size."""
 
 import torch
 from adapter import each_weight
@@ -7,7 +7,7 @@ from optimum.quanto import MaxOptimizer, qtypes, quantize_weight
 
 def quantize(weight, inputs, bits, group_size):
     weight, kind = weight.to(torch.bfloat16), qtypes[f"qint{bits}"]
-    # As its QLinear does: groups must divide the inputs.
+    # As its QLinear does: the group size must divide the number of inputs.
     while weight.shape[1] % group_size:
         group_size -= 32
     scale, shift = MaxOptimizer()(weight, kind, 0, group_size)

@@ -1,6 +1,6 @@
-"""torchao: rounding to the nearest, without calibration. Options: bits, group_size.
+"""torchao: rounding to nearest, without calibration. Options: bits, group_size.
 
-torchao stores the codes in a byte each; what is counted is what they would take packed.
+torchao stores each code in a byte; the bytes are counted as if the codes were packed.
 """
 
 import torch

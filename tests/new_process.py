@@ -1,0 +1,26 @@
+"""Packed models loaded in a new process, as their users load them."""
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+PROGRAM = """
+import sys, torch, hf_pcdvq
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        torch.save(model(torch.load(f"{folder}/ids.pt")).logits, f"{folder}/logits.pt")
+"""
+
+
+def reloaded_logits(folders: Iterable[Path], ids: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of the model in each folder for token ids `[1, n]`. One process loads them all: starting it takes longest."""
+    folders = list(folders)
+    for folder in folders:
+        torch.save(ids, folder / "ids.pt")
+    subprocess.run([sys.executable, "-c", PROGRAM, *folders], check=True)
+    return [torch.load(folder / "logits.pt") for folder in folders]
