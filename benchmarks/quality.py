@@ -41,29 +41,19 @@ from smollm2 import save_smollm2
 from texts import Texts, add_text_options, read_results, texts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
-from hf_pcdvq.config import PackedConfig
+from hf_pcdvq import Calibration, quantize_model
+from hf_pcdvq.config import config_of_setting
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluation.metrics import compare_logits, token_windows
 from hf_pcdvq.files.records import write_text
 from hf_pcdvq.files.size import count_folder
 
 CONTEXT, WINDOWS = 1024, 48
-SETTINGS: dict[str, tuple[type[PackedConfig], dict[str, Any]]] = {
-    "pcdvq 2.25": (PcdvqConfig, {"bits": 2.25}),
-    "pcdvq 2.0": (PcdvqConfig, {"bits": 2.0}),
-    "ccq 2.75": (CcqConfig, {"layout": "2.75"}),
-    "ccq 2.5": (CcqConfig, {"layout": "2.5"}),
-    "ccq 2.0625": (CcqConfig, {"layout": "2.0625"}),
-    "stream 2.0": (CcqConfig, {"layout": "stream", "bits": 2.0}),
-    "stream 2.25": (CcqConfig, {"layout": "stream", "bits": 2.25}),
-    "stream 2.5": (CcqConfig, {"layout": "stream", "bits": 2.5}),
-}
-UNROTATED = {
-    f"{name} unrotated": (config, {**options, "hadamard": False})
-    for name, (config, options) in SETTINGS.items()
-    if name.startswith("ccq")
-}
+SETTINGS = (
+    *("pcdvq-2.25", "pcdvq-2.0", "ccq-2.75", "ccq-2.5", "ccq-2.0625"),
+    *("stream-2.0", "stream-2.25", "stream-2.5"),
+)
+UNROTATED = ("ccq-2.75-published", "ccq-2.5-published", "ccq-2.0625-published")
 
 
 class Row(NamedTuple):
@@ -88,7 +78,7 @@ class Row(NamedTuple):
 
 
 FULL, LESS, LEAST = 128, 32, 16  # windows to calibrate on
-PROBE = "pcdvq 2.25"  # the setting of the rows about seeds, text and options
+PROBE = "pcdvq-2.25"  # the setting of the rows about seeds, text and options
 PROJECTION = {"magnitude": "projection"}
 ROWS = [
     *(Row(setting, "wikitext2_train", FULL) for setting in SETTINGS),
@@ -98,9 +88,9 @@ ROWS = [
     Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0}, PROJECTION),
     Row(PROBE, "wikitext2_train", FULL, {"refit": False}, PROJECTION),
     Row(PROBE, "wikitext2_train", FULL, {"sweeps": 0, "refit": False}, PROJECTION),
-    Row("pcdvq 2.0", "wikitext2_train", FULL, {}, PROJECTION),
-    Row("ccq 2.75", "wikitext2_train", FULL, {"sweeps": 0}),
-    Row("stream 2.0", "wikitext2_train", FULL, {"sweeps": 0}),
+    Row("pcdvq-2.0", "wikitext2_train", FULL, {}, PROJECTION),
+    Row("ccq-2.75", "wikitext2_train", FULL, {"sweeps": 0}),
+    Row("stream-2.0", "wikitext2_train", FULL, {"sweeps": 0}),
     Row(PROBE, "wikitext2_train", LEAST),
     Row(PROBE, "wikitext2_train", LEAST, {}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}, PROJECTION),
@@ -185,14 +175,15 @@ def window_logits(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[tor
 
 def measure(row: Row, reference: Reference, texts: Texts, length: int, timed: bool) -> dict[str, Any]:
     """Quantize on windows of `length` tokens, save, count, evaluate."""
-    config, options = {**SETTINGS, **UNROTATED}[row.setting]
     calibration = Calibration(samples=row.samples, length=length, holdout=0, **row.options)
     data = None if row.text is None else texts.calibration_data(row.text)
     model = reference.load()
     if row.experts:
         model = as_mixture(model, row.experts)
     start = time.perf_counter()
-    quantize_model(model, reference.tokenizer, config(**options, **row.config, calibration=calibration), data)
+    quantize_model(
+        model, reference.tokenizer, config_of_setting(row.setting, **row.config, calibration=calibration), data
+    )
     seconds = time.perf_counter() - start
     report = model.hf_quantizer.report
     recorded = row.calibrated_on(texts)

@@ -19,15 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = {
-    "pcdvq 2.0": ("PcdvqConfig", {"bits": 2.0}),
-    "pcdvq 2.25": ("PcdvqConfig", {"bits": 2.25}),
-    "ccq 2.75": ("CcqConfig", {"layout": "2.75"}),
-    "ccq 2.5": ("CcqConfig", {"layout": "2.5"}),
-    "ccq 2.0625": ("CcqConfig", {"layout": "2.0625"}),
-    "stream 2.0": ("CcqConfig", {"layout": "stream"}),
-    "ccq 2.5 unrotated": ("CcqConfig", {"layout": "2.5", "hadamard": False}),
-}
+SETTINGS = (
+    *("pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625"),
+    *("stream-2.0", "ccq-2.5-published"),
+)
 PROMPT = "The river rises in the mountains and"
 
 
@@ -45,13 +40,12 @@ def quantize(dense: Path, packed: Path, setting: str) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import hf_pcdvq
+    from hf_pcdvq.config import config_of_setting
     from hf_pcdvq.files.size import count_folder
 
     torch.set_num_threads(2)
-    name, options = SETTINGS[setting]
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=getattr(hf_pcdvq, name)(**options))
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config_of_setting(setting))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.save_pretrained(packed)
