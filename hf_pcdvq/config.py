@@ -34,33 +34,32 @@ def _named(owner: str) -> Iterator[None]:
         raise ValueError(f"{owner}: {error}") from None
 
 
-def _names(owner: str, field: str, value: Any) -> list[str] | None:
+def _names(field: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError(f"{owner}: {field} must be a list of module names or patterns, got {value!r}")
+        raise ValueError(f"{field} must be a list of module names or patterns, got {value!r}")
     return list(value)
 
 
-def _integer(owner: str, field: str, value: Any, low: int, high: int) -> int:
+def _integer(field: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{owner}: {field} must be an integer from {low} to {high}, got {value!r}")
+        raise ValueError(f"{field} must be an integer from {low} to {high}, got {value!r}")
     return value
 
 
-def _overrides(owner: str, value: Any) -> dict[str, str | None]:
+def _overrides(value: Any) -> dict[str, str | None]:
     try:
         overrides = dict(value or {})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{owner}: overrides must map patterns to settings, got {value!r}") from error
+        raise ValueError(f"overrides must map patterns to settings, got {value!r}") from error
     for pattern, setting in overrides.items():
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{owner}: overrides: {pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
         if setting is not None:
-            with _named(owner):
-                one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
+            one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
     return overrides
 
 
@@ -76,7 +75,7 @@ class PackedConfig(QuantizationConfigMixin):
             holds the resolved list.
         modules_to_convert: if given, only modules that match one of these are packed. A pattern that matches nothing,
             or a module that cannot be packed, is an error.
-        calibration: what to calibrate on, and how: a `Calibration`, a dictionary of its fields, or just its `data`.
+        calibration: what to calibrate on, and how: a `Calibration`, a dictionary of its fields, or just its `dataset`.
             None rounds to the nearest codes. In a packed model it records how the model was made.
         tokenizer: for calibration while a model loads: a tokenizer, or a name or folder to load it from; None takes
             the one that lies beside the model. Not saved.
@@ -110,37 +109,36 @@ class PackedConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
-        owner = type(self).__name__
-        self._check_version(owner, format_version, unknown)
-        if hadamard_block not in [1 << power for power in range(3, 11)]:
-            raise ValueError(f"{owner}: hadamard_block must be a power of two from 8 to 1024, got {hadamard_block!r}")
         self.quant_method = self.method
+        with _named(type(self).__name__):
+            self._check_version(format_version, unknown)
+            if hadamard_block not in [1 << power for power in range(3, 11)]:
+                raise ValueError(f"hadamard_block must be a power of two from 8 to 1024, got {hadamard_block!r}")
+            self.hadamard_seed = _integer("hadamard_seed", hadamard_seed, 0, 2**31 - 1)
+            self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
+            self.modules_to_convert = _names("modules_to_convert", modules_to_convert)
+            self.calibration = Calibration.of(calibration)
+            self.overrides = _overrides(overrides)
+            self.dequantize = one_of("dequantize", dequantize, (False, True))
         self.format_version = format_version
         self.hadamard_block = hadamard_block
-        self.hadamard_seed = _integer(owner, "hadamard_seed", hadamard_seed, 0, 2**31 - 1)
-        self.modules_to_not_convert = _names(owner, "modules_to_not_convert", modules_to_not_convert)
-        self.modules_to_convert = _names(owner, "modules_to_convert", modules_to_convert)
-        self.calibration = Calibration.of(calibration)
         self.tokenizer = tokenizer
-        self.overrides = _overrides(owner, overrides)
-        with _named(owner):
-            self.dequantize = one_of("dequantize", dequantize, (False, True))
         self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
 
-    def _check_version(self, owner: str, format_version: Any, unknown: dict[str, Any]) -> None:
-        _integer(owner, "format_version", format_version, 1, 1 << 30)
+    def _check_version(self, format_version: Any, unknown: dict[str, Any]) -> None:
+        _integer("format_version", format_version, 1, 1 << 30)
         # Transformers adds these keys to some saved configs; the method's name must still be ours.
         method = unknown.pop("quant_method", self.method)
         if method != self.method:
-            raise ValueError(f"{owner}: quant_method must be {self.method!r}, got {method!r}")
+            raise ValueError(f"quant_method must be {self.method!r}, got {method!r}")
         if format_version > FORMAT_VERSION:
             detail = f"; fields unknown here: {', '.join(sorted(unknown))}" if unknown else ""
             raise ValueError(
-                f"{owner}: format_version {format_version} is newer than {FORMAT_VERSION}, the newest that this "
+                f"format_version {format_version} is newer than {FORMAT_VERSION}, the newest that this "
                 f"hf_pcdvq reads{detail}. Upgrade it: pip install -U hf_pcdvq"
             )
         if unknown:
-            raise ValueError(f"{owner}: unknown field {', '.join(map(repr, sorted(unknown)))}")
+            raise ValueError(f"unknown field {', '.join(map(repr, sorted(unknown)))}")
 
     @property
     @abstractmethod
