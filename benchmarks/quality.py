@@ -6,8 +6,8 @@ all linear layers of the decoder blocks quantized; bits are counted on the saved
 are not computed again, so an interrupted run can be resumed.
 
 Texts come from ../shared/data where that folder exists, otherwise from the Hub; --text and --dataset replace them by
-files of your own. Calibration texts from the Hub are longer than the excerpts in ../shared/data, so their figures differ
-a little.
+files of your own. Calibration texts from the Hub are not the excerpts in ../shared/data, so their figures are not those
+of docs/quality.md.
 
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "tools" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "model_cards").rglob("README.md")),
 ]
@@ -55,6 +57,14 @@ def test_commands_and_options_exist(page):
         assert shown.exit_code == 0, line
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.output, line
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "tools"])
+def test_every_script_is_in_the_readme_of_its_folder(folder):
+    text = (ROOT / folder / "README.md").read_text()
+    assert all(f"`{script.name}`" in text for script in (ROOT / folder).glob("*.py"))
+    for script in re.findall(rf"python ({folder}/\w+\.py)", text):
+        assert (ROOT / script).is_file(), script
 
 
 def test_nothing_published_names_a_place_on_the_machine_that_made_it():

@@ -1,7 +1,6 @@
 """benchmarks/bench_generate.py with a tiny model on the CPU: what its file holds, not how fast anything is."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,20 +23,20 @@ def bench_generate(monkeypatch):
     return bench_generate
 
 
-def test_ratios_are_quotients_of_the_speeds(tmp_path):
+def test_ratios_are_quotients_of_the_speeds(bench_generate, monkeypatch, tmp_path, capsys):
     options = ["--settings", "pcdvq-2.25", "stream-2.0", "--new-tokens", "4", "--runs", "1", "--out", str(tmp_path)]
-    command = [sys.executable, SCRIPTS / "bench_generate.py", "--smoke", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["bench_generate.py", "--smoke", *options])
+    bench_generate.main()
+    shown = capsys.readouterr().out
     content = json.loads((tmp_path / "cpu-generate.json").read_text())
     rows = content["rows"]
     assert [row["setting"] for row in rows] == ["bf16", "pcdvq-2.25", "stream-2.0"]
     for row in rows:
         assert row["ratio"] == row["tokens_per_second"] / rows[0]["tokens_per_second"] > 0
         assert (row["cache_implementation"], row["new_tokens"], row["dtype"]) == ("static", 4, "bfloat16")
-        assert f"{row['tokens_per_second']:.1f}" in done.stdout and f"{row['ratio']:.2f}" in done.stdout
+        assert f"{row['tokens_per_second']:.1f}" in shown and f"{row['ratio']:.2f}" in shown
     assert all(row["model_bytes"] < rows[0]["model_bytes"] / 2 for row in rows[1:])
-    assert content["model"]["num_hidden_layers"] == 2 and "target: 2.5 times as fast as bf16" in done.stdout
+    assert content["model"]["num_hidden_layers"] == 2 and "target: 2.5 times as fast as bf16" in shown
 
 
 @pytest.mark.parametrize("setting", ["pcdvq-2.0", "ccq-2.5", "ccq-2.0625-published", "stream-2.25"])

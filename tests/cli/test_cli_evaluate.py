@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -150,8 +151,10 @@ def test_earlier_record_is_not_lost(tiny_model_dir, packed, text):
 
 
 @pytest.fixture
-def task_dir(tmp_path):
-    """A task of 24 questions in lm-eval's format, its data beside it."""
+def task_dir(tmp_path, monkeypatch):
+    """A task of 24 questions in lm-eval's format, its data beside it. The test gets no others: that takes 8 seconds."""
+    lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", partial(lm_eval_tasks.TaskManager, include_defaults=False))
     folder = tmp_path / "tasks"
     folder.mkdir()
     questions = [

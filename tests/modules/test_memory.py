@@ -36,15 +36,15 @@ print(json.dumps({"peak": max(peaks) - before, "packed": model.get_memory_footpr
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to say what a process owns")
-def test_a_gigabyte_of_experts_is_packed_in_little_more_than_it_takes_packed(tmp_path):
+def test_half_a_gigabyte_of_experts_is_packed_in_little_more_than_it_takes_packed(tmp_path):
     config = MixtralConfig(
         hidden_size=1024, intermediate_size=2560, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8,
-        num_local_experts=64, vocab_size=258,
+        num_local_experts=32, vocab_size=258,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
     experts = model.model.layers[0].mlp.experts
-    assert sum(tensor.nbytes for tensor in experts.parameters()) > 1e9
+    assert sum(tensor.nbytes for tensor in experts.parameters()) > 0.5e9
     model.save_pretrained(tmp_path)
     del model, experts
     # Quickest to encode, and what takes most when packed.
@@ -52,5 +52,5 @@ def test_a_gigabyte_of_experts_is_packed_in_little_more_than_it_takes_packed(tmp
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["packed"] > 0.5e9
-    assert found["peak"] < found["packed"] + 300e6, found
+    assert found["packed"] > 0.25e9
+    assert found["peak"] < found["packed"] + 200e6, found  # less than the experts take before packing

@@ -144,6 +144,6 @@ def test_a_method_that_somebody_else_registered_is_left_alone(monkeypatch):
         pass
 
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "ccq", Foreign)
-    with pytest.warns(UserWarning, match="'ccq' is already registered by test_damage"):
+    with pytest.warns(UserWarning, match="'ccq' is already registered by test_load_errors"):
         hf_pcdvq.register()
     assert auto.AUTO_QUANTIZER_MAPPING["ccq"] is Foreign
