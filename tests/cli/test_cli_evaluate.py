@@ -262,7 +262,7 @@ def test_models_of_one_folder_name_are_told_apart(records, tmp_path):
 def test_model_without_counted_bits_is_in_the_table_and_not_in_the_plot(records, tmp_path):
     replace(read_record(records / "record-2.0"), bits_per_packed_weight=None, packed="other").write(tmp_path)
     result = succeed("compare", records / "record-2.25", tmp_path, "--out", tmp_path / "out")
-    assert "not in the plot, because their bits are not counted: other" in result.stderr
+    assert "not in the plot, because their bits were not counted: other" in result.stderr
     assert "| other | not counted |" in (tmp_path / "out" / "comparison.md").read_text()
     succeed("compare", tmp_path, "--out", tmp_path / "alone")
     assert [path.name for path in (tmp_path / "alone").iterdir()] == ["comparison.md"]

@@ -222,7 +222,7 @@ def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(p
     assert result.exit_code == 1
     assert result.stderr.count("Error: ") == 1
     assert f"the push to {REPO} did not finish: the connection failed" in result.stderr
-    assert "push again: what has been uploaded is not sent a second time" in result.stderr
+    assert "push again: files that were uploaded are not sent a second time" in result.stderr
     assert set(hub.repos[REPO].files()) == {".gitattributes"}
     (sent,) = hub.blobs
     hub.faults = []
