@@ -66,7 +66,7 @@ def activations(*shape, seed=1):
 
 
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16), (9, torch.float16)])  # fmt: skip
-@pytest.mark.parametrize("shape", [(1, 64), (5, 192), (19, 576)])
+@pytest.mark.parametrize("shape", [(1, 128), (3, 64), (5, 192), (19, 576)])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_products(setting, shape, tokens, dtype):
     packed = random_packed(setting, *shape)
