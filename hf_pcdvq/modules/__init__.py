@@ -8,7 +8,7 @@ from .packed import PackedModule, decode_stack, encode_stack, parameter_name, st
 
 
 def packed_type(module: nn.Module) -> type[QuantLinear] | type[QuantExperts]:
-    """The class that takes the place of a dense module."""
+    """The class that replaces a dense module."""
     return QuantLinear if isinstance(module, nn.Linear) else QuantExperts
 
 
