@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, help="of pcdvq: 2.0 or 2.25 (default: 2.25)")
     parser.add_argument("--layout", help="of ccq: 2.75, 2.5 or 2.0625 (default: 2.5)")
     parser.add_argument(
-        "--calibration",
+        "--dataset",
         metavar="DATA",
         help="text or .jsonl file, or data set on the Hub (default: the model's own text)",
     )
@@ -67,8 +67,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--layout belongs to --method ccq")
     if args.method == "ccq" and args.bits is not None:
         parser.error("--bits belongs to --method pcdvq; ccq has --layout")
-    if args.no_calibration and args.calibration is not None:
-        parser.error("--no-calibration excludes --calibration")
+    if args.no_calibration and args.dataset is not None:
+        parser.error("--no-calibration excludes --dataset")
     if not args.text.is_file():
         parser.error(f"--text: there is no file {args.text}")
     try:
@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_calibration:
-        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
+        args.config.calibration = Calibration(dataset=args.dataset, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
     return args
 
 
