@@ -14,8 +14,8 @@ _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `device` is a CPU that has no instructions for matrix products in `dtype` and therefore emulates them.
 
-    With AVX2 alone, products of bfloat16 were measured to take four to six times as long as those of float32; with the
-    bfloat16 instructions of AVX-512, half as long.
+    With AVX2 alone, products of bfloat16 were measured to take four to six times as long as those of float32; with
+    the bfloat16 instructions of AVX-512, half as long.
     """
     if device.type != "cpu" or dtype not in _SIXTEEN_BIT:
         return False
@@ -35,7 +35,7 @@ def to_device(tensor: Tensor, device: torch.device, upcast: bool) -> Tensor:
 
 @contextmanager
 def placed(module: nn.Module, device: torch.device, upcast: bool) -> Iterator[None]:
-    """Hold a module on `device`, with `upcast` its 16-bit floats in float32; on exit both device and dtypes are restored.
+    """Hold a module on `device`, with `upcast` its 16-bit floats in float32; exiting restores device and dtypes.
 
     Integer tensors that have replaced floating ones by then keep their dtype.
     """

@@ -30,8 +30,8 @@ class LoadOperation(ConversionOps):
     """An op that runs while a parameter loads, and whose errors name the parameter.
 
     Transformers catches what an op raises, continues with the next parameter and finally raises an error that names
-    neither tensor nor reason. So the first failure is recorded, the remaining work is skipped, and the hook after loading
-    raises the error.
+    neither tensor nor reason. So the first failure is recorded, the remaining work is skipped, and the hook after
+    loading raises the error.
     """
 
     def __init__(self, hf_quantizer: PackedHfQuantizer):
@@ -122,7 +122,7 @@ class OneExpertAtATime(WeightConverter):
         return made
 
     def convert(self, layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
-        """Packed parameters by their full names; for experts that are not packed, what the original converter returns."""
+        """Packed parameters by their full names. Experts that are not packed are left to Transformers' converter."""
         sources = dict(self.collected_tensors)
         counts = {len(tensors) for tensors in sources.values()}
         if self.quantization_operation is None or len(counts) != 1:

@@ -30,9 +30,9 @@ def quantize_model(
 ) -> PreTrainedModel:
     """Quantize a dense model in place, calibrated on a dataset.
 
-    Its linear layers and fused experts are replaced by packed ones, decoder block by decoder block; afterwards the model
-    can run, and be saved with `save_pretrained`, like one that was quantized while loading. The measurements of the run
-    are in `model.hf_quantizer.report`. An interrupted run leaves the model partly quantized: load it again.
+    Its linear layers and fused experts are replaced by packed ones, decoder block by decoder block; afterwards the
+    model can run, and be saved with `save_pretrained`, like one that was quantized while loading. The measurements of
+    the run are in `model.hf_quantizer.report`. An interrupted run leaves the model partly quantized: load it again.
 
     Args:
         model: on one device; blocks move to `device` one at a time.

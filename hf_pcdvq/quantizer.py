@@ -34,7 +34,15 @@ from .calibration.report import QuantizationReport
 from .config import PackedConfig
 from .files.headers import check_stored
 from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name, share_inputs
+from .modules import (
+    PackedModule,
+    count_matrices,
+    dense_weights,
+    is_fused_experts,
+    packed_type,
+    parameter_name,
+    share_inputs,
+)
 from .select import select_layers
 from .version import FORMAT_VERSION
 
@@ -42,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class PackedHfQuantizer(HfQuantizer):
-    """What both methods share: everything but the codec, which the config makes."""
+    """The quantizer of both methods, which differ only in the codecs that the config describes."""
 
     requires_calibration = False
     quantization_config: PackedConfig
@@ -83,7 +91,7 @@ class PackedHfQuantizer(HfQuantizer):
         matrices = 0
         for name in selected:
             module = model.get_submodule(name)
-            matrices += sum(1 if weight.ndim == 2 else len(weight) for weight in dense_weights(module).values())
+            matrices += count_matrices(module)
             empty = packed_type(module).empty_like(module, self.quantization_config.codec_of(name))
             # Transformers would try to initialize missing integers with normal noise; `_check_loaded` reports them.
             empty._is_hf_initialized = True
@@ -117,8 +125,8 @@ class PackedHfQuantizer(HfQuantizer):
     def _modules_to_skip(self, model: nn.Module) -> list[str]:
         """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.
 
-        A packed model uses the stored list, because the defaults depend on the class it is loaded with. Only the output
-        head is added: a model that was packed as a bare `AutoModel` had none.
+        A packed model uses the stored list, because the defaults depend on the class it is loaded with. Only the
+        output head is added: a model that was packed as a bare `AutoModel` had none.
         """
         asked = self.quantization_config.modules_to_not_convert or []
         if self.pre_quantized:
@@ -140,8 +148,8 @@ class PackedHfQuantizer(HfQuantizer):
         distributed = getattr(model.config, "distributed_config", None)
         if any((getattr(distributed, size, None) or 1) > 1 for size in ("tp_size", "ep_size")):
             raise NotImplementedError(
-                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be sharded like dense "
-                "ones. Load with device_map='auto' to spread the model over several GPUs"
+                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be sharded like "
+                "dense ones. Load with device_map='auto' to spread the model over several GPUs"
             )
         super().update_parallel_plan(model, plan)
 
@@ -227,8 +235,10 @@ class PackedHfQuantizer(HfQuantizer):
             self._print_summary(len(layers))
 
     def _settle_conversions(self, model: nn.Module) -> None:
-        """Make `save_pretrained` write packed weights unchanged, under the names of their modules, which overrides match,
-        and dense ones as in the model's original files."""
+        """Make `save_pretrained` write packed weights unchanged and dense ones as in the model's original files.
+
+        Packed weights keep the names of their modules, because overrides select codecs by them.
+        """
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None or self.quantization_config.dequantize:
             # Whether there is a prefix was determined by loading.

@@ -76,7 +76,7 @@ def test_calibrated_is_closer_to_the_original_than_rounded_and_reloads_identical
 def test_from_pretrained_calibrates_where_the_config_names_data(load, tokenizer, tiny_model_dir, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(sentences(3000))
-    settings = {"data": str(file), "samples": 8, "length": 64, "holdout": 0}
+    settings = {"dataset": str(file), "samples": 8, "length": 64, "holdout": 0}
     expected = quantize_model(load(), tokenizer, PcdvqConfig(calibration=settings), progress=False)
     assert_same_state(load(quantization_config=PcdvqConfig(calibration=settings)), expected)
     named = PcdvqConfig(calibration=settings, tokenizer=str(tiny_model_dir))
@@ -170,13 +170,13 @@ def test_work_folder_of_another_run_is_refused(load, tokenizer, tmp_path):
     quantize_model(load(), tokenizer, PcdvqConfig(calibration=settings), text, **options)
     changed = load()
     changed.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
-    for model, config, data in [
+    for model, config, dataset in [
         (load(), PcdvqConfig(bits=2.0, calibration=settings), text),
         (load(), PcdvqConfig(calibration=settings), [sentences(3000, seed=1)]),
         (changed, PcdvqConfig(calibration=settings), text),
     ]:
         with pytest.raises(ValueError, match="belongs to another run"):
-            quantize_model(model, tokenizer, config, data, **options)
+            quantize_model(model, tokenizer, config, dataset, **options)
 
 
 def test_report_has_every_layer_and_adds_up(load, tokenizer, tmp_path):

@@ -1,8 +1,8 @@
 """A model as a sequence of decoder blocks: which they are, how they are called, and the hidden states between them.
 
-Nothing here depends on the architecture. The blocks are the outermost `nn.ModuleList` that holds most of the layers to
-quantize. What a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded from
-the model's own forward pass; it must not depend on the text.
+Nothing here depends on the architecture. The blocks are the outermost `nn.ModuleList` that holds most of the layers
+to quantize. What a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded
+from the model's own forward pass; it must not depend on the text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
 
 @torch.no_grad()
 def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
-    """The input of the first block for every window, and the calls of all blocks. Only the first block is ever computed.
+    """The input of the first block for every window, and the calls of all blocks. No block but the first is computed.
 
     Args:
         windows: token ids int64 `[n, L]`.
@@ -88,10 +88,10 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 class Shortcuts:
     """Saves a block from computing modules again whose output is known.
 
-    Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is known
-    for a window, and nothing that runs before the layer will change, the module does not have to be computed again: its
-    output is the layer applied to that input. Running the block once shows which layers are final: the module then
-    returns the same tensor object as the layer.
+    Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
+    known for a window, and nothing that runs before the layer will change, the module does not have to be computed
+    again: its output is the layer applied to that input. Running the block once shows which layers are final: the
+    module then returns the same tensor object as the layer.
 
     Args:
         block: on the device of `hidden`.
@@ -127,7 +127,7 @@ class Shortcuts:
 def _ending_modules(
     block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call
 ) -> dict[str, tuple[nn.Module, Callable[[Tensor], Any]]]:
-    """For layers that run once and whose output is that of their parent module: the parent, and how it returns outputs."""
+    """For layers that run once and whose output is their parent module's: the parent, and how it returns outputs."""
     outputs: dict[nn.Module, list[Any]] = {}
     parents = {
         name: module for module in block.modules() for name, layer in layers.items() if layer in module.children()

@@ -84,8 +84,8 @@ def quantize_experts(
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
     """Quantize all experts of a layer; the dense module is not changed.
 
-    An expert that received fewer than `settings.expert_tokens` tokens is calibrated on all tokens of the layer instead,
-    and its records say so.
+    An expert that received fewer than `settings.expert_tokens` tokens is calibrated on all tokens of the layer
+    instead, and its records say so.
 
     Args:
         name: of the module.
@@ -132,7 +132,7 @@ def _unchanged(hidden: Tensor, original: bool) -> Tensor:
 
 
 def _gated(experts: nn.Module, dense: Tensor, codec: Codec, packed: Packed) -> Callable[[Tensor, bool], Tensor]:
-    """Computes what an expert's down projection receives: in the original from the dense weight, else from the packed."""
+    """Computes the input of an expert's down projection, with the dense weight for the original, else the packed one."""
     tables = {key: table.to(dense.device) for key, table in codec.tables(dense.shape[1]).items()}
     decoded = codec.decode(packed, tables, dense.dtype)
     return lambda hidden, original: experts._apply_gate(functional.linear(hidden, dense if original else decoded))

@@ -1,22 +1,23 @@
 """Error feedback: quantize a weight so that the layer's outputs, rather than the weight itself, change least.
 
-For a layer whose inputs `x` have the Hessian `H = mean of x x^T`, an error `E = W - Q` of its weight `[N, K]` has the loss
-`tr(E H E^T)`. With the factorization `H = R R^T`, R upper triangular, that is `|E R|^2`, and with the columns split into
-units B (the smallest slices that the codec can encode) it is the sum over B of
+For a layer whose inputs `x` have the Hessian `H = mean of x x^T`, an error `E = W - Q` of its weight `[N, K]` has the
+loss `tr(E H E^T)`. With the factorization `H = R R^T`, R upper triangular, that is `|E R|^2`, and with the columns
+split into units B (the smallest slices that the codec can encode) it is the sum over B of
 
     |(T_B - Q_B) R_BB|^2,    T_B = W_B + (sum over earlier units A of E_A R_AB) R_BB^-1.
 
-So the units are encoded one after the other, each to the codes nearest to its target `T_B`, which accounts for the errors
-made so far: block LDLQ (QuIP, arXiv 2307.13304), which is GPTQ (arXiv 2210.17323) with units of several columns.
+So the units are encoded one after the other, each to the codes nearest to its target `T_B`, which accounts for the
+errors made so far: block LDLQ (QuIP, arXiv 2307.13304), that is, GPTQ (arXiv 2210.17323) with units of several
+columns.
 
 Sweeps of coordinate descent then visit the units again: with all others fixed, the best value of unit B is
-`Q_B + (E H)_B H_BB^-1`; it is encoded, and rows whose loss decreases take the new code. The scale of a row is fitted to
-its codes in the same metric, `W H Q^T / Q H Q^T`.
+`Q_B + (E H)_B H_BB^-1`; it is encoded, and rows whose loss decreases take the new code. The scale of a row is fitted
+to its codes in the same metric, `W H Q^T / Q H Q^T`.
 
 Rows do not interact, so layers that share their inputs are stacked and quantized together.
 
-Both passes work in panels of `_PANEL` columns: within a panel every unit sees the effect of those before it at once; the
-effect of a whole panel on the columns after it is one large matrix product.
+Both passes work in panels of `_PANEL` columns: within a panel every unit sees the effect of those before it at once;
+the effect of a whole panel on the columns after it is one large matrix product.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ _PANEL = 128
 
 @dataclass
 class _State:
-    """A weight while it is quantized. Columns are in the order in which units are encoded, whose numbers `units` lists."""
+    """A weight while it is quantized, its columns in the order in which units are encoded."""
 
     encoders: Sequence[UnitEncoder]  # of the layers that are stacked
-    units: list[tuple[int, slice]]
+    units: list[tuple[int, slice]]  # numbers of the units in that order, and their columns
     hessian: Tensor  # [K, K]
     weight: Tensor  # [N, K]
     quantized: Tensor  # [N, K]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..codecs import hadamard
 
-# H is symmetric: it is accumulated in this many bands of rows, each from the diagonal on, which saves 3/8 of the work.
+# H is symmetric: it is accumulated in this many bands of rows, each from the diagonal on, which saves 3/8 of it.
 _BANDS = 4
 # How many times damping is raised tenfold before a Hessian is given up on.
 _DAMPING_STEPS = 4
 
 
 class InputMoments:
-    """Running sums over the input tokens `x` of layers that share an input; `x0` are the same tokens in the original model.
+    """Running sums over the tokens `x` that layers with a common input receive; `x0` are those of the original model.
 
     Attributes:
         hessian: sum of `x x^T`, float32 `[K, K]`; only the upper triangle is complete.
@@ -34,8 +34,8 @@ class InputMoments:
 
         Args:
             inputs: `[..., K]` of any floating dtype.
-            original: the same tokens in the original model, if they are known. Two-dimensional ones are not used: they
-                belong to experts that are modules of their own, which may have received other tokens there.
+            original: the same tokens in the original model, if they are known. Two-dimensional ones are not used:
+                they belong to experts that are modules of their own, which may have received other tokens there.
         """
         x = inputs.flatten(0, -2).float()
         band = -(-x.shape[1] // _BANDS)
@@ -44,7 +44,7 @@ class InputMoments:
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
-            # In bfloat16 if the model is: unlike the Hessian, `cross` is never inverted. In float16 sums would overflow.
+            # In bfloat16 if the model is: unlike the Hessian, `cross` is never inverted. Float16 sums would overflow.
             dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
             change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
             self.cross += change.T @ inputs.to(dtype).flatten(0, -2)

@@ -48,8 +48,8 @@ def calibrate_model(
         The measurements of the run.
 
     Raises:
-        ValueError: the model is spread over several devices or is on meta, has no decoder blocks, or holds values that
-            are not finite; the dataset is unsuitable; or `work_dir` belongs to another run.
+        ValueError: the model is spread over several devices or is on meta, has no decoder blocks, or holds values
+            that are not finite; the dataset is unsuitable; or `work_dir` belongs to another run.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `read_windows`.
     """
@@ -80,7 +80,7 @@ def calibrate_model(
 
 
 def find_tokenizer(config: PackedConfig, model: nn.Module) -> Any:
-    """The tokenizer that the config holds or names, or else the model's own; None if there is no dataset to tokenize."""
+    """The tokenizer that the config holds or names, or else the model's own; None if there is nothing to tokenize."""
     given = config.tokenizer
     if config.calibration.dataset is None or not isinstance(given, (str, type(None))):
         return given

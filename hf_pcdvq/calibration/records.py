@@ -16,11 +16,12 @@ class LayerRecord:
     Attributes:
         name: of the module; of an expert's matrix with its number and parameter, `"...experts.3.down_proj"`.
         out_features, in_features: its size.
-        kurtosis: of the weights that are quantized (rotated, each row divided by its root mean square); 3 for a normal
-            distribution.
+        kurtosis: of the weights that are quantized (rotated, each row divided by its root mean square); 3 for a
+            normal distribution.
         largest: the largest of these weights, in absolute value.
         snr: ratio of the energies of the weights and their error, in decibels; None if either is 0.
-        proxy_loss: `tr(E H E^T) / tr(W H W^T)`, the error's share of the layer's output energy; None without a Hessian.
+        proxy_loss: `tr(E H E^T) / tr(W H W^T)`, the error's share of the layer's output energy; None without a
+            Hessian.
         tokens: number of tokens in the Hessian.
         dead_inputs: number of inputs that were 0 for every token.
         damp_percent: damping of the Hessian, as a fraction of its mean diagonal.

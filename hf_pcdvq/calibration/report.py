@@ -63,7 +63,7 @@ class QuantizationReport:
         return {**asdict(self), "versions": package_versions()}
 
     def write(self, folder: Path) -> None:
-        """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` into the saved model's folder.
+        """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model.
 
         Raises:
             FileNotFoundError: `folder` holds no saved model; the bits are counted on its files.

@@ -1,9 +1,9 @@
 """The calibrated run: the layers of a model are replaced by packed ones, decoder block by decoder block.
 
-The hidden states of all windows pass through the blocks twice: in the original model, and in the model quantized so far.
-Within a block, layers are quantized in the order in which they run. For each group of layers that share an input, the
-hidden states of the second kind are run through the block up to that group, whose inputs then contain all errors made so
-far; they give its Hessian, and their difference from the original inputs gives its correction.
+The hidden states of all windows pass through the blocks twice: in the original model, and in the model quantized so
+far. Within a block, layers are quantized in the order in which they run. For each group of layers that share an
+input, the hidden states of the second kind are run through the block up to that group, whose inputs then contain all
+errors made so far; they give its Hessian, and their difference from the original inputs gives its correction.
 
 Held in memory are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all
 windows and the original inputs of one block's layers. A CPU that only emulates the model's dtype computes in float32
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed, to_device
 from ..evaluation.metrics import Evaluation, compare_logits
-from ..modules import dense_weights, packed_type
+from ..modules import count_matrices, dense_weights, packed_type
 from .blocks import capture, find_blocks, logits_of
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
@@ -33,8 +33,8 @@ from .records import BlockRecord, LayerRecord, QuantizedLayers
 from .settings import Calibration
 from .store import BlockStore
 
-# A block with more groups of layers than this, such as experts that are modules of their own, has them quantized together
-# rather than one after the other: a partial forward pass for each would take too long.
+# A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
+# together rather than one after the other: a partial forward pass for each would take too long.
 _MAX_STAGES = 8
 
 
@@ -77,8 +77,7 @@ class CalibratedRun:
         self._model, self._names, self._codec_of, self._settings = model, names, codec_of, settings
         self._windows, self._holdout, self.device, self._store = windows, holdout, device, store
         self._upcast = is_emulated(model.dtype, device)
-        stacks = [weight for name in names for weight in dense_weights(model.get_submodule(name)).values()]
-        matrices = sum(1 if weight.ndim == 2 else len(weight) for weight in stacks)
+        matrices = sum(count_matrices(model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
 
     @torch.no_grad()
@@ -137,7 +136,7 @@ class CalibratedRun:
         return result
 
     def _quantize_parts(self, block: DecoderBlock, inputs: OriginalInputs) -> Iterator[QuantizedLayers]:
-        """The same part by part; the decoded weights of each must be installed before the next is computed."""
+        """The results of `_quantize_block` one after the other; each must be installed before the next is computed."""
         for stage in _stages(inputs.groups(), block.layers):
             first = stage[0][0]
             if isinstance(block.layers[first], nn.Linear):
@@ -219,10 +218,10 @@ class CalibratedRun:
 
 
 def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[list[str]]]:
-    """The stages in which layers are quantized, each a list of groups: linear layers with a common input, or fused experts.
+    """The stages of a block, each a list of groups to quantize: linear layers with a common input, or fused experts.
 
-    Every group is a stage of its own, unless there are too many groups of linear layers: these then form the first stage,
-    and the experts follow.
+    Every group is a stage of its own, unless there are too many groups of linear layers: these then form the first
+    stage, and the experts follow.
     """
     stages: list[list[list[str]]] = []
     for group in groups:

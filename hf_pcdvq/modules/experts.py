@@ -1,8 +1,8 @@
 """`QuantExperts`: replaces the fused experts of a mixture-of-experts layer.
 
-In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows before
-those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so that an expert is
-a slice of every tensor.
+In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows
+before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so that an
+expert is a slice of every tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .packed import PackedModule
 STACKS = ("gate_up_proj", "down_proj")
 _SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
 _TILES = (16, 64)  # pairs per tile where there are more
-# Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing needs, and what is wrong
-# with any other.
+# Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing needs, and what is
+# wrong with any other.
 _NEEDED = {
     "is_transposed": (False, "its weights are transposed"),
     "has_bias": (False, "it has biases"),
@@ -54,8 +54,8 @@ def experts_obstacle(module: nn.Module) -> str | None:
 class QuantExperts(PackedModule):
     """Fused experts with packed weights.
 
-    Copies the dense module's other attributes and child modules: sizes, activation, what its gate reads. Transformers'
-    option `experts_implementation` has no effect on it.
+    Copies the dense module's other attributes and child modules: sizes, activation, what its gate reads.
+    Transformers' option `experts_implementation` has no effect on it.
 
     Args:
         experts: the dense module, possibly on the meta device; not changed.
@@ -95,8 +95,8 @@ class QuantExperts(PackedModule):
 
         Args:
             hidden_states: `[T, H]` of any floating dtype.
-            top_k_index: experts of every token, integer `[T, k]`. Numbers that are not an expert's are skipped: expert
-                parallelism marks the experts of other devices with them.
+            top_k_index: experts of every token, integer `[T, k]`. Numbers that are not an expert's are skipped:
+                expert parallelism marks the experts of other devices with them.
             top_k_weights: weights of these experts, `[T, k]`.
 
         Returns:
@@ -177,16 +177,16 @@ class QuantExperts(PackedModule):
 def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
     """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
 
-    If there are few pairs, each is a tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last one partly;
-    the number of tiles is the largest that any routing could need, so that it does not depend on the data.
+    If there are few pairs, each is a tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last one
+    partly; the number of tiles is the largest that any routing could need, so that it does not depend on the data.
 
     Args:
         index: the expert of every pair, integer `[S]`; numbers that are not an expert's go to tiles of no expert.
         number: number of experts.
 
     Returns:
-        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among the places of all tiles, int64
-        `[S]`; and the number of places per tile.
+        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among the places of all tiles,
+        int64 `[S]`; and the number of places per tile.
     """
     index = torch.where((index >= 0) & (index < number), index, number)  # experts of other devices become one more
     pairs = len(index)

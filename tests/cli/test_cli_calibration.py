@@ -7,8 +7,8 @@ import torch
 from test_cli import fail, succeed
 from transformers import AutoModelForCausalLM
 
+import hf_pcdvq.calibration.model
 import hf_pcdvq.calibration.run
-import hf_pcdvq.quantizer
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 
 OPTIONS = ("--samples", "8", "--length", "32")
@@ -107,7 +107,7 @@ def test_text_that_the_model_wrote_is_kept_for_the_next_try(tiny_model_dir, tmp_
     fail(1, "the power went", *arguments)
     assert [file.name for file in (tmp_path / ".packed.calibration").iterdir()] == ["windows.safetensors"]
     monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", quantize)
-    monkeypatch.setattr(hf_pcdvq.quantizer, "sample_from_model", broken)
+    monkeypatch.setattr(hf_pcdvq.calibration.model, "sample_from_model", broken)
     succeed(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
