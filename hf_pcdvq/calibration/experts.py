@@ -103,7 +103,7 @@ def quantize_experts(
     up, down = STACKS
     for expert, weights in enumerate(zip(getattr(experts, up).detach(), getattr(experts, down).detach())):
         own, note = _tokens_of(expert, tokens, settings)
-        inputs_of = _unchanged
+        inputs_of: Callable[[Tensor, bool], Tensor] = _unchanged
         for stack, weight in zip(STACKS, weights):
             matrix = f"{name}.{expert}.{stack}"
             moments = _moments(own, weight.device, inputs_of)
