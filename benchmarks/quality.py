@@ -94,7 +94,7 @@ ROWS = [
     Row(PROBE, "wikitext2_train", LEAST),
     Row(PROBE, "wikitext2_train", LEAST, {}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"sweeps": 0}, PROJECTION),
-    Row(PROBE, "wikitext2_train", LEAST, {"ordered": False}, PROJECTION),
+    Row(PROBE, "wikitext2_train", LEAST, {"desc_act": False}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"correction": 0.0}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"refit": False}, PROJECTION),
     Row(PROBE, "wikitext2_train", LEAST, {"seed": 1}, PROJECTION),

@@ -13,6 +13,7 @@ file are not computed again; packed models are kept in --work. See docs/reproduc
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class Plan:
     tasks: tuple[str, ...] = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")
     task_dir: Path | None = None
     limit: int | None = None
-    calibration: Calibration = Calibration(data="allenai/c4:en", samples=128, length=2048, holdout=0)
+    calibration: Calibration = Calibration(dataset="allenai/c4:en", samples=128, length=2048, holdout=0)
 
 
 SMOKE = Plan(
@@ -64,7 +65,9 @@ SMOKE = Plan(
     tasks=("local_piqa", "local_arc_easy"),
     task_dir=ROOT / "benchmarks" / "eval_tasks",
     limit=3,
-    calibration=Calibration(data=str(ROOT / "scripts" / "data" / "sample_text.txt"), samples=2, length=64, holdout=0),
+    calibration=Calibration(
+        dataset=str(ROOT / "scripts" / "data" / "sample_text.txt"), samples=2, length=64, holdout=0
+    ),
 )
 SMOKE_BLOCKS = 2  # of SmolLM2's thirty: enough to run everything, too few to predict anything
 
@@ -95,7 +98,9 @@ def packed_folder(model: str, setting: str, plan: Plan, work: Path) -> Path:
         return folder
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    packed = quantize_model(dense, tokenizer, SETTINGS[setting], plan.calibration, work_dir=work / f".{name}")
+    config = copy.copy(SETTINGS[setting])
+    config.calibration = plan.calibration
+    packed = quantize_model(dense, tokenizer, config, work_dir=work / f".{name}")
     with folder_in_place(folder, Path(model), force=False) as partial:
         packed.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -75,7 +75,7 @@ class PackedConfig(QuantizationConfigMixin):
             holds the resolved list.
         modules_to_convert: if given, only modules that match one of these are packed. A pattern that matches nothing,
             or a module that cannot be packed, is an error.
-        calibration: what to calibrate on, and how: a `Calibration`, a dictionary of its fields, or just its `dataset`.
+        calibration: what to calibrate on and how: a `Calibration`, a dictionary of its fields, or just its `dataset`.
             None rounds to the nearest codes. In a packed model it records how the model was made.
         tokenizer: for calibration while a model loads: a tokenizer, or a name or folder to load it from; None takes
             the one that lies beside the model. Not saved.

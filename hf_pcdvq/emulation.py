@@ -1,4 +1,4 @@
-"""Computing in float32 where a CPU has no instructions for the 16-bit floats that models are saved in."""
+"""Computing in float32 on CPUs that have no instructions for the 16-bit floats that models are saved in."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_SHORT = (torch.bfloat16, torch.float16)
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device is a CPU without instructions for products of `dtype`, which it then emulates.
+    """Whether `device` is a CPU that has no instructions for matrix products in `dtype` and therefore emulates them.
 
-    With AVX2 alone, products of bfloat16 were measured to take four to six times as long as those of float32; with the bfloat16
-    instructions of AVX-512, half as long.
+    With AVX2 alone, products of bfloat16 were measured to take four to six times as long as those of float32; with
+    the bfloat16 instructions of AVX-512, half as long.
     """
-    if device.type != "cpu" or dtype not in _SHORT:
+    if device.type != "cpu" or dtype not in _SIXTEEN_BIT:
         return False
     # oneDNN multiplies 16-bit floats on a CPU. PyTorch has no public function that says what it supports.
     if not torch.backends.mkldnn.is_available():
@@ -28,20 +28,20 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return not supported._is_mkldnn_fp16_supported()
 
 
-def moved(tensor: Tensor, device: torch.device, widen: bool) -> Tensor:
-    """A tensor on `device`; one of 16-bit floats in float32, if `widen`."""
-    return tensor.to(device, torch.float32 if widen and tensor.dtype in _SHORT else tensor.dtype)
+def to_device(tensor: Tensor, device: torch.device, upcast: bool) -> Tensor:
+    """The tensor on `device`; with `upcast`, 16-bit floats become float32."""
+    return tensor.to(device, torch.float32 if upcast and tensor.dtype in _SIXTEEN_BIT else tensor.dtype)
 
 
 @contextmanager
-def placed(module: nn.Module, device: torch.device, widen: bool) -> Iterator[None]:
-    """A module on `device`, its 16-bit floats in float32 if `widen`; afterwards on its own device in its own dtypes.
+def placed(module: nn.Module, device: torch.device, upcast: bool) -> Iterator[None]:
+    """Hold a module on `device`, with `upcast` its 16-bit floats in float32; exiting restores device and dtypes.
 
-    Parameters that are replaced meanwhile are only moved back.
+    Integer tensors that have replaced floating ones by then keep their dtype.
     """
     home = next(module.parameters()).device
     module.to(device)
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(module) if widen and tensor.dtype in _SHORT}
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(module) if upcast and tensor.dtype in _SIXTEEN_BIT}
     _convert(module, dict.fromkeys(dtypes, torch.float32))
     try:
         yield

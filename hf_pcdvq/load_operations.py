@@ -1,4 +1,4 @@
-"""What happens to single parameters while Transformers loads a model: packing, and decoding of packed ones."""
+"""What happens to each parameter while Transformers loads a model: packing, or decoding of packed tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PassThrough(ConversionOps):
-    """Leaves tensors as they are. The packed tensors are saved under their own names, so nothing is to be reverted."""
+    """Leaves tensors unchanged. Packed tensors are saved under their own names, so saving has nothing to revert."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -27,17 +27,18 @@ class PassThrough(ConversionOps):
 
 
 class LoadOperation(ConversionOps):
-    """An op that runs while a parameter loads and can fail by name.
+    """An op that runs while a parameter loads, and whose errors name the parameter.
 
-    Transformers catches what an op raises, goes on with the next parameter and ends in an error that names neither
-    tensor nor reason. So the first failure is kept, the remaining work is skipped, and the hook after loading raises it.
+    Transformers catches what an op raises, continues with the next parameter and finally raises an error that names
+    neither tensor nor reason. So the first failure is recorded, the remaining work is skipped, and the hook after
+    loading raises the error.
     """
 
     def __init__(self, hf_quantizer: PackedHfQuantizer):
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadOperation:
-        # Transformers copies the op for every parameter; the failure must reach the one quantizer.
+        # Transformers copies the op for every parameter; all copies must report to the same quantizer.
         return type(self)(self.hf_quantizer)
 
     def convert(
@@ -55,7 +56,7 @@ class LoadOperation(ConversionOps):
 
     @abstractmethod
     def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Turn what the checkpoint holds of the parameter `name` of `module` into parameters of the model."""
+        """Make parameters of the model from the checkpoint's tensors of the parameter `name` of `module`."""
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -63,7 +64,7 @@ class LoadOperation(ConversionOps):
 
 
 class Quantize(LoadOperation):
-    """One dense weight, or a stack of them -> the packed tensors of its module."""
+    """Packs a dense weight, or a stack of them, into the packed tensors of its module."""
 
     def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
         (weight,) = tensors.values()
@@ -76,7 +77,7 @@ class Quantize(LoadOperation):
 
 
 class Dequantize(LoadOperation):
-    """The packed tensors of a weight or a stack -> the dense one; any other parameter of its name passes through.
+    """Decodes the packed tensors of a weight or a stack; a dense parameter of the same name passes through.
 
     The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
     """
@@ -89,7 +90,7 @@ class Dequantize(LoadOperation):
         if found.keys() == {parameter} and found[parameter].is_floating_point():
             return {name: found[parameter].to(dense.dtype)}
         if codec is None:
-            raise ValueError("is packed, but the config's overrides leave it alone")
+            raise ValueError("it is packed, but the config's overrides leave it unpacked")
         names = {suffix: parameter_name(suffix, parameter) for suffix in codec.specs(codec.multiple, codec.multiple)}
         missing = [key for key in names.values() if key not in found]
         if missing:
@@ -102,15 +103,15 @@ class Dequantize(LoadOperation):
 class OneExpertAtATime(WeightConverter):
     """A converter that merges the weights of experts into a stack, and packs each expert as soon as it is read.
 
-    The converter that it takes the place of reads and stacks the dense weights of all experts of a layer first: 15 GB
-    of DeepSeek-V3. It needs no memory but for one expert and for what is packed already.
+    Transformers' own converter would first read and stack the dense weights of all experts of a layer: 15 GB in
+    DeepSeek-V3. This one holds one dense expert at a time, besides what is packed already.
     """
 
     __slots__ = ()
 
     @classmethod
     def of(cls, converter: WeightConverter) -> OneExpertAtATime:
-        """With the patterns, scope and operations of a converter of Transformers."""
+        """A converter with the patterns, scope and operations of one of Transformers'."""
         made = cls(
             converter._original_source_patterns,
             converter._original_target_patterns,
@@ -121,7 +122,7 @@ class OneExpertAtATime(WeightConverter):
         return made
 
     def convert(self, layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
-        """Packed parameters by their full names; of experts that are not to be packed, what the converter would give."""
+        """Packed parameters by their full names. Experts that are not packed are left to Transformers' converter."""
         sources = dict(self.collected_tensors)
         counts = {len(tensors) for tensors in sources.values()}
         if self.quantization_operation is None or len(counts) != 1:
@@ -135,7 +136,7 @@ class OneExpertAtATime(WeightConverter):
                 tensors[expert] = None
             packed = super().convert(layer_name, **kwargs)
             if not packed:
-                return {}  # it has failed, which the operation has taken down
+                return {}  # it failed; the operation has recorded why
             for name, stack_of_one in packed.items():
                 if expert == 0:
                     stacks[name] = stack_of_one.new_empty(number, *stack_of_one.shape[1:])

@@ -1,13 +1,15 @@
-"""`quantize_model`: the calibrated path for a model that is in memory."""
+"""`quantize_model`: calibrated quantization of a model that is in memory."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calibration.model import calibrate_model
 from .calibration.settings import Calibration
 from .config import PackedConfig
 from .quantizer import PackedHfQuantizer
@@ -20,30 +22,29 @@ def quantize_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     config: PackedConfig,
-    calibration: Any = None,
+    dataset: Any = None,
     *,
     device: torch.device | str | None = None,
     work_dir: str | Path | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Quantize a dense model in place, calibrated on data.
+    """Quantize a dense model in place, calibrated on a dataset.
 
-    Its linear layers are replaced, decoder block by decoder block, by packed ones; afterwards it can run, and be saved
-    with `save_pretrained`, like one that was quantized while loading. The figures of the run are in
-    `model.hf_quantizer.report`. If the run is interrupted, the model is left partly quantized: load it again.
+    Its linear layers and fused experts are replaced by packed ones, decoder block by decoder block; afterwards the
+    model can run, and be saved with `save_pretrained`, like one that was quantized while loading. The measurements of
+    the run are in `model.hf_quantizer.report`. An interrupted run leaves the model partly quantized: load it again.
 
     Args:
-        model: on one device; blocks travel to `device` one at a time.
-        tokenizer: None will do for token tensors and for text that the model writes.
-        config: the format; its `calibration` holds the options, `Calibration()` if it is None. It is not changed; what
-            the model's config records is a copy.
-        calibration: the data: the path of a text or .jsonl file (lines with `"text"` or `"messages"`), the name of a
-            data set on the Hub, a list of texts, of conversations or of token tensors, a tensor int64 `[n, L]`; or a
-            `Calibration` in place of the config's. None takes what `config.calibration` names; if that is None too,
-            the model itself writes the text.
+        model: on one device; blocks move to `device` one at a time.
+        tokenizer: may be None for token tensors and for text that the model generates.
+        config: the format, and in `calibration` the options, `Calibration()` if that is None. It is not changed; the
+            model's config records a copy.
+        dataset: the path of a text or .jsonl file (lines with `"text"` or `"messages"`), the name of a dataset on the
+            Hub, a list of texts, of conversations or of token tensors, or a tensor int64 `[n, L]`. None takes what
+            `config.calibration` names; if that is None too, the model generates the text.
         device: where blocks are computed; None takes the accelerator if there is one.
-        work_dir: folder that keeps finished blocks. A run that was interrupted goes on where it stopped, if it is
-            called with the same folder, model and settings. None keeps nothing.
+        work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
+            folder, model and settings. None keeps nothing.
         progress: show progress bars.
 
     Returns:
@@ -51,7 +52,7 @@ def quantize_model(
 
     Raises:
         ValueError: the model is quantized already, is spread over several devices, has no layers to pack, or holds
-            values that are not finite; the data is unsuitable; or `work_dir` belongs to another run.
+            values that are not finite; the dataset is unsuitable; or `work_dir` belongs to another run.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
     """
@@ -59,23 +60,29 @@ def quantize_model(
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the original, dense model")
     config = copy.copy(config)
     settings = config.calibration or Calibration()
-    if isinstance(calibration, Calibration):
-        settings, calibration = calibration, None
-    data = settings.data if calibration is None else calibration
-    name = str(data) if isinstance(data, (str, Path)) else "given" if data is not None else None
-    config.calibration = settings.with_data(name)
+    if dataset is None:
+        dataset = settings.dataset
+    config.calibration = replace(settings, dataset=_name_of(dataset))
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
-    quantizer.calibrate(
+    quantizer.report = calibrate_model(
         model,
         quantizer.select(model),
-        data,
+        config,
+        dataset,
         tokenizer,
-        None if device is None else torch.device(device),
-        None if work_dir is None else Path(work_dir),
-        progress,
+        device=None if device is None else torch.device(device),
+        work_dir=None if work_dir is None else Path(work_dir),
+        progress=progress,
     )
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
     quantizer.postprocess_model(model)
     return model
+
+
+def _name_of(dataset: Any) -> str | None:
+    """What config.json records of a dataset."""
+    if dataset is None:
+        return None
+    return str(dataset) if isinstance(dataset, (str, Path)) else "given"

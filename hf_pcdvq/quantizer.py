@@ -1,22 +1,21 @@
 """The `HfQuantizer` classes: the hooks through which Transformers quantizes, loads and saves. No arithmetic.
 
-On-the-fly: `_process_model_before_weight_loading` swaps layers on the meta device, then every dense weight that arrives
-goes through `Quantize`, one at a time. Pre-packed: the same swap, the packed tensors load by name like any others. With
-`dequantize=True` there is no swap and `Dequantize` turns packed tensors into dense ones while they load.
+- Quantizing while loading: `_process_model_before_weight_loading` replaces dense layers by packed ones on the meta
+  device; each dense weight then passes through `Quantize` as it arrives.
+- Quantizing with calibration: the dense model loads as usual, and the hook after loading calls `calibrate_model`.
+- Loading a packed model: the same replacement; packed tensors load by name like any others.
+- `dequantize=True`: nothing is replaced, `Dequantize` decodes packed tensors while they load.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -30,14 +29,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .calibration.data import read_windows, sample_from_model, split_windows
+from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
-from .calibration.run import CalibratedRun
-from .calibration.store import BlockStore, fingerprint, keep_windows
 from .config import PackedConfig
 from .files.headers import check_stored
 from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, dense_weights, is_fused_experts, packed_type, parameter_name, share_inputs
+from .modules import (
+    PackedModule,
+    count_matrices,
+    dense_weights,
+    is_fused_experts,
+    packed_type,
+    parameter_name,
+    share_inputs,
+)
 from .select import select_layers
 from .version import FORMAT_VERSION
 
@@ -81,14 +86,14 @@ class PackedHfQuantizer(HfQuantizer):
             return
         selected = self.select(model)
         if not self.pre_quantized and self.quantization_config.calibration is not None:
-            self._to_calibrate = selected  # once they have their weights
+            self._to_calibrate = selected  # after their weights have loaded
             return
         matrices = 0
         for name in selected:
             module = model.get_submodule(name)
-            matrices += sum(1 if weight.ndim == 2 else len(weight) for weight in dense_weights(module).values())
+            matrices += count_matrices(module)
             empty = packed_type(module).empty_like(module, self.quantization_config.codec_of(name))
-            # Transformers would try to draw missing integers from a normal distribution; they are checked instead.
+            # Transformers would try to initialize missing integers with normal noise; `_check_loaded` reports them.
             empty._is_hf_initialized = True
             model.set_submodule(name, empty)
         if self.pre_quantized:
@@ -99,10 +104,10 @@ class PackedHfQuantizer(HfQuantizer):
             )
 
     def select(self, model: nn.Module) -> list[str]:
-        """Names of the layers to pack. Unless the model is packed already, the config takes down what is left.
+        """Names of the layers to pack. Unless the model is packed already, the config records which ones are skipped.
 
         Raises:
-            ValueError: there is none, or the config asks for one that cannot be packed.
+            ValueError: there are none, or the config asks for one that cannot be packed.
         """
         config = self.quantization_config
         skip = self._modules_to_skip(model)
@@ -120,8 +125,8 @@ class PackedHfQuantizer(HfQuantizer):
     def _modules_to_skip(self, model: nn.Module) -> list[str]:
         """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.
 
-        A packed model takes what is stored: the defaults depend on the class that it is opened with. Only the output
-        head is added, which a model that was packed as a bare `AutoModel` does not know of.
+        A packed model uses the stored list, because the defaults depend on the class it is loaded with. Only the
+        output head is added: a model that was packed as a bare `AutoModel` had none.
         """
         asked = self.quantization_config.modules_to_not_convert or []
         if self.pre_quantized:
@@ -143,12 +148,12 @@ class PackedHfQuantizer(HfQuantizer):
         distributed = getattr(model.config, "distributed_config", None)
         if any((getattr(distributed, size, None) or 1) > 1 for size in ("tp_size", "ep_size")):
             raise NotImplementedError(
-                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be cut like dense "
-                "ones. Load with device_map='auto' to spread the model over several GPUs"
+                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be sharded like "
+                "dense ones. Load with device_map='auto' to spread the model over several GPUs"
             )
         super().update_parallel_plan(model, plan)
 
-    # --------------------------------------------------------------------------------------- while it loads
+    # ---------------------------------------------------------------------------------------- during loading
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -161,7 +166,7 @@ class PackedHfQuantizer(HfQuantizer):
         return {"dequantize": Dequantize}
 
     def _stored_names(self, parameter: str) -> list[str]:
-        """The tensors that may stand for a dense parameter, whatever the codec of its module."""
+        """The tensors in which a dense parameter may be stored, whatever the codec of its module."""
         suffixes = {
             suffix: None
             for codec in self.quantization_config.codecs
@@ -172,13 +177,13 @@ class PackedHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: nn.Module
     ) -> list[WeightTransform]:
-        """What the model's files need on their way into its parameters, the experts of a layer one at a time."""
+        """The conversions between files and parameters, with fused experts packed one expert at a time."""
         if not self.pre_quantized:
             weight_conversions = [_one_expert_at_a_time(conversion) for conversion in weight_conversions]
-        # What merges dense experts stays as it is: packed ones are stored as stacks.
+        # Converters that merge dense experts are kept: packed experts are stored as stacks and do not match them.
         conversions = weight_conversions + self.get_weight_conversions()
         if self.quantization_config.dequantize:
-            # Their names are given with the module's: a dense layer may be called gate_up_proj too.
+            # Their names include the module's, because a dense layer may be called gate_up_proj too.
             stacks = {
                 f"{name.rpartition('.')[2]}.{stack}"
                 for name, module in model.named_modules()
@@ -192,11 +197,11 @@ class PackedHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.pre_quantized:
             return super().get_weight_conversions()
-        # Disk offloading reads a weight from the source checkpoint unless a converter is said to have changed it.
+        # Disk offloading reads a weight from the source checkpoint unless a converter applies to it.
         return [WeightConverter("weight", "weight", [PassThrough()])]
 
     def report_progress(self, name: str, error: float) -> None:
-        """Advance the progress bar by one matrix of the parameter `name`, with its relative squared error."""
+        """Advance the progress bar by one matrix of the parameter `name` and show its relative squared error."""
         if self._progress is not None:
             self._progress.set_postfix_str(f"{name.removesuffix('.weight')} error {error:.4f}", refresh=False)
             self._progress.update()
@@ -210,20 +215,18 @@ class PackedHfQuantizer(HfQuantizer):
         if self.failure is not None:
             raise ValueError(self.failure)
         if self._to_calibrate:
-            data, tokenizer = self.quantization_config.calibration.data, self._tokenizer(model)
-            self.calibrate(model, self._to_calibrate, data, tokenizer, progress=is_progress_bar_enabled())
-        layers = _packed_modules(model)
-        missing = [
-            f"{name}.{parameter}"
-            for name, layer in layers.items()
-            for parameter, tensor in layer.named_parameters(recurse=False)
-            if not _loaded(layer, parameter, tensor)
-        ]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} tensors of packed layers were not in the checkpoint: {', '.join(missing[:8])}"
-                f"{', ...' if len(missing) > 8 else ''}. The model would compute with random weights"
+            config = self.quantization_config
+            self.report = calibrate_model(
+                model,
+                self._to_calibrate,
+                config,
+                config.calibration.dataset,
+                find_tokenizer(config, model),
+                progress=is_progress_bar_enabled(),
             )
+        layers = _packed_modules(model)
+        if self.report is None:
+            _check_loaded(layers)
         for layer in layers.values():
             layer.reset_tables()
         share_inputs(model)
@@ -232,11 +235,13 @@ class PackedHfQuantizer(HfQuantizer):
             self._print_summary(len(layers))
 
     def _settle_conversions(self, model: nn.Module) -> None:
-        """Have `save_pretrained` write packed weights as they are and by the names of their modules, by which overrides
-        choose codecs, and dense ones as the model's files do."""
+        """Make `save_pretrained` write packed weights unchanged and dense ones as in the model's original files.
+
+        Packed weights keep the names of their modules, because overrides select codecs by them.
+        """
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None or self.quantization_config.dequantize:
-            # Only loading could tell whether there was a prefix.
+            # Whether there is a prefix was determined by loading.
             prefixes = [entry for entry in conversions or () if isinstance(entry, PrefixChange)]
             stock = get_model_conversion_mapping(model, add_legacy=False)
             conversions = prefixes + [entry for entry in stock if not isinstance(entry, PrefixChange)]
@@ -247,83 +252,18 @@ class PackedHfQuantizer(HfQuantizer):
         ]
         model._weight_conversions = [entry for entry in conversions if not _changes(entry, packed)]
 
-    def _tokenizer(self, model: nn.Module) -> Any:
-        """The tokenizer that the config gives or names, or else the model's own; None if no text is to be read."""
-        given = self.quantization_config.tokenizer
-        if self.quantization_config.calibration.data is None or not isinstance(given, (str, type(None))):
-            return given
-        return AutoTokenizer.from_pretrained(given or model.name_or_path)
-
-    def calibrate(
-        self,
-        model: nn.Module,
-        selected: list[str],
-        data: Any,
-        tokenizer: Any,
-        device: torch.device | None = None,
-        work_dir: Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        """Replace layers of a dense model by packed ones, calibrated on data; `report` then holds the figures.
-
-        Args are those of `quantize_model`; `selected` comes from `select`.
-        """
-        config, started = self.quantization_config, time.perf_counter()
-        placed = {parameter.device for parameter in model.parameters()}
-        if len(placed) > 1 or placed == {torch.device("meta")}:
-            raise ValueError(
-                f"calibration needs the whole model on one device, it is on {', '.join(sorted(map(str, placed)))}; "
-                "load it with device_map='cpu': blocks move to the accelerator one at a time"
-            )
-        training = model.training
-        model.eval()
-        windows = self._windows(model, selected, data, tokenizer, work_dir, progress)
-        store = None
-        if work_dir is not None:
-            store = BlockStore(work_dir, fingerprint(model, selected, config.to_dict(), windows))
-        windows, holdout = split_windows(windows, config.calibration)
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else placed.pop()
-        run = CalibratedRun(
-            model, selected, config.codec_of, config.calibration, windows, holdout, device, store, progress
-        )
-        run.run()
-        model.train(training)
-        for name in selected:
-            for parameter in model.get_submodule(name).parameters(recurse=False):
-                parameter._is_hf_initialized = True  # the check after loading asks for it
-        share_inputs(model)
-        self.report = QuantizationReport.of(config, run, windows, time.perf_counter() - started)
-
-    def _windows(
-        self, model: nn.Module, selected: list[str], data: Any, tokenizer: Any, work_dir: Path | None, progress: bool
-    ) -> Tensor:
-        """All windows of tokens, from the data or written by the model."""
-        settings = self.quantization_config.calibration
-        count, length, seed = settings.samples + settings.holdout, settings.length, settings.seed
-        if data is not None:
-            return read_windows(data, tokenizer, count, length, seed)
-
-        def write() -> Tensor:
-            return sample_from_model(model, count, length, seed, progress)
-
-        if work_dir is None:
-            return write()
-        owner = fingerprint(model, selected, {"count": count, "length": length, "seed": seed}, torch.empty(0))
-        return keep_windows(work_dir, owner, write)
-
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked
-        lines = [f"  {name}: {why}" for name, why in left.items()]
-        logger.warning("\n".join([f"Packed {layers} layers; left as they were:", *lines]))
+        lines = [f"  {name}: {reason}" for name, reason in left.items()]
+        logger.warning("\n".join([f"Packed {layers} layers; left unpacked:", *lines]))
 
-    # ------------------------------------------------------------------------------------ saving and the rest
+    # ------------------------------------------------------------------------------- saving and dequantizing
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         return None, {"hf_pcdvq_format_version": str(FORMAT_VERSION)}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config may hold its name
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config may hold its name
         layers = _packed_modules(model)
         for name, layer in layers.items():
             if next(layer.parameters()).device.type == "meta":
@@ -332,7 +272,7 @@ class PackedHfQuantizer(HfQuantizer):
             model.set_submodule(name, layer.dequantize(dtype))
             if getattr(layer, "shared_input", None) is not None:
                 layer.shared_input.remove()
-        model._weight_conversions = None  # those of the architecture, which may want to unstack experts again
+        model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
 
     def is_serializable(self) -> bool:
@@ -347,8 +287,22 @@ class PackedHfQuantizer(HfQuantizer):
         return True
 
 
+def _check_loaded(layers: dict[str, PackedModule]) -> None:
+    missing = [
+        f"{name}.{parameter}"
+        for name, layer in layers.items()
+        for parameter, tensor in layer.named_parameters(recurse=False)
+        if not _loaded(layer, parameter, tensor)
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} tensors of packed layers were not in the checkpoint: {', '.join(missing[:8])}"
+            f"{', ...' if len(missing) > 8 else ''}. The model would compute with random weights"
+        )
+
+
 def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether a parameter came from the checkpoint (or from quantizing it); offloaded ones live with their hook."""
+    """Whether a parameter was read from the checkpoint, or packed from what was read. Hooks hold offloaded ones."""
     if tensor.device.type != "meta":
         return getattr(tensor, "_is_hf_initialized", False)
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
@@ -367,7 +321,7 @@ def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:
 
 
 def _changes(conversion: WeightTransform, names: list[str]) -> bool:
-    """Whether a conversion makes one of these parameters out of tensors of other names."""
+    """Whether a conversion makes one of these parameters from tensors with other names."""
     if isinstance(conversion, PrefixChange):
         return False
     if isinstance(conversion, WeightRenaming):

@@ -57,7 +57,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 )
 @override_option
 @click.option(
-    "--calibration",
+    "--dataset",
     metavar="DATA",
     help="Text to calibrate on: a .txt or .jsonl file, or the name of a data set on the Hub. "
     "[default: text that the model writes itself]",
@@ -90,7 +90,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 
     \b
     Examples:
-      hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --calibration wiki.txt
+      hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --dataset wiki.txt
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
@@ -130,13 +130,13 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
     if ctx.params["all_experts"]:
         given["all_experts"] = True
-    if ctx.params["calibration"] is not None:
-        given["data"] = ctx.params["calibration"]
+    if ctx.params["dataset"] is not None:
+        given["dataset"] = ctx.params["dataset"]
     if not ctx.params["no_calibration"]:
         return Calibration(**given)
     if given:
         raise click.UsageError(
-            "--no-calibration excludes --calibration, --samples, --length, --seed and --all-experts", ctx
+            "--no-calibration excludes --dataset, --samples, --length, --seed and --all-experts", ctx
         )
     return None
 

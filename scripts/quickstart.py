@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
         "--setting", default="pcdvq-2.25", help="how to pack, such as stream-2.0 (default: %(default)s)"
     )
     parser.add_argument(
-        "--calibration",
+        "--dataset",
         metavar="DATA",
         help="text or .jsonl file, or data set on the Hub (default: the model's own text)",
     )
@@ -64,8 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=48, help="windows to evaluate at most (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "quickstart", help="where to save (default: %(default)s)")
     args = parser.parse_args()
-    if args.no_calibration and args.calibration is not None:
-        parser.error("--no-calibration excludes --calibration")
+    if args.no_calibration and args.dataset is not None:
+        parser.error("--no-calibration excludes --dataset")
     if not args.text.is_file():
         parser.error(f"--text: there is no file {args.text}")
     try:
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if not args.no_calibration:
-        args.config.calibration = Calibration(data=args.calibration, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
+        args.config.calibration = Calibration(dataset=args.dataset, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
     return args
 
 

@@ -66,9 +66,9 @@ REFUSED = [
     (Calibration, {"samples": 0}, r"samples must be an integer from 1 .*, got 0"),
     (Calibration, {"sweeps": 1.0}, r"sweeps must be an integer .*, got 1.0"),
     (Calibration, {"correction": 2}, r"correction must be a number from 0.0 to 1.0, got 2"),
-    (Calibration, {"damping": 0}, r"damping must be a number .*, got 0"),
-    (Calibration, {"ordered": 1}, r"ordered must be True or False, got 1"),
-    (Calibration, {"data": ["text"]}, r"data must be a path, a name or None, got \['text'\]"),
+    (Calibration, {"damp_percent": 0}, r"damp_percent must be a number .*, got 0"),
+    (Calibration, {"desc_act": 1}, r"desc_act must be True or False, got 1"),
+    (Calibration, {"dataset": ["text"]}, r"dataset must be a path, a name or None, got \['text'\]"),
 ]
 
 
@@ -88,9 +88,9 @@ def test_a_newer_format_is_refused_with_its_version():
         CcqConfig(format_version=7)
 
 
-def test_calibration_may_be_its_data_its_fields_or_an_object_and_survives_json():
-    expected = Calibration(data="wiki.txt")
-    for given in (expected, "wiki.txt", expected.to_dict(), {"data": "wiki.txt"}):
+def test_calibration_may_be_its_dataset_its_fields_or_an_object_and_survives_json():
+    expected = Calibration(dataset="wiki.txt")
+    for given in (expected, "wiki.txt", expected.to_dict(), {"dataset": "wiki.txt"}):
         config = PcdvqConfig(calibration=given, tokenizer=object())
         assert config.calibration == expected
         again = PcdvqConfig.from_dict(json.loads(json.dumps(config.to_dict())))

@@ -30,13 +30,13 @@ def test_only_short_floats_on_a_cpu_can_be_emulated():
     assert is_emulated(torch.bfloat16, CPU) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def test_placed_widens_and_restores_what_is_still_there():
+def test_placed_upcasts_and_restores_what_is_still_there():
     module = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 4, bias=False)).bfloat16()
     module[2].weight = module[0].weight  # tied, as embeddings and heads are
     module.register_buffer("wide", torch.rand(3))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     wide = module.wide.clone()
-    with placed(module, CPU, widen=True):
+    with placed(module, CPU, upcast=True):
         assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float32}
         module[1] = nn.Identity()
         module[0].bias = nn.Parameter(torch.zeros(3, dtype=torch.int16), requires_grad=False)

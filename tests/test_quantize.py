@@ -70,13 +70,13 @@ def test_calibrated_is_closer_to_the_original_than_rounded_and_reloads_identical
     with torch.inference_mode():
         assert torch.equal(again(windows).logits, model(windows).logits)
     recorded = again.config.quantization_config.calibration
-    assert recorded == Calibration(data="given", samples=24, length=64, holdout=4)
+    assert recorded == Calibration(dataset="given", samples=24, length=64, holdout=4)
 
 
 def test_from_pretrained_calibrates_where_the_config_names_data(load, tokenizer, tiny_model_dir, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(sentences(3000))
-    settings = {"data": str(file), "samples": 8, "length": 64, "holdout": 0}
+    settings = {"dataset": str(file), "samples": 8, "length": 64, "holdout": 0}
     expected = quantize_model(load(), tokenizer, PcdvqConfig(calibration=settings), progress=False)
     assert_same_state(load(quantization_config=PcdvqConfig(calibration=settings)), expected)
     named = PcdvqConfig(calibration=settings, tokenizer=str(tiny_model_dir))
@@ -86,19 +86,19 @@ def test_from_pretrained_calibrates_where_the_config_names_data(load, tokenizer,
     model.save_pretrained(tmp_path / "packed")  # the tokenizer in the config must not be in the way
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert "tokenizer" not in fields
-    assert fields["calibration"]["data"] == str(file)
+    assert fields["calibration"]["dataset"] == str(file)
 
 
 def test_without_data_the_model_writes_it(load):
     settings = Calibration(samples=4, length=16, holdout=2)
-    model = quantize_model(load(), None, PcdvqConfig(), settings, progress=False)
+    model = quantize_model(load(), None, PcdvqConfig(calibration=settings), progress=False)
     assert model.config.quantization_config.calibration == settings
     assert model.hf_quantizer.report.windows == 4
     assert model.hf_quantizer.report.comparison.windows == 2
 
 
 def test_layers_are_quantized_with_the_errors_of_those_before_them(load, tokenizer, monkeypatch):
-    """Were the inputs those of the original model, there would be nothing to correct behind the first layers."""
+    """Were the inputs those of the original model, there would be nothing to correct after the first layers."""
     moments = {}
     quantize = hf_pcdvq.calibration.run.quantize_layers
 
@@ -170,13 +170,13 @@ def test_work_folder_of_another_run_is_refused(load, tokenizer, tmp_path):
     quantize_model(load(), tokenizer, PcdvqConfig(calibration=settings), text, **options)
     changed = load()
     changed.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
-    for model, config, data in [
+    for model, config, dataset in [
         (load(), PcdvqConfig(bits=2.0, calibration=settings), text),
         (load(), PcdvqConfig(calibration=settings), [sentences(3000, seed=1)]),
         (changed, PcdvqConfig(calibration=settings), text),
     ]:
         with pytest.raises(ValueError, match="belongs to another run"):
-            quantize_model(model, tokenizer, config, data, **options)
+            quantize_model(model, tokenizer, config, dataset, **options)
 
 
 def test_report_has_every_layer_and_adds_up(load, tokenizer, tmp_path):
@@ -263,7 +263,10 @@ def test_other_architectures(name, tokenizer):
     original = AutoModelForCausalLM.from_config(config(**sizes, initializer_range=0.2)).eval()
     windows = token_windows(tokenizer, sentences(600, seed=1), 64)
     results = []
-    for settings in (SMALL, Calibration(samples=24, length=64, holdout=0, damping=10.0, correction=0.0, sweeps=0)):
+    for settings in (
+        SMALL,
+        Calibration(samples=24, length=64, holdout=0, damp_percent=10.0, correction=0.0, sweeps=0),
+    ):
         model = copy.deepcopy(original)
         quantize_model(model, tokenizer, PcdvqConfig(calibration=settings), [sentences(3000)], progress=False)
         results.append(evaluate(original, model, windows, progress=False).kl_mean)

@@ -57,7 +57,7 @@ def test_only_the_asked_layers(tiny_model_dir, tmp_path):
 def test_layers_that_do_not_fit_are_left_and_listed_once(odd_model_dir, config, caplog, tmp_path):
     with caplog.at_level(logging.WARNING, "hf_pcdvq"):
         model = load(odd_model_dir, config)
-    summaries = [record.getMessage() for record in caplog.records if "left as they were" in record.getMessage()]
+    summaries = [record.getMessage() for record in caplog.records if "left unpacked" in record.getMessage()]
     assert len(summaries) == 1
     assert "Packed 12 layers" in summaries[0]
     why = f"72 input features are not a multiple of {config.codec.multiple} (x2)"

@@ -1,8 +1,8 @@
-"""A model as a chain of decoder blocks: which they are, how they are called, and the hidden states between them.
+"""A model as a sequence of decoder blocks: which they are, how they are called, and the hidden states between them.
 
-Nothing here knows an architecture. The blocks are the outermost `nn.ModuleList` with most of the layers to quantize in
-it, and what a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded from
-the model's own forward pass; it must not depend on the text.
+Nothing here depends on the architecture. The blocks are the outermost `nn.ModuleList` that holds most of the layers
+to quantize. What a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded
+from the model's own forward pass; it must not depend on the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..emulation import moved
+from ..emulation import to_device
 from .inputs import Stop
 
 
@@ -27,12 +27,12 @@ class Call:
     kwargs: dict[str, Any]
 
     def named(self) -> dict[str, Any]:
-        """All arguments, positional ones by their number."""
+        """All arguments, positional ones by their position."""
         return {**{str(number): value for number, value in enumerate(self.args, 1)}, **self.kwargs}
 
-    def to(self, device: torch.device, widen: bool) -> Call:
-        """With its tensors on `device`, those of 16-bit floats in float32 if `widen`."""
-        return Call(_map(self.args, device, widen), _map(self.kwargs, device, widen))
+    def to(self, device: torch.device, upcast: bool) -> Call:
+        """With its tensors on `device`; with `upcast`, 16-bit floats become float32."""
+        return Call(_to_device(self.args, device, upcast), _to_device(self.kwargs, device, upcast))
 
 
 def find_blocks(model: nn.Module, layers: list[str]) -> str:
@@ -48,13 +48,13 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
             if count > most:  # the outer list comes first, and an inner one never holds more
                 best, most = name, count
     if not most:
-        raise ValueError(f"{type(model).__name__} has no list of decoder blocks; calibration goes block by block")
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks; calibration works block by block")
     return best
 
 
 @torch.no_grad()
 def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
-    """The inputs of the first block for every window, and the calls of all blocks. No block but the first is run.
+    """The input of the first block for every window, and the calls of all blocks. No block but the first is computed.
 
     Args:
         windows: token ids int64 `[n, L]`.
@@ -63,7 +63,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[l
         Hidden states `[1, L, D]` of every window, on the CPU, and one call per block.
 
     Raises:
-        NotImplementedError: a block is called with something that depends on the text.
+        NotImplementedError: the model does not run all blocks, or calls one with something that depends on the text.
+        ValueError: the blocks have device hooks.
     """
     hidden, calls = [], None
     wrap: Callable[[Tensor], Any] | None = None
@@ -80,22 +81,22 @@ def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[l
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The next hidden states."""
+    """The hidden states after a block."""
     return _first(block(hidden, *call.args, **call.kwargs))
 
 
 class Shortcuts:
-    """Spares a block what it has computed before.
+    """Saves a block from computing modules again whose output is known.
 
-    Attention ends in its output projection, an MLP in its down projection. Once such a last layer's input is known for
-    a window, and nothing that runs before the layer changes any more, the whole module needs not be computed again:
-    it is the layer, applied to that input. Which layers are last in their module is found by running the block: the
-    module's output is then the very tensor that the layer put out.
+    Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
+    known for a window, and nothing that runs before the layer will change, the module does not have to be computed
+    again: its output is the layer applied to that input. Running the block once shows which layers are final: the
+    module then returns the same tensor object as the layer.
 
     Args:
         block: on the device of `hidden`.
-        layers: those of its layers whose inputs may be kept, by name.
-        hidden, call: to run the block with.
+        layers: the layers whose inputs may be kept, by name.
+        hidden, call: what to run the block with.
     """
 
     def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
@@ -104,13 +105,13 @@ class Shortcuts:
         self._known: dict[str, dict[int, Tensor]] = {}
 
     def keep(self, name: str, window: int, inputs: Tensor) -> None:
-        """Keep the input of a layer, on the CPU, if that can save anything."""
+        """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
         if name in self._ends:
             self._known.setdefault(name, {})[window] = inputs.cpu()
 
     @contextmanager
     def taken(self, window: int) -> Iterator[None]:
-        """Take all shortcuts that are known for a window."""
+        """Replace the forward pass of every module that has a shortcut for a window."""
         with ExitStack() as stack:
             for name, known in self._known.items():
                 if window in known:
@@ -126,7 +127,7 @@ class Shortcuts:
 def _ending_modules(
     block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call
 ) -> dict[str, tuple[nn.Module, Callable[[Tensor], Any]]]:
-    """For layers that run once and whose output is that of the module around them: that module, and how it returns it."""
+    """For layers that run once and whose output is their parent module's: the parent, and how it returns outputs."""
     outputs: dict[nn.Module, list[Any]] = {}
     parents = {
         name: module for module in block.modules() for name, layer in layers.items() if layer in module.children()
@@ -150,7 +151,7 @@ def _ending_modules(
 
 @torch.no_grad()
 def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
-    """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` behind the last block, for a window `[L]`."""
+    """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` after the last block, for a window `[L]`."""
     wrap = _output_form(model, blocks, window)
     hidden = hidden.to(model.get_input_embeddings().weight)  # its device and its dtype
     with ExitStack() as stack:
@@ -162,7 +163,7 @@ def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: T
 def _record(
     model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any]
 ) -> tuple[Tensor, list[Call]]:
-    """The first block's input and every block's call, with blocks that hand on their input instead of computing."""
+    """The first block's input and every block's call, with blocks that return their input instead of computing."""
     inputs: list[Tensor] = []
     calls: list[Call] = []
 
@@ -184,7 +185,7 @@ def _record(
 
 
 def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:
-    """How a block returns hidden states: bare, or first in a tuple."""
+    """How a block returns hidden states: as a tensor, or first in a tuple."""
     outputs: list[Any] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -212,7 +213,7 @@ def _forward(model: nn.Module, window: Tensor) -> Any:
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Hidden states, which come first or by name, and the rest of a block's arguments."""
+    """The hidden states, passed first or by name, and the rest of a block's arguments."""
     if args:
         return args[0], Call(args[1:], kwargs)
     rest = dict(kwargs)
@@ -221,7 +222,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 @contextmanager
 def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
-    if "forward" in block.__dict__:  # accelerate's hooks put one there
+    if "forward" in block.__dict__:  # set by accelerate's hooks
         raise ValueError("calibration needs a model without device hooks: load it on one device, without offloading")
     block.forward = forward
     try:
@@ -235,21 +236,21 @@ def _first(output: Any) -> Tensor:
 
 
 def _form(output: Any) -> Callable[[Tensor], Any]:
-    """Puts a tensor in the place of the first that a module returned, which may be bare or in a tuple."""
+    """Wraps a tensor in the form of a module's output, which is a tensor or a tuple that begins with one."""
     if isinstance(output, tuple):
         rest = output[1:]
         return lambda tensor: (tensor, *rest)
     return lambda tensor: tensor
 
 
-def _map(value: Any, device: torch.device, widen: bool) -> Any:
-    """Tensors of nested tuples, lists and dictionaries, moved."""
+def _to_device(value: Any, device: torch.device, upcast: bool) -> Any:
+    """`to_device` for all tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        return moved(value, device, widen)
+        return to_device(value, device, upcast)
     if isinstance(value, dict):
-        return {key: _map(item, device, widen) for key, item in value.items()}
+        return {key: _to_device(item, device, upcast) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, device, widen) for item in value)
+        return type(value)(_to_device(item, device, upcast) for item in value)
     return value
 
 

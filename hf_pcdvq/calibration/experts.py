@@ -1,7 +1,7 @@
-"""Quantizing fused experts: each with the moments of the tokens that its router sends it.
+"""Quantizing fused experts, each with the moments of the tokens that are routed to it.
 
-Tokens are routed as the model quantized so far routes them, in the original's hidden states too, so that both can be
-compared token by token. One expert's moments are in memory at a time, however many there are.
+The routing of the model quantized so far is applied to the original's hidden states too, so that both can be compared
+token by token. Only one expert's moments are in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CHUNK = 1 << 13  # tokens whose activations are computed at a time
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """What reaches the experts of a layer.
+    """The input of a layer's experts.
 
     Attributes:
         hidden: hidden states of all tokens, `[T, H]`, on the CPU.
-        original: the same tokens in the original model; None if they were not kept.
-        index: experts of every token, int64 `[T, k]`.
+        original: the same tokens in the original model; None if they were not stored.
+        index: the experts of every token, int64 `[T, k]`.
     """
 
     hidden: Tensor
@@ -40,10 +40,11 @@ class RoutedTokens:
     index: Tensor
 
     def of(self, expert: int) -> RoutedTokens:
-        """The tokens of one expert."""
+        """The tokens that are routed to one expert."""
         return self.chosen((self.index == expert).any(1).nonzero()[:, 0])
 
     def chosen(self, token: Tensor) -> RoutedTokens:
+        """The tokens with these numbers, int64 `[t]`."""
         original = None if self.original is None else self.original[token]
         return RoutedTokens(self.hidden[token], original, self.index[token])
 
@@ -51,22 +52,22 @@ class RoutedTokens:
 def routed_tokens(
     experts: nn.Module, windows: Iterable[int], forward: Callable[[int], Tensor], originals: list[Tensor | None]
 ) -> RoutedTokens:
-    """Run the block around experts up to them, for all windows.
+    """Run a block up to its experts, for all windows.
 
     Args:
         experts: the dense module.
         windows: numbers of the windows.
         forward: runs the block for a window.
-        originals: hidden states that the experts get in the original model, window by window.
+        originals: what the experts receive in the original model, window by window.
     """
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
         calls.append((named["hidden_states"].cpu(), named["top_k_index"].cpu()))
         raise Stop
 
-    handle = experts.register_forward_pre_hook(take, with_kwargs=True)
+    handle = experts.register_forward_pre_hook(record, with_kwargs=True)
     try:
         for window in windows:
             with suppress(Stop):
@@ -81,15 +82,15 @@ def routed_tokens(
 def quantize_experts(
     name: str, experts: nn.Module, tokens: RoutedTokens | None, codec: Codec, settings: Calibration
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
-    """Quantize all experts of a layer, which are left as they are.
+    """Quantize all experts of a layer; the dense module is not changed.
 
-    An expert that saw fewer than `settings.expert_tokens` tokens is calibrated on all tokens of the layer instead, and
-    its records say so.
+    An expert that received fewer than `settings.expert_tokens` tokens is calibrated on all tokens of the layer
+    instead, and its records say so.
 
     Args:
         name: of the module.
-        experts: the dense module, on the device to work on.
-        tokens: None if the layer did not run: everything is rounded to the nearest codes.
+        experts: the dense module, on the device to compute on.
+        tokens: None if the layer did not run; its weights are then rounded to the nearest codes.
 
     Returns:
         The packed stacks by parameter, and two records for each expert.
@@ -100,26 +101,24 @@ def quantize_experts(
     packed: dict[str, list[Packed]] = {stack: [] for stack in STACKS}
     records: list[LayerRecord] = []
     up, down = STACKS
-    for expert, (gate_up_proj, down_proj) in enumerate(
-        zip(getattr(experts, up).detach(), getattr(experts, down).detach())
-    ):
+    for expert, weights in enumerate(zip(getattr(experts, up).detach(), getattr(experts, down).detach())):
         own, note = _tokens_of(expert, tokens, settings)
-        inputs = _moments(own, gate_up_proj.device, _as_they_are)
-        tensors, record = _quantize(f"{name}.{expert}.{up}", gate_up_proj, inputs, note, codec, settings)
-        packed[up].append(tensors)
-        records.append(record)
-        between = _gated(experts, gate_up_proj, codec, tensors)
-        inputs = _moments(own, down_proj.device, between)
-        tensors, record = _quantize(f"{name}.{expert}.{down}", down_proj, inputs, note, codec, settings)
-        packed[down].append(tensors)
-        records.append(record)
+        inputs_of: Callable[[Tensor, bool], Tensor] = _unchanged
+        for stack, weight in zip(STACKS, weights):
+            matrix = f"{name}.{expert}.{stack}"
+            moments = _moments(own, weight.device, inputs_of)
+            tensors, (record,) = quantize_layers({matrix: weight}, moments, codec, settings)
+            packed[stack].append(tensors[matrix])
+            records.append(replace(record, note="; ".join(filter(None, (note, record.note))) or None))
+            if stack == up:
+                inputs_of = _gated(experts, weight, codec, tensors[matrix])
     return {stack: stack_packed(parts) for stack, parts in packed.items()}, records
 
 
 def _tokens_of(
     expert: int, tokens: RoutedTokens | None, settings: Calibration
 ) -> tuple[RoutedTokens | None, str | None]:
-    """The tokens to calibrate an expert on, and what is unusual about them."""
+    """The tokens to calibrate an expert on, and a note if it received too few."""
     if tokens is None or settings.all_experts:
         return tokens, None
     own = tokens.of(expert)
@@ -128,37 +127,28 @@ def _tokens_of(
     return tokens, f"only {len(own.hidden)} tokens were routed to it: calibrated on all tokens of the layer"
 
 
-def _as_they_are(hidden: Tensor, original: bool) -> Tensor:
+def _unchanged(hidden: Tensor, original: bool) -> Tensor:
     return hidden
 
 
 def _gated(experts: nn.Module, dense: Tensor, codec: Codec, packed: Packed) -> Callable[[Tensor, bool], Tensor]:
-    """What is between the two stacks of an expert, with its dense weight in the original and with the packed one."""
+    """Computes the input of an expert's down projection, with the dense weight for the original, else the packed one."""
     tables = {key: table.to(dense.device) for key, table in codec.tables(dense.shape[1]).items()}
     decoded = codec.decode(packed, tables, dense.dtype)
     return lambda hidden, original: experts._apply_gate(functional.linear(hidden, dense if original else decoded))
 
 
 def _moments(
-    tokens: RoutedTokens | None, device: torch.device, inputs: Callable[[Tensor, bool], Tensor]
+    tokens: RoutedTokens | None, device: torch.device, inputs_of: Callable[[Tensor, bool], Tensor]
 ) -> InputMoments | None:
-    """Moments of what `inputs` makes of the hidden states; it is told whether they are the original's."""
+    """Moments of the inputs that `inputs_of` computes from hidden states and whether they are the original's."""
     if tokens is None:
         return None
     moments = None
     for start in range(0, len(tokens.hidden), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        found = inputs(tokens.hidden[rows].to(device), False)
-        before = None if tokens.original is None else inputs(tokens.original[rows].to(device), True)[None]
+        found = inputs_of(tokens.hidden[rows].to(device), False)
+        before = None if tokens.original is None else inputs_of(tokens.original[rows].to(device), True)[None]
         moments = moments or InputMoments(found.shape[1], device)
         moments.add(found[None], before)
     return moments
-
-
-def _quantize(
-    name: str, weight: Tensor, moments: InputMoments | None, note: str | None, codec: Codec, settings: Calibration
-) -> tuple[Packed, LayerRecord]:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    packed, (record,) = quantize_layers({name: layer}, moments, codec, settings)
-    return packed[name], replace(record, note="; ".join(filter(None, (note, record.note))) or None)

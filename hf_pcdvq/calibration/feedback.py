@@ -1,22 +1,23 @@
-"""Error feedback: quantize a weight so that the layer's outputs change least, rather than the weight itself.
+"""Error feedback: quantize a weight so that the layer's outputs, rather than the weight itself, change least.
 
-A layer whose inputs `x` have the Hessian `H = mean of x x^T` pays `tr(E H E^T)` for an error `E = W - Q` of its weight
-`[N, K]`. With the factorization `H = R R^T`, R upper triangular, that is `|E R|^2`, and with the columns cut into units
-B (the smallest that the codec encodes by itself) it is the sum over B of
+For a layer whose inputs `x` have the Hessian `H = mean of x x^T`, an error `E = W - Q` of its weight `[N, K]` has the
+loss `tr(E H E^T)`. With the factorization `H = R R^T`, R upper triangular, that is `|E R|^2`, and with the columns
+split into units B (the smallest slices that the codec can encode) it is the sum over B of
 
     |(T_B - Q_B) R_BB|^2,    T_B = W_B + (sum over earlier units A of E_A R_AB) R_BB^-1.
 
-So the units are encoded one after the other, each to the codes nearest to its target `T_B`, which carries the errors
-made so far: block LDLQ (QuIP, arXiv 2307.13304), which is GPTQ (arXiv 2210.17323) with units of several columns.
+So the units are encoded one after the other, each to the codes nearest to its target `T_B`, which accounts for the
+errors made so far: block LDLQ (QuIP, arXiv 2307.13304), that is, GPTQ (arXiv 2210.17323) with units of several
+columns.
 
-Afterwards, sweeps of coordinate descent go over the units again: the others being what they are, the best value of
-unit B is `Q_B + (E H)_B H_BB^-1`; it is encoded, and the rows whose loss falls take the new code. The scale of a row is
-fitted to its codes in the same metric, `W H Q^T / Q H Q^T`.
+Sweeps of coordinate descent then visit the units again: with all others fixed, the best value of unit B is
+`Q_B + (E H)_B H_BB^-1`; it is encoded, and rows whose loss decreases take the new code. The scale of a row is fitted
+to its codes in the same metric, `W H Q^T / Q H Q^T`.
 
 Rows do not interact, so layers that share their inputs are stacked and quantized together.
 
-Both passes go through panels of `_PANEL` columns: within a panel every unit sees the one before at once, what a panel
-means for the columns behind it is one large matrix product.
+Both passes work in panels of `_PANEL` columns: within a panel every unit sees the effect of those before it at once;
+the effect of a whole panel on the columns after it is one large matrix product.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ _PANEL = 128
 
 @dataclass
 class _State:
-    """A weight on its way. Columns are in the order in which units are encoded, `units` says which unit lies where."""
+    """A weight while it is quantized, its columns in the order in which units are encoded."""
 
     encoders: Sequence[UnitEncoder]  # of the layers that are stacked
-    units: list[tuple[int, slice]]
+    units: list[tuple[int, slice]]  # numbers of the units in that order, and their columns
     hessian: Tensor  # [K, K]
     weight: Tensor  # [N, K]
     quantized: Tensor  # [N, K]
@@ -67,7 +68,7 @@ class _State:
         self.quantized *= factor[:, None]
 
     def panels(self) -> Iterator[tuple[int, int, list[tuple[int, slice]]]]:
-        """Start and end of panels of columns, and their units."""
+        """Start, end and units of every panel of columns."""
         panel: list[tuple[int, slice]] = []
         for unit in self.units:
             panel.append(unit)
@@ -79,18 +80,18 @@ class _State:
 def quantize_with_feedback(
     weight: Tensor, hessian: Hessian, encoders: Sequence[UnitEncoder], settings: Calibration
 ) -> tuple[Tensor, Tensor]:
-    """Codes and the weight they stand for.
+    """Codes, and the weight that they decode to.
 
     Args:
         weight: rotated, float32 `[N, K]`.
         hessian: of the rotated inputs.
-        encoders: made for the layers whose weights are stacked in `weight`; their scales change if `settings.refit`.
-        settings: `sweeps`, `refit` and `ordered` count here.
+        encoders: of the layers whose weights are stacked in `weight`; with `settings.refit` their scales change.
+        settings: of which `sweeps`, `refit` and `desc_act` are used here.
 
     Returns:
-        Codes int32 `[N, units]`, of which every encoder packs its rows, and the quantized weight float32 `[N, K]`.
+        Codes int32 `[N, units]`, whose rows each encoder can pack, and the quantized weight float32 `[N, K]`.
     """
-    order, units = _order(encoders[0], hessian.matrix, settings.ordered)
+    order, units = _order(encoders[0], hessian.matrix, settings.desc_act)
     ordered_hessian = hessian.permuted(order)
     weight = weight[:, order]
     codes = weight.new_zeros(len(weight), len(units), dtype=torch.int32)
@@ -111,10 +112,10 @@ def proxy_loss(error: Tensor, weight: Tensor, hessian: Hessian) -> float:
     return ((error @ hessian.matrix) * error).sum(dtype=torch.float64).item() / total if total else 0.0
 
 
-def _order(encoder: UnitEncoder, hessian: Tensor, ordered: bool) -> tuple[Tensor, list[tuple[int, slice]]]:
-    """The columns in the order of their units, int64 `[K]`, and for every unit the place of its columns there."""
+def _order(encoder: UnitEncoder, hessian: Tensor, desc_act: bool) -> tuple[Tensor, list[tuple[int, slice]]]:
+    """The order of the columns, int64 `[K]`, and in that order every unit's number with the slice of its columns."""
     numbers = list(range(len(encoder.units)))
-    if ordered:
+    if desc_act:
         energy = hessian.diagonal()
         mean = torch.stack([energy[unit].mean() for unit in encoder.units])
         numbers = mean.argsort(descending=True, stable=True).tolist()
@@ -163,12 +164,12 @@ def _descend(state: _State) -> None:
             state.codes[:, number] = torch.where(better, codes, state.codes[:, number])
             state.quantized[:, part] += change
             gradient[:, start:stop].addmm_(change, state.hessian[part, start:stop], alpha=-1)
-        moved = state.quantized[:, start:stop] - before
-        gradient[:, stop:].addmm_(moved, state.hessian[start:stop, stop:], alpha=-1)
+        total = state.quantized[:, start:stop] - before
+        gradient[:, stop:].addmm_(total, state.hessian[start:stop, stop:], alpha=-1)
 
 
 def _refit(state: _State) -> None:
-    """Fit the scale of every row in the metric of the Hessian. A row that would turn to zero or flip stays."""
+    """Fit the scale of every row in the metric of the Hessian, unless it would become zero or negative."""
     product = state.quantized @ state.hessian
     own = (product * state.quantized).sum(1)
     factor = (product * state.weight).sum(1) / torch.where(own > 0, own, 1)

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, and their preparation for error feedback."""
+"""Second moments of a layer's inputs, and the Hessians that error feedback computes from them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from ..codecs import hadamard
 
-# H is symmetric: it is accumulated in this many bands of columns, each down to the diagonal only, which saves 3/8 of it.
+# H is symmetric: it is accumulated in this many bands of rows, each from the diagonal on, which saves 3/8 of it.
 _BANDS = 4
-# How often damping is raised tenfold before a Hessian is given up.
+# How many times damping is raised tenfold before a Hessian is given up on.
 _DAMPING_STEPS = 4
 
 
 class InputMoments:
-    """Running sums over the tokens `x` that reach layers with a common input; `x0` is what the original model has there.
+    """Running sums over the tokens `x` that layers with a common input receive; `x0` are those of the original model.
 
     Attributes:
-        hessian: sum of `x x^T`, float32 `[K, K]`; below the diagonal not all of it is filled.
-        cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None where there was nothing to compare with.
+        hessian: sum of `x x^T`, float32 `[K, K]`; only the upper triangle is complete.
+        cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None if some `x0` is unknown.
         tokens: number of tokens seen.
     """
 
@@ -30,11 +30,12 @@ class InputMoments:
         self.tokens = 0
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
-        """Count the tokens of one window, `[..., K]` of any floating dtype.
+        """Accumulate the tokens of one window.
 
         Args:
-            original: the same tokens in the original model. Of experts that are modules of their own, and may get other
-                tokens than there, nothing is compared: their inputs are not `[batch, tokens, K]`.
+            inputs: `[..., K]` of any floating dtype.
+            original: the same tokens in the original model, if they are known. Two-dimensional ones are not used:
+                they belong to experts that are modules of their own, which may have received other tokens there.
         """
         x = inputs.flatten(0, -2).float()
         band = -(-x.shape[1] // _BANDS)
@@ -43,7 +44,7 @@ class InputMoments:
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
-            # In bfloat16 where the model is: unlike the Hessian, `cross` is never inverted. Sums overflow in float16.
+            # In bfloat16 if the model is: unlike the Hessian, `cross` is never inverted. Float16 sums would overflow.
             dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
             change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
             self.cross += change.T @ inputs.to(dtype).flatten(0, -2)
@@ -51,29 +52,29 @@ class InputMoments:
 
 
 class UnusableHessian(Exception):
-    """There is no Hessian that error feedback could work with; the message says why."""
+    """Error feedback cannot use the Hessian, or there is none; the message says why."""
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """A Hessian that error feedback can work with: symmetric, positive definite, in the basis that the codec quantizes.
+    """A Hessian that error feedback can use: symmetric, positive definite, in the basis that the codec quantizes.
 
     Attributes:
         matrix: float32 `[K, K]`, mean over the tokens, damping included.
-        tokens: how many tokens it is the mean of.
-        dead: number of inputs that were 0 for every token; damping alone gives their weights a cost.
-        damping: what was added to the diagonal, as a fraction of its mean.
-        note: what was unusual about it, or None.
+        tokens: number of tokens it is the mean of.
+        dead: number of inputs that were 0 for every token; only damping gives their weights a cost.
+        damp_percent: what was added to the diagonal, as a fraction of its mean.
+        note: how it was made usable, if it was not so at first, or None.
     """
 
     matrix: Tensor
     tokens: int
     dead: int
-    damping: float
+    damp_percent: float
     note: str | None
 
     def permuted(self, order: Tensor) -> Hessian:
-        """With the inputs in the order int64 `[K]`."""
+        """With the inputs in the given order, int64 `[K]`."""
         return replace(self, matrix=self.matrix[order][:, order])
 
     def factor(self) -> Tensor:
@@ -86,22 +87,22 @@ class Hessian:
         return torch.cholesky_solve(rows.double().T, lower).T.float()
 
 
-def prepare_hessian(moments: InputMoments | None, damping: float, signs: Tensor | None) -> Hessian:
-    """A usable Hessian from what was accumulated.
+def prepare_hessian(moments: InputMoments | None, damp_percent: float, signs: Tensor | None) -> Hessian:
+    """A usable Hessian from accumulated moments.
 
-    Two rules help where it is not usable as it is, and say so in `note`:
+    Damping is raised in two cases, which `note` then names:
 
-    - fewer tokens than inputs: damping is multiplied by inputs / tokens, because directions that no token has shown
+    - fewer tokens than inputs: it is multiplied by inputs / tokens, because errors in directions that no token covers
       would otherwise cost next to nothing;
-    - not positive definite in spite of damping: damping is raised tenfold, at most four times.
+    - not positive definite in spite of damping: it is raised tenfold, at most four times.
 
     Args:
-        moments: None if no token has reached the layer.
-        damping: fraction of the diagonal's mean that is added to the diagonal.
+        moments: None if no token reached the layer.
+        damp_percent: fraction of the diagonal's mean that is added to the diagonal.
         signs: of the codec's rotation, or None if it does not rotate.
 
     Raises:
-        UnusableHessian: no tokens, sums that are not finite, or singular at any damping.
+        UnusableHessian: no tokens, sums that are not finite, or singular however much it is damped.
     """
     if moments is None or moments.tokens == 0:
         raise UnusableHessian("no token reached it")
@@ -113,16 +114,16 @@ def prepare_hessian(moments: InputMoments | None, damping: float, signs: Tensor 
     dead = int((matrix.diagonal() == 0).sum())
     note = None
     if tokens < features:
-        damping *= features / tokens
-        note = f"only {tokens} tokens for {features} inputs: damping raised to {damping:.3g}"
+        damp_percent *= features / tokens
+        note = f"only {tokens} tokens for {features} inputs: damping raised to {damp_percent:.3g}"
     if signs is not None:
         matrix = hadamard.rotate(hadamard.rotate(matrix, signs).T.contiguous(), signs)
     mean = matrix.diagonal().mean()
     identity = torch.eye(features, device=matrix.device)
     for _ in range(_DAMPING_STEPS + 1):
-        damped = matrix + damping * mean * identity
+        damped = matrix + damp_percent * mean * identity
         if mean > 0 and torch.linalg.cholesky_ex(damped.double().flip(0, 1)).info == 0:
-            return Hessian(damped, tokens, dead, damping, note)
-        damping *= 10
-        note = f"its Hessian is singular: damping raised to {damping:.3g}"
+            return Hessian(damped, tokens, dead, damp_percent, note)
+        damp_percent *= 10
+        note = f"its Hessian is singular: damping raised to {damp_percent:.3g}"
     raise UnusableHessian("its Hessian is singular")

@@ -14,7 +14,7 @@ class Stop(Exception):
 
 @contextmanager
 def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that holds the input of every layer that has run since it was last cleared, in their order.
+    """A dictionary that collects the inputs of layers as they run, in that order; clear it between windows.
 
     Args:
         layers: by name.
@@ -39,14 +39,14 @@ def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> It
 
 
 class OriginalInputs:
-    """The inputs that a block's layers have in the original model, window by window, and which layers share theirs.
+    """The inputs of a block's layers in the original model, window by window, and which layers share theirs.
 
     Args:
         names: of all layers.
-        keep: keep the inputs, on the CPU.
+        keep: store the inputs, on the CPU.
 
     Attributes:
-        windows: for every window the kept inputs, by the first layer of each group; empty without `keep`.
+        windows: the stored inputs of every window, by the first layer of each group; empty without `keep`.
     """
 
     def __init__(self, names: list[str], keep: bool):
@@ -55,7 +55,7 @@ class OriginalInputs:
         self._leader: dict[str, str] = {}
 
     def add(self, inputs: dict[str, Tensor]) -> None:
-        """Take down one window from what `recorded_inputs` gives."""
+        """Record one window, from the dictionary of `recorded_inputs`."""
         leaders: dict[int, str] = {}
         for name, tensor in inputs.items():
             leader = leaders.setdefault(id(tensor), name)
@@ -64,7 +64,7 @@ class OriginalInputs:
         self.windows.append(kept)
 
     def of(self, name: str, window: int) -> Tensor | None:
-        """The kept input of a layer for a window; None if there is none."""
+        """The stored input of a layer for a window; None if there is none."""
         return self.windows[window].get(self._leader[name])
 
     def groups(self) -> list[list[str]]:
@@ -75,5 +75,5 @@ class OriginalInputs:
         return list(groups.values())
 
     def idle(self) -> list[str]:
-        """Layers that no window has reached."""
+        """Layers that did not run for any window."""
         return [name for name in self._names if name not in self._leader]

@@ -1,4 +1,4 @@
-"""Quantizing the layers that share an input: rotation, correction of the target, error feedback, packing."""
+"""Quantizing weights that share an input: rotation, correction of the target, error feedback, packing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..codecs import hadamard
 from ..codecs.base import Codec, Packed
@@ -17,35 +17,35 @@ from .settings import Calibration
 
 
 def quantize_layers(
-    layers: dict[str, nn.Linear], moments: InputMoments | None, codec: Codec, settings: Calibration
+    weights: dict[str, Tensor], moments: InputMoments | None, codec: Codec, settings: Calibration
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
-    """Quantize dense layers with a common input, which are left as they are.
+    """Quantize the weights of layers that have the same input.
 
-    Layers without a usable Hessian are rounded to the nearest codes, and their records say so.
+    Without a usable Hessian the weights are rounded to the nearest codes, and their records say so.
 
     Args:
-        layers: by name, all on one device.
+        weights: `[N, K]` of any floating dtype by the name of the layer, with one `K` and on one device; not changed.
         moments: of the common input, on that device; None if the layers did not run.
 
     Returns:
-        The packed tensors of every layer, and a record of each.
+        The packed tensors of every weight, and a record of each.
 
     Raises:
         ValueError: a weight is not finite.
     """
     started = time.perf_counter()
-    weight = torch.cat([layer.weight.detach().float() for layer in layers.values()])
+    weight = torch.cat([matrix.detach().float() for matrix in weights.values()])
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{', '.join(layers)}: the weight holds infinite or NaN values; the checkpoint is damaged")
+        raise ValueError(f"{', '.join(weights)}: the weight holds infinite or NaN values; the checkpoint is damaged")
     signs = codec.tables(weight.shape[1])["signs"].to(weight.device) if codec.max_block else None
     rotated = _rotate(weight, signs)
-    sizes = [layer.out_features for layer in layers.values()]
-    hessian, note = None, None
+    sizes = [len(matrix) for matrix in weights.values()]
+    hessian = note = None
     try:
-        hessian = prepare_hessian(moments, settings.damping, signs)
+        hessian = prepare_hessian(moments, settings.damp_percent, signs)
     except UnusableHessian as reason:
         note = f"{reason}: rounded to the nearest codes"
-        packed = [codec.encode(layer.weight) for layer in layers.values()]
+        packed = [codec.encode(matrix) for matrix in weights.values()]
         tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
         quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
     else:
@@ -58,9 +58,9 @@ def quantize_layers(
     errors = (rotated - quantized).split(sizes)
     records = [
         _record(name, rows, error, hessian, note, seconds * len(rows) / len(weight))
-        for name, rows, error in zip(layers, rotated.split(sizes), errors)
+        for name, rows, error in zip(weights, rotated.split(sizes), errors)
     ]
-    return dict(zip(layers, packed)), records
+    return dict(zip(weights, packed)), records
 
 
 def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:
@@ -75,10 +75,10 @@ def _target(
     signs: Tensor | None,
     settings: Calibration,
 ) -> Tensor:
-    """The rotated weight to be approximated: it makes up for a share of what the inputs differ from the original's.
+    """The rotated weight to approximate, which compensates for part of the change in the layer's inputs.
 
     With inputs `x` here and `x0` in the original model, `W + W C H^-1`, `C = mean of (x0 - x) x^T`, is the linear
-    layer that gives the original's outputs best in the mean square (as in GPTAQ, arXiv 2504.02692).
+    layer that reproduces the original's outputs best in the mean square (as in GPTAQ, arXiv 2504.02692).
     """
     if not settings.correction or moments.cross is None:
         return rotated
@@ -89,7 +89,7 @@ def _target(
 def _record(
     name: str, weight: Tensor, error: Tensor, hessian: Hessian | None, note: str | None, seconds: float
 ) -> LayerRecord:
-    """Figures of one layer, from its rotated weight and the error float32 `[N, K]`."""
+    """Measurements of one layer, from its rotated weight and the error, float32 `[N, K]`."""
     energy = weight.square().mean(1, dtype=torch.float64)
     unit = weight / torch.where(energy > 0, energy.sqrt(), 1)[:, None]
     noise = error.square().sum(dtype=torch.float64).item()
@@ -104,7 +104,7 @@ def _record(
         proxy_loss=proxy_loss(error, weight, hessian) if hessian else None,
         tokens=hessian.tokens if hessian else 0,
         dead_inputs=hessian.dead if hessian else 0,
-        damping=hessian.damping if hessian else 0.0,
+        damp_percent=hessian.damp_percent if hessian else 0.0,
         note=hessian.note if hessian else note,
         seconds=seconds,
     )

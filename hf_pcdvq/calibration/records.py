@@ -1,28 +1,32 @@
-"""What a calibrated run knows about each layer and block that it has finished."""
+"""What a calibrated run makes of each layer and block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ..codecs.base import Packed
+
+PackedLayers = dict[str, dict[str, Packed]]  # by the names of modules and of their dense parameters
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One quantized layer.
+    """One quantized layer, or one matrix of fused experts.
 
     Attributes:
-        name: name of the module.
+        name: of the module; of an expert's matrix with its number and parameter, `"...experts.3.down_proj"`.
         out_features, in_features: its size.
-        kurtosis: fourth moment of the weights that are quantized (rotated, each row divided by its root mean square);
-            3 for a normal distribution.
-        largest: the largest of them, in absolute value.
-        snr: weights against their error, in decibels; None where one of them is 0.
-        proxy_loss: `tr(E H E^T) / tr(W H W^T)`, the share of the layer's output energy that the error has; None where
-            there was no Hessian.
-        tokens: how many the Hessian was made of.
-        dead_inputs: inputs that were 0 for every token.
-        damping: what the Hessian needed, as a fraction of its mean diagonal.
-        note: a rule that the layer fell back to, or None.
-        seconds: time for quantizing it, without the time for its Hessian; shared time is split by size.
+        kurtosis: of the weights that are quantized (rotated, each row divided by its root mean square); 3 for a
+            normal distribution.
+        largest: the largest of these weights, in absolute value.
+        snr: ratio of the energies of the weights and their error, in decibels; None if either is 0.
+        proxy_loss: `tr(E H E^T) / tr(W H W^T)`, the error's share of the layer's output energy; None without a
+            Hessian.
+        tokens: number of tokens in the Hessian.
+        dead_inputs: number of inputs that were 0 for every token.
+        damp_percent: damping of the Hessian, as a fraction of its mean diagonal.
+        note: the fallback that was used, or None.
+        seconds: time spent on quantizing it, without computing its Hessian; shared time is split by size.
     """
 
     name: str
@@ -34,7 +38,7 @@ class LayerRecord:
     proxy_loss: float | None
     tokens: int
     dead_inputs: int
-    damping: float
+    damp_percent: float
     note: str | None
     seconds: float
 
@@ -45,11 +49,23 @@ class BlockRecord:
 
     Attributes:
         name: name of the module.
-        output_error: squared error of the hidden states behind it, as a share of their squares, all earlier blocks
-            quantized too.
-        seconds: time for it, forward passes and Hessians included.
+        output_error: squared error of the hidden states after it, relative to the squares of the original's, with all
+            earlier blocks quantized too.
+        seconds: time spent on it, forward passes and Hessians included.
     """
 
     name: str
     output_error: float
     seconds: float
+
+
+@dataclass
+class QuantizedLayers:
+    """What some layers have been quantized to, with a record of every matrix."""
+
+    packed: PackedLayers = field(default_factory=dict)
+    records: list[LayerRecord] = field(default_factory=list)
+
+    def add(self, other: QuantizedLayers) -> None:
+        self.packed.update(other.packed)
+        self.records += other.records

@@ -1,4 +1,4 @@
-"""The report of a calibrated run: `quantization_report.json`, the same as Markdown, and a plot of the damage."""
+"""The report of a calibrated run: `quantization_report.json`, the same as Markdown, and a plot of the errors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ NAME = "quantization_report"
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What a calibrated run did, and what it did to the model.
+    """The settings of a calibrated run, and its effect on the model.
 
     Attributes:
-        config: the quantization config, JSON-clean, calibration settings included.
-        windows, length: what was calibrated on: windows of so many tokens.
-        seconds: the whole run.
-        device: name of what blocks were computed on.
+        config: the quantization config, JSON-clean, with the calibration settings.
+        windows, length: number of windows that were calibrated on, and tokens per window.
+        seconds: duration of the whole run.
+        device: name of the device that blocks were computed on.
         layers, blocks: a record of each.
-        comparison: of the packed model with the original, on windows of the same data that were not calibrated on; None
-            if there were none, or the model has no output head.
-        bits_per_packed_weight: counted on the files; None before the model has been saved.
+        comparison: of the packed model with the original, on held-out windows of the same dataset; None if there were
+            none, or the model has no output head.
+        bits_per_packed_weight: counted on the files; None before the model is saved.
     """
 
     config: dict[str, Any]
@@ -63,10 +63,10 @@ class QuantizationReport:
         return {**asdict(self), "versions": package_versions()}
 
     def write(self, folder: Path) -> None:
-        """Write `quantization_report.json`, `.md` and, if matplotlib is installed, `.png` beside the saved model.
+        """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model.
 
         Raises:
-            FileNotFoundError: `folder` holds no saved model, on whose files the bits are counted.
+            FileNotFoundError: `folder` holds no saved model; the bits are counted on its files.
         """
         counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
         text = json.dumps(counted.to_dict(), indent=2) + "\n"
@@ -78,9 +78,9 @@ class QuantizationReport:
             plot_damage(self, folder / f"{NAME}.png")
 
     def markdown(self) -> str:
-        """The figures as text and tables."""
+        """The report as text and tables."""
         calibration = self.config["calibration"]
-        source = calibration["data"] or "text that the model wrote itself"
+        source = calibration["dataset"] or "text that the model wrote itself"
         lines = [
             "# Quantization report",
             "",
@@ -95,7 +95,7 @@ class QuantizationReport:
         lines += self._comparison_rows() if self.comparison else []
         lines += ["", "## Layers", ""]
         if noted := sum(layer.note is not None for layer in self.layers):
-            lines += [f"{noted} of {len(self.layers)} fell back to a rule, which stands beside them.", ""]
+            lines += [f"{noted} of {len(self.layers)} used a fallback, see their notes.", ""]
         lines += ["| layer | size | kurtosis | max | SNR, dB | proxy loss | seconds | note |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [_layer_row(layer) for layer in self.layers]
@@ -129,7 +129,7 @@ def _layer_row(layer: LayerRecord) -> str:
 
 
 def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:
-    """Proxy losses by the name of a layer in its block, the experts of a block under one name, and by block."""
+    """Proxy losses by the name of a layer in its block and by block. The experts of a block share one name."""
     curves: dict[str, dict[int, list[float]]] = {}
     for layer in report.layers:
         match = re.search(r"\.(\d+)\.(.+)", layer.name)
@@ -140,22 +140,22 @@ def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:
 
 
 def plot_damage(report: QuantizationReport, file: Path) -> None:
-    """A PNG: proxy loss of the layers (of experts the mean) and error behind the blocks, over the depth of the model."""
+    """A PNG: proxy loss of the layers (the mean over experts) and error after each block, by depth in the model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: its backend and its list of figures are global.
+    # Without pyplot, whose backend and list of figures are global.
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1)
     for name, losses in _curves(report).items():
         upper.plot(list(losses), [sum(some) / len(some) for some in losses.values()], marker=".", label=name)
     upper.set(ylabel="proxy loss tr(EHE$^T$) / tr(WHW$^T$)", xlabel="decoder block", yscale="log")
-    upper.set_title("Damage to the outputs of each layer")
+    upper.set_title("Error in the outputs of each layer")
     upper.legend(fontsize="small", ncols=4)
     lower.plot([block.output_error for block in report.blocks], marker=".", color="black")
     lower.set(ylabel="squared error, relative", xlabel="decoder block", yscale="log")
-    lower.set_title("Hidden states behind each block, against the original's")
+    lower.set_title("Error in the hidden states after each block")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -1,12 +1,12 @@
-"""`Calibration`: what a calibrated quantization reads, and its options. Recorded in a packed model's config.json."""
+"""`Calibration`: dataset and options of a calibrated quantization. A packed model's config.json records them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-# Fields with the values they may have.
+# Fields with their smallest and largest values.
 _INTEGERS = (
     ("samples", 1, 1 << 20),
     ("length", 2, 1 << 20),
@@ -15,40 +15,42 @@ _INTEGERS = (
     ("sweeps", 0, 100),
     ("expert_tokens", 1, 1 << 30),
 )
-_NUMBERS = (("damping", 1e-8, 10.0), ("correction", 0.0, 1.0))
+_NUMBERS = (("damp_percent", 1e-8, 10.0), ("correction", 0.0, 1.0))
+_FLAGS = ("desc_act", "refit", "all_experts")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Settings of a calibrated quantization, JSON-clean. docs/quality.md has the figures behind the defaults.
+    """Settings of a calibrated quantization, JSON-clean. docs/quality.md has the measurements behind the defaults.
 
     Attributes:
-        data: the path of a text or .jsonl file, or the name of a data set on the Hub, `"name"` or
-            `"name:configuration"`. None: the model itself writes the text.
+        dataset: path of a text or .jsonl file, or name of a dataset on the Hub, `"name"` or `"name:configuration"`;
+            None: the model generates its own calibration text.
         samples: number of windows of tokens.
         length: tokens per window.
-        holdout: further windows, not calibrated on, on which the report compares the two models; 0 leaves that out.
-        seed: chooses the windows, and the text where the model writes it.
-        damping: added to the diagonal of every Hessian, as a fraction of its mean; raised where that does not suffice.
-        correction: share, 0 to 1, of the accumulated change of a layer's inputs that its weights are made to undo.
-        ordered: quantize the inputs of most energy first.
+        holdout: further windows, not calibrated on, on which the report compares the two models; 0 skips that.
+        seed: selects the windows, and seeds the text where the model generates it.
+        damp_percent: added to the diagonal of every Hessian, as a fraction of its mean (0.01 is one percent); raised
+            where that is not enough.
+        correction: fraction, 0 to 1, of the accumulated change in a layer's inputs that its weights compensate for.
+        desc_act: quantize the inputs in order of decreasing activation energy.
         sweeps: passes of coordinate descent over the codes after error feedback.
         refit: fit the scales to the codes in the metric of the Hessian.
-        expert_tokens: an expert that fewer tokens are routed to is calibrated on all tokens of its layer.
-        all_experts: calibrate every expert on all tokens of its layer, wherever they are routed.
+        expert_tokens: an expert that receives fewer tokens is calibrated on all tokens of its layer.
+        all_experts: calibrate every expert on all tokens of its layer, however they are routed.
 
     Raises:
-        ValueError: a field has a value that is not allowed.
+        ValueError: a field has an invalid value.
     """
 
-    data: str | None = None
+    dataset: str | None = None
     samples: int = 128
     length: int = 1024
     holdout: int = 8
     seed: int = 0
-    damping: float = 0.01
+    damp_percent: float = 0.01
     correction: float = 0.5
-    ordered: bool = True
+    desc_act: bool = True
     sweeps: int = 1
     refit: bool = True
     expert_tokens: int = 128
@@ -63,15 +65,15 @@ class Calibration:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ValueError(f"Calibration: {name} must be a number from {least} to {most}, got {value!r}")
-        for name in ("ordered", "refit", "all_experts"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Calibration: {name} must be True or False, got {getattr(self, name)!r}")
-        if self.data is not None and not (isinstance(self.data, str) and self.data):
-            raise ValueError(f"Calibration: data must be a path, a name or None, got {self.data!r}")
+        if self.dataset is not None and not (isinstance(self.dataset, str) and self.dataset):
+            raise ValueError(f"Calibration: dataset must be a path, a name or None, got {self.dataset!r}")
 
     @classmethod
     def of(cls, value: Any) -> Calibration | None:
-        """From what a config may hold: a `Calibration`, its dictionary, the name of the data alone, or None.
+        """From what a config accepts: a `Calibration`, a dictionary of its fields, just a `dataset`, or None.
 
         Raises:
             ValueError: it is none of these, or a dictionary with an unknown field.
@@ -79,16 +81,13 @@ class Calibration:
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, (str, Path)):
-            return cls(data=str(value))
+            return cls(dataset=str(value))
         if not isinstance(value, dict):
             raise ValueError(f"calibration must be a Calibration, a dictionary or a name, got {value!r}")
         unknown = value.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"calibration: unknown field {', '.join(map(repr, sorted(unknown)))}")
         return cls(**value)
-
-    def with_data(self, data: str | None) -> Calibration:
-        return replace(self, data=data)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean."""

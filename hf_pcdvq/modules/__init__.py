@@ -8,7 +8,7 @@ from .packed import PackedModule, decode_stack, encode_stack, parameter_name, st
 
 
 def packed_type(module: nn.Module) -> type[QuantLinear] | type[QuantExperts]:
-    """The class that takes the place of a dense module."""
+    """The class that replaces a dense module."""
     return QuantLinear if isinstance(module, nn.Linear) else QuantExperts
 
 
@@ -18,11 +18,17 @@ def dense_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: getattr(module, name) for name in names}
 
 
+def count_matrices(module: nn.Module) -> int:
+    """The number of matrices to pack in a dense module: one for a linear layer, two for each fused expert."""
+    return sum(1 if weight.ndim == 2 else len(weight) for weight in dense_weights(module).values())
+
+
 __all__ = [
     "STACKS",
     "PackedModule",
     "QuantExperts",
     "QuantLinear",
+    "count_matrices",
     "decode_stack",
     "dense_weights",
     "encode_stack",

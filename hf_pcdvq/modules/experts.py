@@ -1,8 +1,8 @@
-"""`QuantExperts`: what replaces the fused experts of a mixture-of-experts layer.
+"""`QuantExperts`: replaces the fused experts of a mixture-of-experts layer.
 
-In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows before
-those of the up projection, and `down_proj` `[E, H, I]`. Packed, each is a stack of packed weights, so that an expert is
-a slice of every tensor.
+In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows
+before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so that an
+expert is a slice of every tensor.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from ..codecs.base import Codec, Packed
 from .packed import PackedModule
 
 STACKS = ("gate_up_proj", "down_proj")
-_SINGLE_PAIRS = 64  # up to so many pairs of a token and an expert, each is a product of its own
-_TILES = (16, 64)  # pairs of one expert that are multiplied together, where there are more
-# What the decorator `use_experts_implementation` of Transformers says about experts, as far as packing needs it so.
+_SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
+_TILES = (16, 64)  # pairs per tile where there are more
+# Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing needs, and what is
+# wrong with any other.
 _NEEDED = {
     "is_transposed": (False, "its weights are transposed"),
     "has_bias": (False, "it has biases"),
@@ -53,11 +54,11 @@ def experts_obstacle(module: nn.Module) -> str | None:
 class QuantExperts(PackedModule):
     """Fused experts with packed weights.
 
-    Takes over everything else that the dense module holds: sizes, activation, what its gate reads. Which of
-    Transformers' `experts_implementation`s is chosen makes no difference to it.
+    Copies the dense module's other attributes and child modules: sizes, activation, what its gate reads.
+    Transformers' option `experts_implementation` has no effect on it.
 
     Args:
-        experts: the dense module, possibly on the meta device; it is left as it is.
+        experts: the dense module, possibly on the meta device; not changed.
         codec: the packed format.
         device: where to allocate.
 
@@ -71,30 +72,31 @@ class QuantExperts(PackedModule):
         if obstacle:
             raise ValueError(f"experts cannot be packed: {obstacle}")
         self._dense_type = type(experts)
-        _take_over(experts, self)
+        self._copied = [name for name in vars(experts) if name not in vars(self)]
+        _copy(self._copied, experts, self)
         for name in STACKS:
             self.register_packed(name, tuple(getattr(experts, name).shape), device)
 
     @classmethod
     def empty_like(cls, experts: nn.Module, codec: Codec) -> QuantExperts:
-        """What will take the place of dense experts, on the meta device."""
+        """The module to load in place of dense experts, on the meta device."""
         return cls(experts, codec, "meta")
 
     @classmethod
     def from_packed(cls, experts: nn.Module, codec: Codec, packed: dict[str, Packed]) -> QuantExperts:
-        """What takes the place of dense experts whose stacks were packed elsewhere, on their device."""
+        """The replacement of dense experts, on their device, from stacks that are packed already."""
         module = cls(experts, codec, experts.down_proj.device)
         for name in STACKS:
             module.set_packed(name, packed[name])
         return module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The sum of each token's experts, weighted.
+        """The weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: `[T, H]` of any floating dtype.
-            top_k_index: experts of every token, integer `[T, k]`. What is not an expert's number is skipped, as
-                expert parallelism marks the experts of other devices.
+            top_k_index: experts of every token, integer `[T, k]`. Numbers that are not an expert's are skipped:
+                expert parallelism marks the experts of other devices with them.
             top_k_weights: weights of these experts, `[T, k]`.
 
         Returns:
@@ -116,13 +118,13 @@ class QuantExperts(PackedModule):
         return len(self.down_proj)
 
     def _has_grouped_kernels(self, hidden_states: Tensor) -> bool:
-        """They have no derivative, and none of them takes float32."""
-        kept = torch.is_grad_enabled() and hidden_states.requires_grad
+        """Whether grouped kernels can be used: they have no derivative and do not support float32."""
+        needs_grad = torch.is_grad_enabled() and hidden_states.requires_grad
         device, dtype = hidden_states.device, hidden_states.dtype
-        return not kept and dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
+        return not needs_grad and dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
 
     def _forward_in_tiles(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The same with one launch for all experts, shapes that depend on nothing but shapes, and no waiting."""
+        """`forward` with one launch for all experts, without data-dependent shapes or synchronization."""
         tokens, k = top_k_index.shape
         experts, place, size = tiles_of_tokens(top_k_index.flatten(), self._number)
         x = hidden_states.new_zeros(len(experts) * size, hidden_states.shape[1])
@@ -139,7 +141,7 @@ class QuantExperts(PackedModule):
         out = self.codec.grouped_matmul(x, experts, packed, tables)
         if out is not None:
             return out
-        # One product for each expert in turn: slower, but it waits for nothing either.
+        # One product for each expert in turn: slower, but without synchronization too.
         out = x.new_zeros(*x.shape[:-1], self.packed_parameters[stack].shape[1])
         for expert in range(self._number):
             mine = (experts == expert)[:, None, None]
@@ -147,11 +149,11 @@ class QuantExperts(PackedModule):
         return out
 
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
-        """What one expert makes of tokens `[t, H]`."""
+        """The output `[t, H]` of one expert for tokens `[t, H]`."""
         return self._multiply("down_proj", expert, self.gate(self._multiply("gate_up_proj", expert, hidden_states)))
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """The dense module's gate, usually `act(gate) * up`, of `[t, 2 I]`."""
+        """The dense module's gate, usually `act(gate) * up`: `[t, 2 I]` to `[t, I]`."""
         return self._dense_type._apply_gate(self, gate_up)
 
     def _multiply(self, stack: str, expert: int, x: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ class QuantExperts(PackedModule):
         """The dense module with decoded weights in `dtype`, on the same device."""
         dense: nn.Module = object.__new__(self._dense_type)
         nn.Module.__init__(dense)
-        _take_over(self, dense)
+        _copy(self._copied, self, dense)
         for name in STACKS:
             dense.register_parameter(name, nn.Parameter(self.decoded(name, dtype)))
         return dense
@@ -173,20 +175,20 @@ class QuantExperts(PackedModule):
 
 
 def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
-    """Arrange pairs of a token and an expert in tiles of one expert each, for kernels that multiply tile by tile.
+    """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
 
-    Few pairs have a tile each. Of many, those of an expert fill tiles of 16 or 64, the last of them in part; there are as
-    many tiles as there could have to be.
+    If there are few pairs, each is a tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last one
+    partly; the number of tiles is the largest that any routing could need, so that it does not depend on the data.
 
     Args:
-        index: the expert of every pair, integer `[S]`; what is not an expert's number gets tiles of no expert.
-        number: of experts.
+        index: the expert of every pair, integer `[S]`; numbers that are not an expert's go to tiles of no expert.
+        number: number of experts.
 
     Returns:
-        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among all places of the tiles, int64
-        `[S]`; and the number of places in a tile.
+        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among the places of all tiles,
+        int64 `[S]`; and the number of places per tile.
     """
-    index = torch.where((index >= 0) & (index < number), index, number)  # experts of other devices: one more
+    index = torch.where((index >= 0) & (index < number), index, number)  # experts of other devices become one more
     pairs = len(index)
     if pairs <= _SINGLE_PAIRS:
         experts = torch.where(index < number, index, -1).to(torch.int32)
@@ -208,12 +210,10 @@ def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
     return experts, place, size
 
 
-def _take_over(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the attributes and child modules of `source` that it has none of, but no parameters and no codec."""
-    own = {*vars(PackedModule(None)), "_dense_type"}
-    for name, value in vars(source).items():
-        if name not in own:
-            setattr(target, name, value)
+def _copy(names: list[str], source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the named attributes, the child modules and the mode of `source`."""
+    for name in names:
+        setattr(target, name, getattr(source, name))
     for name, child in source.named_children():
         target.add_module(name, child)
     target.train(source.training)

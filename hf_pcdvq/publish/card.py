@@ -133,7 +133,7 @@ def _origin_facts(config: PackedConfig, measured: Measurements, provenance: Prov
         calibration = {
             "windows": report.get("windows", config.calibration.samples),
             "length": report.get("length", config.calibration.length),
-            "data": _data_name(config.calibration.data),
+            "data": _data_name(config.calibration.dataset),
             "seed": config.calibration.seed,
             "seconds": f"{report['seconds']:.0f}" if report else None,
             "device": report.get("device"),

@@ -157,7 +157,7 @@ def test_experts_no_token_reaches_are_rounded():
 
 
 class Deeper(nn.Module):
-    """A mixture behind more layers than are quantized one after the other."""
+    """A mixture after more layers than are quantized one after the other."""
 
     def __init__(self, mixture):
         super().__init__()
@@ -187,7 +187,7 @@ def test_the_report_lists_experts_that_fell_back(tmp_path):
     fallen = [record for record in model.hf_quantizer.report.layers if "routed to it" in (record.note or "")]
     assert 0 < len(fallen) < 2 * 2 * EXPERTS
     noted = sum(record.note is not None for record in model.hf_quantizer.report.layers)
-    assert f"{noted} of {2 * (4 + 2 * EXPERTS)} fell back to a rule" in text
+    assert f"{noted} of {2 * (4 + 2 * EXPERTS)} used a fallback" in text
     for record in fallen:
         (row,) = (line for line in text.splitlines() if f"| {record.name} |" in line)
         assert "calibrated on all tokens of the layer" in row
@@ -206,7 +206,7 @@ def test_all_experts_can_be_asked_for_on_the_command_line(option, tiny_model_dir
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(" ".join(f"{number} of many small words" for number in range(60)))
     arguments = ["quantize", tmp_path / "dense", "--out", tmp_path / "packed", "--samples", 8, "--length", 32]
-    done = CliRunner().invoke(main, [*map(str, arguments), "--calibration", str(tmp_path / "text.txt"), *option])
+    done = CliRunner().invoke(main, [*map(str, arguments), "--dataset", str(tmp_path / "text.txt"), *option])
     assert done.exit_code == 0, done.output
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["calibration"]
     assert fields["all_experts"] is bool(option)

@@ -17,11 +17,11 @@ CODECS = {
     "stream 2.0": CcqConfig(layout="stream").codec,
     "stream 2.5": CcqConfig(layout="stream", bits=2.5).codec,
 }
-PLAIN = Calibration(ordered=False, sweeps=0, refit=False)
+PLAIN = Calibration(desc_act=False, sweeps=0, refit=False)
 
 
 def hessian_of(matrix):
-    return Hessian(matrix, tokens=1, dead=0, damping=0.0, note=None)
+    return Hessian(matrix, tokens=1, dead=0, damp_percent=0.0, note=None)
 
 
 def problem(rows=96, columns=128, seed=0):
@@ -72,7 +72,7 @@ def test_ordered_encodes_units_of_most_energy_first():
     weight, _ = problem(rows=5, columns=12)
     energy = torch.tensor([1, 1, 1, 5, 5, 5, 5, 9, 2, 2, 2, 2]).float()
     encoder = Rounding([3, 4, 1, 4], rows=5)
-    settings = Calibration(ordered=True, sweeps=0, refit=False)
+    settings = Calibration(desc_act=True, sweeps=0, refit=False)
     quantize_with_feedback(weight, hessian_of(energy.diag()), [encoder], settings)
     assert list(encoder.targets) == [2, 1, 3, 0]
 
@@ -91,13 +91,13 @@ def test_without_correlations_it_is_rounding_to_the_nearest(name):
         assert torch.equal(packed[suffix], expected[suffix]), suffix
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("name", CODECS)
-def test_packed_codes_stand_for_the_weight_that_is_returned(name, ordered):
+def test_packed_codes_stand_for_the_weight_that_is_returned(name, desc_act):
     codec = CODECS[name]
     weight, hessian = problem()
     encoder = codec.unit_encoder(weight)
-    codes, quantized = quantize_with_feedback(weight, hessian, [encoder], Calibration(ordered=ordered, sweeps=2))
+    codes, quantized = quantize_with_feedback(weight, hessian, [encoder], Calibration(desc_act=desc_act, sweeps=2))
     decoded = codec.decode_rotated(encoder.pack(codes), codec.tables(128), torch.float32)
     # Sweeps add differences of decoded values, so they agree to float32 rounding only.
     assert (decoded - quantized).norm() <= 1e-5 * quantized.norm()
@@ -111,9 +111,9 @@ def test_every_step_lowers_the_loss(name):
     losses = [proxy_loss(weight - rounded, weight, hessian)]
     for settings in (
         PLAIN,
-        Calibration(ordered=False, sweeps=0),
-        Calibration(ordered=False, sweeps=1),
-        Calibration(ordered=False, sweeps=3),
+        Calibration(desc_act=False, sweeps=0),
+        Calibration(desc_act=False, sweeps=1),
+        Calibration(desc_act=False, sweeps=3),
     ):
         _, quantized = quantize_with_feedback(weight, hessian, [codec.unit_encoder(weight)], settings)
         losses.append(proxy_loss(weight - quantized, weight, hessian))

@@ -69,7 +69,7 @@ def test_dead_inputs_are_counted_and_do_no_harm():
 
 def test_few_tokens_raise_damping_and_say_so():
     hessian = prepare_hessian(moments_of(tokens(4, 16)), 0.01, None)
-    assert hessian.damping == pytest.approx(0.04)
+    assert hessian.damp_percent == pytest.approx(0.04)
     assert hessian.note == "only 4 tokens for 16 inputs: damping raised to 0.04"
 
 
@@ -77,7 +77,7 @@ def test_singular_hessian_raises_damping_and_says_so():
     x = tokens(300, 16) * torch.logspace(0, 6, 16)  # beyond what the smallest damping makes up for in float32
     x[:, 1:] = x[:, :1] * torch.arange(1, 16)
     hessian = prepare_hessian(moments_of(x), 1e-8, None)
-    assert hessian.damping > 1e-8
+    assert hessian.damp_percent > 1e-8
     assert "singular: damping raised" in hessian.note
     assert torch.isfinite(hessian.factor()).all()
 

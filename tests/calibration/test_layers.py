@@ -1,41 +1,39 @@
-"""Quantizing layers with a common input: correction of the target, and what the records say."""
+"""Quantizing weights with a common input: correction of the target, and what the records say."""
 
 import pytest
 import torch
-from torch import nn
 
 from hf_pcdvq import Calibration, PcdvqConfig
 from hf_pcdvq.calibration.hessian import InputMoments
 from hf_pcdvq.calibration.layers import quantize_layers
-from hf_pcdvq.modules import QuantLinear
 
 CODEC = PcdvqConfig().codec
 
 
-def layers_and_moments():
-    """Two layers whose inputs have become half of what they were in the original model."""
+def weights_and_moments():
+    """The weights of two layers whose inputs are half of what they are in the original model."""
     torch.manual_seed(0)
-    layers = {name: nn.Linear(64, size, bias=False) for name, size in (("gate", 24), ("up", 40))}
+    weights = {name: torch.randn(size, 64) / 8 for name, size in (("gate", 24), ("up", 40))}
     original = torch.randn(1, 512, 64)
     moments = InputMoments(64, torch.device("cpu"))
     moments.add(original / 2, original)
-    return layers, moments
+    return weights, moments
 
 
 @pytest.mark.parametrize(("correction", "expected"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
 def test_correction_makes_up_for_its_share_of_what_the_inputs_lost(correction, expected):
-    layers, moments = layers_and_moments()
-    packed, _ = quantize_layers(layers, moments, CODEC, Calibration(correction=correction, damping=1e-6))
-    for name, layer in layers.items():
-        decoded = QuantLinear.from_packed(layer, CODEC, {"weight": packed[name]}).dequantize(torch.float32).weight
-        factor = (decoded * layer.weight).sum() / layer.weight.square().sum()
+    weights, moments = weights_and_moments()
+    packed, _ = quantize_layers(weights, moments, CODEC, Calibration(correction=correction, damp_percent=1e-6))
+    for name, weight in weights.items():
+        decoded = CODEC.decode(packed[name], CODEC.tables(64), torch.float32)
+        factor = (decoded * weight).sum() / weight.square().sum()
         # Quantized to conditional means, a weight is shorter by the squared error of the codes, 0.068.
         assert factor.item() == pytest.approx(expected * (1 - 0.068), rel=0.03)
 
 
 def test_records_belong_to_the_layers_they_name():
-    layers, moments = layers_and_moments()
-    _, records = quantize_layers(layers, moments, CODEC, Calibration(correction=0.0))
+    weights, moments = weights_and_moments()
+    _, records = quantize_layers(weights, moments, CODEC, Calibration(correction=0.0))
     assert [(record.name, record.out_features, record.in_features) for record in records] == [
         ("gate", 24, 64),
         ("up", 40, 64),

@@ -7,8 +7,8 @@ import torch
 from test_cli import fail, succeed
 from transformers import AutoModelForCausalLM
 
+import hf_pcdvq.calibration.model
 import hf_pcdvq.calibration.run
-import hf_pcdvq.quantizer
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 
 OPTIONS = ("--samples", "8", "--length", "32")
@@ -23,9 +23,7 @@ def text(tmp_path):
 
 def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
     out = tmp_path / "packed"
-    result = succeed(
-        "quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS, "--setting", "pcdvq-2.0"
-    )
+    result = succeed("quantize", tiny_model_dir, "--out", out, "--dataset", text, *OPTIONS, "--setting", "pcdvq-2.0")
     assert {file.name for file in out.glob("quantization_report.*")} >= {
         "quantization_report.json",
         "quantization_report.md",
@@ -37,7 +35,7 @@ def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
     # Nothing of the run stays beside the result.
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
 
-    settings = Calibration(data=str(text), samples=8, length=32)
+    settings = Calibration(dataset=str(text), samples=8, length=32)
     expected = quantize_model(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir),
         _tokenizer(tiny_model_dir),
@@ -58,7 +56,7 @@ def _tokenizer(folder):
 
 def test_interrupted_command_goes_on_where_it_stopped(tiny_model_dir, text, tmp_path, monkeypatch):
     out = tmp_path / "packed"
-    arguments = ("quantize", tiny_model_dir, "--out", out, "--calibration", text, *OPTIONS)
+    arguments = ("quantize", tiny_model_dir, "--out", out, "--dataset", text, *OPTIONS)
     quantize = hf_pcdvq.calibration.run.quantize_layers
     names = []
 
@@ -85,7 +83,7 @@ def test_interrupted_command_goes_on_where_it_stopped(tiny_model_dir, text, tmp_
 def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):
     succeed("quantize", tiny_model_dir, "--out", tmp_path / "packed", *OPTIONS)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    assert config["calibration"]["data"] is None
+    assert config["calibration"]["dataset"] is None
     assert config["calibration"]["samples"] == 8
 
 
@@ -93,7 +91,7 @@ def test_work_folder_keeps_what_else_is_in_it(tiny_model_dir, text, tmp_path):
     mine = tmp_path / "work" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    options = ("--calibration", text, *OPTIONS, "--work-dir", mine.parent)
+    options = ("--dataset", text, *OPTIONS, "--work-dir", mine.parent)
     succeed("quantize", tiny_model_dir, "--out", tmp_path / "packed", *options)
     assert [file.name for file in mine.parent.iterdir()] == ["mine.txt"]
 
@@ -109,12 +107,12 @@ def test_text_that_the_model_wrote_is_kept_for_the_next_try(tiny_model_dir, tmp_
     fail(1, "the power went", *arguments)
     assert [file.name for file in (tmp_path / ".packed.calibration").iterdir()] == ["windows.safetensors"]
     monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", quantize)
-    monkeypatch.setattr(hf_pcdvq.quantizer, "sample_from_model", broken)
+    monkeypatch.setattr(hf_pcdvq.calibration.model, "sample_from_model", broken)
     succeed(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-@pytest.mark.parametrize("option", [("--calibration", "text.txt"), ("--samples", "3"), ("--seed", "1")])
+@pytest.mark.parametrize("option", [("--dataset", "text.txt"), ("--samples", "3"), ("--seed", "1")])
 def test_calibration_options_beside_no_calibration_are_wrong_usage(tiny_model_dir, tmp_path, option):
     fail(
         2,
@@ -136,7 +134,7 @@ def test_missing_file_is_named_and_nothing_is_left(tiny_model_dir, tmp_path):
         tiny_model_dir,
         "--out",
         tmp_path / "o",
-        "--calibration",
+        "--dataset",
         "nowhere.txt",
     )
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ REPO = "me/tiny-2bit"
 def test_from_a_dense_model_to_a_card_with_everything_that_was_measured(tiny_model_dir, hub, tmp_path):
     text, packed = tmp_path / "river.txt", tmp_path / "packed"
     text.write_text(TEXT)
-    calibration = ["--calibration", text, "--samples", 4, "--length", 32]
+    calibration = ["--dataset", text, "--samples", 4, "--length", 32]
     succeed("quantize", tiny_model_dir, "--out", packed, *calibration)
     succeed("eval", tiny_model_dir, packed, "--text", text, "--context", 64, "--noise-floor", "float32")
     succeed("speed", packed, "--new-tokens", 4)

@@ -1,0 +1,96 @@
+"""A decoder block while it is quantized: the hidden states before and after it, and the inputs of its layers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+
+from torch import Tensor, device, nn
+
+from .blocks import Call, Shortcuts, run_block
+from .experts import RoutedTokens, routed_tokens
+from .hessian import InputMoments
+from .inputs import OriginalInputs, Stop, recorded_inputs
+
+
+@dataclass
+class DecoderBlock:
+    """A decoder block with the hidden states of all windows before it, which the two `advance` methods replace.
+
+    Attributes:
+        module: the block, on `device`.
+        layers: its layers to quantize, by name. They stay dense; once quantized, their weights are the decoded ones.
+        call: what the block is called with besides hidden states, on `device`.
+        original: hidden states `[1, L, D]` of every window in the original model, on the CPU.
+        hidden: the same in the model quantized so far.
+        samples: number of windows to calibrate on; those after them are held out.
+        device: where the block is computed.
+    """
+
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    call: Call
+    original: list[Tensor]
+    hidden: list[Tensor]
+    samples: int
+    device: device
+    shortcuts: Shortcuts | None = None
+
+    def find_shortcuts(self) -> None:
+        """Skip recomputing parts of the block that have not changed, from now on."""
+        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
+        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call)
+
+    def forward(self, index: int) -> Tensor:
+        """The hidden states of a window after the block in its current state, on the CPU."""
+        with self.shortcuts.taken(index) if self.shortcuts else nullcontext():
+            return run_block(self.module, self.hidden[index].to(self.device), self.call).cpu()
+
+    def advance(self) -> None:
+        """Replace the hidden states before the block by those after it."""
+        for index in range(len(self.hidden)):
+            self.hidden[index] = self.forward(index)
+
+    def advance_original(self, keep: bool) -> OriginalInputs:
+        """Replace the original's hidden states by those after the block, which must be unchanged.
+
+        Returns:
+            The inputs of the layers for the windows to calibrate on, stored if `keep`.
+        """
+        found = OriginalInputs(list(self.layers), keep)
+        with recorded_inputs(self.layers) as inputs:
+            for index, states in enumerate(self.original):
+                self.original[index] = run_block(self.module, states.to(self.device), self.call).cpu()
+                if index < self.samples:
+                    found.add(inputs)
+                inputs.clear()
+        return found
+
+    def moments(self, groups: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
+        """Moments of the inputs that groups of linear layers receive from the block in its current state.
+
+        Args:
+            groups: names of layers with a common input.
+            inputs: what the layers receive in the original model.
+
+        Returns:
+            Moments by the first name of each group.
+        """
+        leaders = [names[0] for names in groups]
+        moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
+        last = leaders[0] if len(leaders) == 1 else None
+        with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
+            for index in range(self.samples):
+                with suppress(Stop):
+                    self.forward(index)
+                for name, tensor in now.items():
+                    moments[name].add(tensor, inputs.of(name, index))
+                    if last is not None:  # with several groups, quantizing one changes the inputs of the others
+                        self.shortcuts.keep(name, index, tensor)
+                now.clear()
+        return moments
+
+    def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
+        """The tokens that fused experts receive from the block in its current state."""
+        originals = [inputs.of(name, index) for index in range(self.samples)]
+        return routed_tokens(self.layers[name], range(self.samples), self.forward, originals)
