@@ -10,14 +10,14 @@ files of your own. Calibration texts from the Hub are not the excerpts in ../sha
 of docs/quality.md.
 
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json                  # all rows: hours
-    python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq 2.25, c4"
+    python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --only "pcdvq-2.25, c4"
     python benchmarks/quality.py --out benchmarks/results/quality_smollm2.json --table          # prints the file
-    python benchmarks/quality.py --out mine.json --only "pcdvq 2.25, c4" --text mine.txt --dataset other.txt
+    python benchmarks/quality.py --out mine.json --only "pcdvq-2.25, c4" --text mine.txt --dataset other.txt
 
 Dense and as a mixture of experts, on fewer tokens than the protocol has: half to calibrate on, a quarter to evaluate on.
 
     python benchmarks/quality.py --out benchmarks/results/mixture_smollm2.json --windows 12 --length 512 \\
-        --only "pcdvq 2.25, wikitext2_train, 16 windows" --only "pcdvq 2.25, wikitext2_train, 16 windows, as 8 experts"
+        --only "pcdvq-2.25, wikitext2_train, 16 windows" --only "pcdvq-2.25, wikitext2_train, 16 windows, as 8 experts"
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ LATER = {
     "numba",
     "triton",
     "datasets",
+    "transformers.models.auto.modeling_auto",
 }
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from .data import read_windows, sample_from_model, split_windows
 from .report import QuantizationReport
@@ -84,6 +83,8 @@ def find_tokenizer(config: PackedConfig, model: nn.Module) -> Any:
     given = config.tokenizer
     if config.calibration.dataset is None or not isinstance(given, (str, type(None))):
         return given
+    from transformers import AutoTokenizer  # which loads what `import hf_pcdvq` need not wait for
+
     return AutoTokenizer.from_pretrained(given or model.name_or_path)
 
 

@@ -162,10 +162,10 @@ def test_targets(modules):
     assert (
         "block of Llama-3-70B: 1.87, target 3.0" in lines[0] and "block of Llama-3-70B: 4.00, target 3.5" in lines[2]
     )
-    assert "slowest is pcdvq 2.0, Llama-3-70B k/v, 1 tokens: 0.80, target 1.0" in lines[4]
+    assert "slowest is pcdvq-2.0, Llama-3-70B k/v, 1 tokens: 0.80, target 1.0" in lines[4]
     # Without one of the layers nothing is said of the block.
     results.rows = [row for row in results.rows if row.layer != "down"]
-    assert bench_results.target_lines(results).splitlines()[3].startswith("  not measured  ccq 2.5")
+    assert bench_results.target_lines(results).splitlines()[3].startswith("  not measured  ccq-2.5")
 
 
 def test_an_interrupted_run_keeps_what_was_measured(modules, main, monkeypatch, tmp_path):

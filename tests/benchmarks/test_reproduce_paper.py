@@ -32,7 +32,7 @@ def test_smoke_run_and_what_is_done_is_not_done_again(smollm2_dir, tmp_path, mon
     reproduce_paper.main()
     shown = capsys.readouterr().out
     (row,) = json.loads(out.read_text())
-    assert row["setting"] == "PCDVQ 2.25"
+    assert row["setting"] == "pcdvq-2.25"
     assert 2.25 < row["bits_per_packed_weight"] < 2.35
     assert list(row["metrics"]) == ["64", "128"]
     for figures in row["metrics"].values():

@@ -9,13 +9,13 @@ from hf_pcdvq.calibration.hessian import Hessian
 from hf_pcdvq.codecs.base import UnitEncoder
 
 CODECS = {
-    "pcdvq 2.0": PcdvqConfig(bits=2.0).codec,
-    "pcdvq 2.25 projection": PcdvqConfig(bits=2.25, magnitude="projection").codec,
-    "ccq 2.75": CcqConfig(layout="2.75").codec,
-    "ccq 2.5": CcqConfig(layout="2.5").codec,
-    "ccq 2.0625": CcqConfig(layout="2.0625").codec,
-    "stream 2.0": CcqConfig(layout="stream").codec,
-    "stream 2.5": CcqConfig(layout="stream", bits=2.5).codec,
+    "pcdvq-2.0": PcdvqConfig(bits=2.0).codec,
+    "pcdvq-2.25 projection": PcdvqConfig(bits=2.25, magnitude="projection").codec,
+    "ccq-2.75": CcqConfig(layout="2.75").codec,
+    "ccq-2.5": CcqConfig(layout="2.5").codec,
+    "ccq-2.0625": CcqConfig(layout="2.0625").codec,
+    "stream-2.0": CcqConfig(layout="stream").codec,
+    "stream-2.5": CcqConfig(layout="stream", bits=2.5).codec,
 }
 PLAIN = Calibration(desc_act=False, sweeps=0, refit=False)
 
@@ -121,7 +121,7 @@ def test_every_step_lowers_the_loss(name):
     assert losses[1] >= losses[2] > losses[3] > losses[4]
 
 
-@pytest.mark.parametrize("name", ["ccq 2.5", "stream 2.25"])
+@pytest.mark.parametrize("name", ["ccq-2.5", "stream-2.25"])
 def test_stacked_layers_are_quantized_as_if_alone(name):
     codec = CcqConfig(layout="stream", bits=2.25).codec if name.startswith("stream") else CODECS[name]
     weight, hessian = problem(rows=300)

@@ -33,24 +33,24 @@ def row_bytes(setting, inputs):
     """Bytes of one output channel, as the formats are documented."""
     groups = inputs // 64
     return {
-        "pcdvq 2.0": inputs // 8 * 2 + 4,
-        "pcdvq 2.25": inputs // 8 * 2 + inputs // 32 + 4,
-        "ccq 2.75": groups * 22 + 4,
-        "ccq 2.5": groups * 10 * 2 + 4,
-        "ccq 2.0625": groups * 16 + math.ceil(groups / 2) + 3 * 4,
-        "stream 2.0": inputs / 4 + 4,
-        "stream 2.5": inputs * 2.5 / 8 + 4,
+        "pcdvq-2.0": inputs // 8 * 2 + 4,
+        "pcdvq-2.25": inputs // 8 * 2 + inputs // 32 + 4,
+        "ccq-2.75": groups * 22 + 4,
+        "ccq-2.5": groups * 10 * 2 + 4,
+        "ccq-2.0625": groups * 16 + math.ceil(groups / 2) + 3 * 4,
+        "stream-2.0": inputs / 4 + 4,
+        "stream-2.5": inputs * 2.5 / 8 + 4,
     }[setting]
 
 
 SETTINGS = {
-    "pcdvq 2.0": PcdvqConfig(bits=2.0),
-    "pcdvq 2.25": PcdvqConfig(),
-    "ccq 2.75": CcqConfig(layout="2.75"),
-    "ccq 2.5": CcqConfig(layout="2.5"),
-    "ccq 2.0625": CcqConfig(layout="2.0625"),
-    "stream 2.0": CcqConfig(layout="stream"),
-    "stream 2.5": CcqConfig(layout="stream", bits=2.5),
+    "pcdvq-2.0": PcdvqConfig(bits=2.0),
+    "pcdvq-2.25": PcdvqConfig(),
+    "ccq-2.75": CcqConfig(layout="2.75"),
+    "ccq-2.5": CcqConfig(layout="2.5"),
+    "ccq-2.0625": CcqConfig(layout="2.0625"),
+    "stream-2.0": CcqConfig(layout="stream"),
+    "stream-2.5": CcqConfig(layout="stream", bits=2.5),
 }
 
 

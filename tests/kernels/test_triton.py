@@ -65,8 +65,19 @@ def activations(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (8, torch.bfloat16), (9, torch.float16)])  # fmt: skip
-@pytest.mark.parametrize("shape", [(1, 128), (3, 64), (5, 192), (19, 576)])
+@pytest.mark.parametrize(
+    "shape, tokens, dtype",
+    [
+        ((1, 128), 1, torch.bfloat16),
+        ((3, 64), 3, torch.float16),
+        ((5, 192), 1, torch.bfloat16),
+        ((5, 192), 3, torch.float16),
+        ((5, 192), 8, torch.bfloat16),
+        ((5, 192), 9, torch.float16),
+        ((19, 576), 3, torch.float16),
+        ((19, 576), 8, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_products(setting, shape, tokens, dtype):
     packed = random_packed(setting, *shape)
@@ -197,7 +208,7 @@ def test_opcheck_of_prepared_products(setting, monkeypatch):
     torch.library.opcheck(op, (given, *packed, False, signs, prepared))
 
 
-@pytest.mark.parametrize("shape", [(5, 192), (123, 576)])
+@pytest.mark.parametrize("shape", [(5, 192), (37, 320)])  # one tile, and several with a border
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
 def test_weights_are_decoded_to_the_same_bits(setting, shape):
     packed = random_packed(setting, *shape)

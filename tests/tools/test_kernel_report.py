@@ -38,7 +38,7 @@ def test_wrong_names_are_refused_before_anything_is_compiled(tmp_path, monkeypat
 
     monkeypatch.setattr(kernel_report.compiled, "measure_all", None)  # would end in an error of another kind
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--kernel", "qtip"])
-    with pytest.raises(SystemExit, match=r"no kernel has a name like \['qtip'\]; there are: pcdvq 2.0, 1 tokens;"):
+    with pytest.raises(SystemExit, match=r"no kernel has a name like \['qtip'\]; there are: pcdvq-2.0, 1 tokens;"):
         kernel_report.main()
     options = ["--kernel", "rotation", "--json", str(tmp_path / "none/report.json")]
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", *options])
