@@ -37,7 +37,7 @@ from hf_pcdvq.files.size import readable_size
 from hf_pcdvq.modules import QuantLinear
 from hf_pcdvq.quantizer import PackedHfQuantizer
 
-CHOICES = [name for name, (method, _) in SETTINGS.items() if method != "int8"]
+CHOICES = [name for name, (codec, _) in SETTINGS.items() if codec.method is not None]
 DEFAULT = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.5", "stream-2.0")
 TARGET = 2.5  # times as fast as bf16
 

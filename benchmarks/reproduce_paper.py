@@ -13,7 +13,6 @@ file are not computed again; packed models are kept in --work. See docs/reproduc
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -26,7 +25,8 @@ from rich.table import Table
 from smollm2 import save_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
+from hf_pcdvq import Calibration, quantize_model
+from hf_pcdvq.config import config_of_setting
 from hf_pcdvq.evaluation.metrics import evaluate, token_windows
 from hf_pcdvq.evaluation.tasks import run_tasks, task_manager, wikitext2
 from hf_pcdvq.files.folders import folder_in_place
@@ -35,14 +35,7 @@ from hf_pcdvq.files.size import count_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B", "mistralai/Mistral-7B-v0.1"]
-SETTINGS = {
-    "pcdvq-2.0": PcdvqConfig(bits=2.0),
-    "pcdvq-2.25": PcdvqConfig(bits=2.25),
-    "ccq-2.0625": CcqConfig(layout="2.0625"),
-    "ccq-2.5": CcqConfig(layout="2.5"),
-    "ccq-2.75": CcqConfig(layout="2.75"),
-    "stream-2.0": CcqConfig(layout="stream", bits=2.0),
-}
+SETTINGS = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.0625", "ccq-2.5", "ccq-2.75", "stream-2.0")
 
 
 @dataclass(frozen=True)
@@ -92,13 +85,13 @@ def load(model: str | Path) -> PreTrainedModel:
 
 def packed_folder(model: str, setting: str, plan: Plan, work: Path) -> Path:
     """The packed model, quantized unless an earlier run has done so."""
-    name = f"{Path(model).name}-{setting.replace(' ', '-')}"
+    name = f"{Path(model).name}-{setting}"
     folder = (work / name).resolve()
     if folder.is_dir():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    config = copy.copy(SETTINGS[setting])
+    config = config_of_setting(setting)
     config.calibration = plan.calibration
     packed = quantize_model(dense, tokenizer, config, work_dir=work / f".{name}")
     with folder_in_place(folder, Path(model), force=False) as partial:

@@ -19,7 +19,6 @@ from .calibration.settings import Calibration
 from .codecs import SETTINGS, Codec, codec_of_setting
 from .codecs.base import one_of
 from .codecs.codebook import codebook_hash
-from .codecs.polar import PolarCodec
 from .version import FORMAT_VERSION
 
 _NOT_SAVED = ("dequantize", "tokenizer")
@@ -61,6 +60,19 @@ def _overrides(value: Any) -> dict[str, str | None]:
         if setting is not None:
             one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
     return overrides
+
+
+def _codecs_by(field: str, method: str) -> dict[Any, type[Codec]]:
+    """The codecs of a method, by the field of its config that tells them apart.
+
+    Raises:
+        ValueError: two codecs claim the same value.
+    """
+    found: dict[Any, type[Codec]] = {}
+    for codec, fields in SETTINGS.values():
+        if codec.method == method and found.setdefault(fields[field], codec) is not codec:
+            raise ValueError(f"{field} {fields[field]!r} is claimed by two codecs of {method!r}")
+    return found
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -206,7 +218,7 @@ class PcdvqConfig(PackedConfig):
     ):
         super().__init__(**common)
         with _named("PcdvqConfig"):
-            codec = PolarCodec.of(self.hadamard_block, self.hadamard_seed, bits, magnitude, codebook)
+            codec = self._codec_with(bits, magnitude, codebook)
             self.codebook_sha256 = codebook_hash(codec.codebook)
         self.bits, self.magnitude, self.codebook = codec.bits, codec.magnitude, codec.codebook
         if codebook_sha256 not in (None, self.codebook_sha256):
@@ -215,9 +227,14 @@ class PcdvqConfig(PackedConfig):
                 f"but the installed one has {self.codebook_sha256}; it would decode other weights"
             )
 
+    def _codec_with(self, bits: float, magnitude: str, codebook: str | None) -> Any:
+        codecs = _codecs_by("bits", self.method)
+        fields = {"bits": bits, "magnitude": magnitude, "codebook": codebook}
+        return codecs[one_of("bits", bits, tuple(codecs))].of(self.hadamard_block, self.hadamard_seed, **fields)
+
     @property
     def codec(self) -> Codec:
-        return PolarCodec(self.hadamard_block, self.hadamard_seed, self.codebook, self.magnitude)
+        return self._codec_with(self.bits, self.magnitude, self.codebook)
 
 
 class CcqConfig(PackedConfig):
@@ -248,7 +265,7 @@ class CcqConfig(PackedConfig):
     ):
         super().__init__(**common)
         with _named("CcqConfig"):
-            self.layout = one_of("layout", layout, tuple(_layouts()))
+            self.layout = one_of("layout", layout, tuple(_codecs_by("layout", self.method)))
             self.hadamard = one_of("hadamard", hadamard, (False, True))
             codec = self._codec_with(bits, window_bits)
         self.bits, self.window_bits = codec.bits, codec.parameters().get("window_bits")
@@ -256,17 +273,11 @@ class CcqConfig(PackedConfig):
     def _codec_with(self, bits: float | None, window_bits: int | None) -> Codec:
         block = self.hadamard_block if self.hadamard else 0
         fields = {"layout": self.layout, "bits": bits, "window_bits": window_bits}
-        return _layouts()[self.layout].of(block, self.hadamard_seed, **fields)
+        return _codecs_by("layout", self.method)[self.layout].of(block, self.hadamard_seed, **fields)
 
     @property
     def codec(self) -> Codec:
         return self._codec_with(self.bits, self.window_bits)
-
-
-def _layouts() -> dict[str, type[Codec]]:
-    """The codecs of `CcqConfig`, by layout."""
-    settings = [entry for entry in SETTINGS.values() if entry[0].method == CcqConfig.method]
-    return {fields["layout"]: codec for codec, fields in settings}
 
 
 CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}

@@ -116,9 +116,12 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
 
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
-    overrides = overrides_of(ctx.params["override"])
+    overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
     try:
-        return config_of_setting(ctx.params["setting"], overrides=overrides, **common, **chosen)
+        for name in chosen:
+            if not hasattr(config_of_setting(setting), name):
+                raise ValueError(f"--{name.replace('_', '-')} does not belong to the setting {setting}")
+        return config_of_setting(setting, overrides=overrides, **common, **chosen)
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
 

@@ -20,8 +20,9 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A process of pytest-xdist has a core for itself: threads of several that wait for each other take turns spinning.
-    threads = 1 if hasattr(config, "workerinput") else 2
+    # A process of pytest-xdist has a core for itself, and so have the processes that its tests start: threads of several
+    # that wait for each other take turns spinning.
+    threads = 1 if hasattr(config, "workerinput") else int(os.environ.get("OMP_NUM_THREADS", 2))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 

@@ -59,6 +59,40 @@ def test_commands_and_options_exist(page):
             assert option in shown.output, line
 
 
+# Where the documents count paths from.
+BASES = [ROOT, *(ROOT / folder for folder in ("hf_pcdvq", "kernels/torch-ext", "kernels/torch-ext/hf_pcdvq_kernels"))]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "kernels" / "README.md"], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_paths_exist(page):
+    """Paths in code spans and in commands."""
+    found = re.findall(r"(?<![\w./<-])((?:\w+/)+[\w.]+\.(?:py|sh|md|yaml|safetensors))", page.read_text())
+    for path in found:
+        if not path.startswith(("smollm2", "quickstart/", "my", "other/")):  # a user's own
+            assert any((base / path).exists() for base in (page.parent, *BASES)), path
+
+
+def test_the_tree_in_contributing_is_the_tree():
+    """Every folder and file that it lists is there, and every folder of the packages is listed."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    folder = inner = ROOT
+    listed = set()
+    for line in block.strip().splitlines():
+        entry = re.match(r"( {0,2})([\w./-]+(?:/|\.py))(?: |$)", line)
+        if entry is not None:
+            inner = (folder if entry[1] else ROOT) / entry[2]
+            assert inner.exists(), line
+            listed.add(inner)
+            folder = folder if entry[1] else inner
+        if inner.is_dir():  # files in it, and those that stand beside files
+            for name in re.findall(r"(?<![\w/])(\w+\.py)\b", line):
+                assert (inner / name).exists() or (folder / name).exists(), line
+    packages = [file.parent for base in BASES[1:2] + BASES[3:] for file in base.glob("*/__init__.py")]
+    assert listed.issuperset(packages), sorted(set(packages) - listed)
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "tools"])
 def test_every_script_is_in_the_readme_of_its_folder(folder):
     text = (ROOT / folder / "README.md").read_text()

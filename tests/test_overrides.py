@@ -101,7 +101,7 @@ def test_inspect_shows_each_setting(packed_dir):
 
 def test_only_single_products_with_kernels_are_tuned(packed_dir):
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-    assert {(shape.codec, shape.rows, shape.columns) for shape in _shapes(packed_dir, (1,))} == {
+    assert {(shape.format, shape.rows, shape.columns) for shape in _shapes(packed_dir, (1,))} == {
         ("pcdvq-2.0", 96, 64),
         ("pcdvq-2.0", 64, 96),
     }

@@ -3,7 +3,7 @@
 
 Random odd 32-bit multipliers are compared by the squared error of the best rings on standard normal weights: first at 2
 bits with windows of 12, then the best of them at every rate and with the largest windows, by the geometric mean over all
-of these. The result of seed 1 is used in `hf_pcdvq_kernels.formats`.
+of these. The result of seed 1 is used in `hf_pcdvq_kernels.formats.stream`.
 
     python tools/search_stream_hash.py            # two minutes on two cores; use it with Numba installed
 """

@@ -141,8 +141,8 @@ class Codec(ABC):
         return {_suffix(name): spec for name, spec in specs.items()}
 
     def parameters(self) -> dict[str, Any]:
-        """The arguments of the format's ops that are no tensors."""
-        return self.family.parameters(self.format)
+        """The arguments of the format's ops that are no tensors. Traced by `torch.compile` in every product."""
+        return {}
 
     def rows(self, packed: Packed, start: int, stop: int) -> Packed:
         """The packed tensors of output channels `start` to `stop`, `start` a multiple of `row_multiple`."""

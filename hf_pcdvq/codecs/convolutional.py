@@ -98,6 +98,9 @@ class ConvolutionalCodec(Codec):
     def format(self) -> str:
         return f"ccq-{self.layout}"
 
+    def parameters(self) -> dict[str, Any]:
+        return {"layout": self.layout}
+
     @property
     def bits(self) -> float:
         return CCQ_LAYOUTS[self.layout].bits

@@ -213,7 +213,8 @@ def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
     ("options", "message"),
     [
         (["--setting", "ccq-2.5", "--window-bits", "12"], "window_bits 12 needs layout 'stream'"),
-        (["--setting", "stream-2.0", "--magnitude", "norm"], "unknown field 'magnitude'"),
+        (["--setting", "stream-2.0", "--magnitude", "norm"], "--magnitude does not belong to the setting stream-2.0"),
+        (["--setting", "pcdvq-2.0", "--window-bits", "12"], "--window-bits does not belong to the setting pcdvq-2.0"),
         (["--setting", "stream-2"], "setting must be one of 'pcdvq-2.0', "),
         (["--setting", "int8"], "got 'int8'"),
         (["--max-shard-size", "5 apples"], "not a size like 5GB"),

@@ -384,7 +384,6 @@ def test_companions_are_checked_on_decoding():
     with pytest.raises(ValueError, match="code_zero is required"):
         dequantize({suffix: t for suffix, t in packed.items() if suffix != "code_zero"}, "2.0625")
     with pytest.raises(ValueError, match="local_scale must be None"):
-        ops.ccq_dequantize(
-            codec("2.75").encode(torch.ones(2, 64))[""], packed["scale"], packed["local_scale"], None, None, "2.75",
-            torch.float32,
-        )  # fmt: skip
+        words = codec("2.75").encode(torch.ones(2, 64))[""]
+        arguments = [words, packed["scale"], packed["local_scale"], None, None, "2.75"]
+        ops.dequantize("ccq", arguments, torch.float32)

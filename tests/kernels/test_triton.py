@@ -6,12 +6,14 @@ The interpreter is chosen when Triton is imported, so without a GPU this file ru
 
 import dataclasses
 import os
+from functools import partial
 
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
 from hf_pcdvq_kernels.formats import family_of
 from packing import SETTINGS, family, op_pair, random_packed, random_stack, relative_error
+from torch._dynamo.testing import CompileCounter
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -193,6 +195,18 @@ def test_what_cannot_be_prepared():
     ops.set_backend("reference")
     out = torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed, prepared=prepared)
     assert relative_error(out.cpu(), expected.cpu().double()) < TOLERANCE[torch.float16]
+
+
+def test_preparing_is_compiled_once_for_few_tokens_and_once_for_many(monkeypatch):
+    monkeypatch.undo()
+    counter = CompileCounter()
+    for setting in ("pcdvq-2.25", "ccq-2.5", "stream-2.0"):
+        torch._dynamo.reset()
+        counter.clear()
+        compiled = torch.compile(partial(ops.prepare, signs=None, format=setting), backend=counter, dynamic=True)
+        for tokens in (2, 3, 5, 8, 12, 13, 40):
+            compiled(torch.zeros(tokens, 192, dtype=torch.float16, device=DEVICE))
+        assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.0625", "stream-2.25"])

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from hf_pcdvq import CcqConfig, PcdvqConfig, set_backend
+from hf_pcdvq import CcqConfig, PcdvqConfig, get_backend, set_backend
 from hf_pcdvq.modules import QuantLinear, share_inputs
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
-        "needs a GPU, or Triton's interpreter (kernels/test_triton_interpreted.py runs it)", allow_module_level=True
+        "needs a GPU, or Triton's interpreter (test_shared_input_interpreted.py runs it)", allow_module_level=True
     )
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -42,8 +42,11 @@ class Attention(nn.Module):
     def __init__(self, codec):
         super().__init__()
         torch.manual_seed(0)
+        backend = get_backend()
+        set_backend("auto")  # encoding need not run in the interpreter
         for name, rows in (("q", 8), ("k", 4), ("v", 4), ("o", 2)):  # few: the interpreter is slow
             setattr(self, name, QuantLinear.from_linear(nn.Linear(128, rows, bias=False), codec))
+        set_backend(backend)
 
     def forward(self, x):
         q, k, v = self.q(x), self.k(x), self.v(x)

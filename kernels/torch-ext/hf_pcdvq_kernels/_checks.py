@@ -36,7 +36,7 @@ def check_none(op: str, name: str, tensor: torch.Tensor | None, why: str) -> Non
 def check_words(op: str, weight: torch.Tensor, multiple: int) -> None:
     if weight.ndim != 2 or weight.shape[1] % multiple or weight.shape[1] == 0:
         raise ValueError(
-            f"{op}: weight must be [N, words] with words a positive multiple of {multiple}, got {list(weight.shape)}"
+            f"{op}: weight must have two dimensions, the second a positive multiple of {multiple}, got {list(weight.shape)}"
         )
 
 

@@ -92,6 +92,14 @@ def _runs_as_triton(weight: PackedWeight, device: torch.device, dtype: torch.dty
     return weight.has_kernels and use_triton(device, dtype)
 
 
+def _multiply_in_pytorch(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
+    """The product in PyTorch, with a rotation that may run as a kernel, which does not depend on the format."""
+    if signs is not None and not transposed:
+        x = OPS.hadamard(x, signs)
+    out = weight.reference_matmul(x, transposed)
+    return OPS.hadamard(out, signs, True) if signs is not None and transposed else out
+
+
 def _define_dequantize(family: type[PackedWeight]) -> None:
     name = f"{family.family}_dequantize"
     torch.library.define(f"{NAMESPACE}::{name}", f"({_schema(family)}, ScalarType dtype) -> Tensor")
@@ -144,7 +152,7 @@ def _define_matmul(family: type[PackedWeight]) -> None:
             from .triton import launch
 
             return launch.matmul(x, weight, transposed, signs, prepared)
-        return products.matmul(x, weight, transposed, signs)
+        return _multiply_in_pytorch(x, weight, transposed, signs)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     torch.library.impl(f"{NAMESPACE}::{name}", "default", implementation)
@@ -199,7 +207,7 @@ def _define_grouped_matmul(family: type[PackedWeight]) -> None:
 
     def implementation(x, experts, *packed, signs=None):
         first, packed, signs = check(x, experts, packed, signs)
-        multiply: Callable[..., Tensor] = products.matmul
+        multiply: Callable[..., Tensor] = _multiply_in_pytorch
         if _runs_as_triton(first, x.device, x.dtype):
             from .triton import launch
 

@@ -23,7 +23,8 @@ def set_backend(backend: str) -> None:
 
     Args:
         backend: `"auto"`, Triton kernels for tensors on a GPU and PyTorch for all others; `"triton"`, which raises where
-            there is no kernel; or `"reference"`, PyTorch everywhere.
+            Triton has no kernels for the device; or `"reference"`, PyTorch everywhere. Formats without kernels run in
+            PyTorch whatever is chosen. The search that encodes the stream layout obeys the choice too.
 
     Raises:
         ValueError: another name.

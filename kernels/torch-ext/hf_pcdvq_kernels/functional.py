@@ -132,4 +132,5 @@ def grouped_matmul(
 
 
 def _op(family: str, name: str):
-    return getattr(OPS, f"{family_named(family).family}_{name}")
+    family_named(family)  # an unknown one is refused by name
+    return getattr(OPS, f"{family}_{name}")

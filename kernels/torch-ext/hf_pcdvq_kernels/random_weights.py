@@ -23,9 +23,12 @@ def random_packed(
         parameters: arguments that are no tensors, in place of the format's default ones (`window_bits` of stream).
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: there is no such format. TypeError: it has no such parameter.
     """
     family = family_of(format)
+    unknown = parameters.keys() - family.parameters(format)
+    if unknown:
+        raise TypeError(f"{format} has no parameter {', '.join(sorted(unknown))}")
     generator = torch.Generator(device).manual_seed(seed)
     factors = family.random_scales(format)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -41,7 +41,7 @@ class Argument:
 class PackedWeight(ABC):
     """The packed tensors of one weight `[N, K]`, of one family of formats. A subclass is the description of its family.
 
-    Its fields are the arguments of the ops, in their order; everything else that the ops need is derived from what is
+    Its fields are the arguments of the ops, in their order, `scale` `[N]` among them; everything else that the ops need is derived from what is
     declared here. `checked` makes validated ones.
 
     Attributes:
@@ -111,6 +111,7 @@ class PackedWeight(ABC):
         return self.weight.shape[1] // self._unit_words(name) * self.multiple(name)
 
     @classmethod
+    @cache
     def _unit_words(cls, name: str) -> int:
         """Words along the inputs, for `multiple` of them."""
         return cls.specs(name, cls.row_multiple, cls.multiple(name))["weight"][0][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,11 +105,11 @@ class CcqWeight(PackedWeight):
     )
     has_kernels = True
 
-    @property
+    @cached_property
     def layout(self) -> CcqLayout:
         return ccq_layout(self.layout_name)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"ccq-{self.layout.name}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import accumulate, cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class StreamLayout:
         return -(-rows // self.period) * self.period_words
 
 
+@cache
 def stream_layout(bits: float, window_bits: int) -> StreamLayout:
     """The stream layout of these parameters.
 
@@ -94,11 +96,11 @@ class StreamWeight(PackedWeight):
     has_kernels = True
     row_multiple = STREAM_RING
 
-    @property
+    @cached_property
     def layout(self) -> StreamLayout:
         return stream_layout(self.bits, self.window_bits)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return f"stream-{self.layout.bits}"
 

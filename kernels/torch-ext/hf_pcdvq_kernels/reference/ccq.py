@@ -34,7 +34,7 @@ def dequantize(
     layout: CcqLayout,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See `hf_pcdvq_kernels.ccq_dequantize`. Computes in float32, rounds once to `dtype`."""
+    """See `formats.ccq.CcqWeight`. Computes in float32, rounds once to `dtype`."""
     rows = weight.shape[0]
     words = weight.reshape(rows, -1, layout.words)
     if layout.clustered:

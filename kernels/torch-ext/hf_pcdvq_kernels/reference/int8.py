@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -12,7 +11,13 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.view(torch.int8).float() * scale[:, None]).to(dtype)
 
 
-def matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`x @ W.T`. Bytes are exact in every floating dtype, so that only the result needs scaling, which is done in float32."""
-    out = functional.linear(x, weight.view(torch.int8).to(x.dtype))
-    return (out.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
+def matmul(x: Tensor, weight: Tensor, scale: Tensor, transposed: bool) -> Tensor:
+    """`x @ W.T`, or `x @ W` where `transposed`.
+
+    Bytes are exact in every floating dtype, so that only the result, or `x`, needs scaling, which is done in float32.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    integers = weight.view(torch.int8).to(x.dtype)
+    if transposed:
+        return (x.to(compute) * scale).to(x.dtype) @ integers
+    return ((x @ integers.T).to(compute) * scale).to(x.dtype)

@@ -28,7 +28,7 @@ def dequantize(
     levels: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See `hf_pcdvq_kernels.pcdvq_dequantize`. Computes in float32, rounds once to `dtype`."""
+    """See `formats.pcdvq.PcdvqWeight`. Computes in float32, rounds once to `dtype`."""
     rows, vectors = weight.shape
     words = weight.to(torch.int32)
     index = (words >> SIGN_BITS) & (patterns.shape[0] - 1)

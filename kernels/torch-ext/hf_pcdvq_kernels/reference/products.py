@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .hadamard import hadamard
 from .sliced import sliced_dequantize, sliced_matmul
 
 if TYPE_CHECKING:
@@ -24,14 +23,6 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     decode = weight.reference_rows(dtype)
     shape = weight.rows, weight.columns
     return sliced_dequantize(*shape, decode, dtype, weight.weight.device, weight.row_multiple, SLICE)
-
-
-def matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
-    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
-    if signs is not None and not transposed:
-        x = hadamard(x, signs)
-    out = weight.reference_matmul(x, transposed)
-    return hadamard(out, signs, inverse=True) if signs is not None and transposed else out
 
 
 def decoded_matmul(x: Tensor, weight: PackedWeight, transposed: bool) -> Tensor:

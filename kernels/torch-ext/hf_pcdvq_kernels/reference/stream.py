@@ -41,7 +41,7 @@ def windows(weight: torch.Tensor, layout: StreamLayout) -> Iterator[torch.Tensor
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, layout: StreamLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """See `hf_pcdvq_kernels.stream_dequantize`. Computes in float32, rounds once to `dtype`.
+    """See `formats.stream.StreamWeight`. Computes in float32, rounds once to `dtype`.
 
     Args:
         table: `values(layout.window_bits)` as float32. The format needs none; on a CPU a lookup is several times as fast as the

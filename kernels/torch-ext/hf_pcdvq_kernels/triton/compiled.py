@@ -154,7 +154,7 @@ def measure(variant: Variant, target: GPUTarget) -> Figures:
     constants = dict(variant.constants)
     if target.backend != "cuda" and "PTX" in constants:
         constants["PTX"] = False
-    names = list(variant.types)
+    names = list(variant.kernel.arg_names)
     # Pointers are aligned, and sizes are multiples of 16 in a large layer; Triton compiles for that when it launches.
     aligned = [i for i, name in enumerate(names) if name.startswith("p_") or name in ("rows", "units", "columns")]
     compiled = triton.compile(

@@ -95,6 +95,7 @@ def candidates(shape: Shape) -> list[LaunchConfig]:
     return found
 
 
+@cache
 def default(shape: Shape, processors: int) -> LaunchConfig:
     """A config that keeps this many multiprocessors busy, without measuring."""
     block_n = block_n_choices(shape)[0]

@@ -114,8 +114,10 @@ def _config(shape: Shape, device: torch.device, tokens: int, groups: int | None,
 
 def _default_order(format: str, tokens: int, columns: int) -> tuple[Order, bool]:
     """How products read their activations unless their config was measured or given, and whether units are scaled."""
-    # Neither the number of tokens, up to that bound, nor that of rows makes a difference to the warps.
-    shape = Shape(format, launch_config.tokens_per_program(tokens), 1, columns)
+    # Of the tokens only the side of this bound counts, and the rows make no difference. A number of tokens that
+    # `torch.compile` traces must not be rounded: that would make it a constant.
+    count = 1 if tokens <= launch_config.VECTOR_TOKENS else launch_config.DOT_TOKENS
+    shape = Shape(format, count, 1, columns)
     return kernels_of(format).order(format, shape.units(launch_config.unit_warps(shape))), not shape.dot
 
 

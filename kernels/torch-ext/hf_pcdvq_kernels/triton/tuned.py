@@ -1,7 +1,7 @@
 """Launch configs that were measured on a device: the file that holds them, and the choice of one for a product.
 
 One file per kind of device, `<user's cache folder>/hf_pcdvq/<device>.json`, written by `tuning.py` and read once per
-process. Without it, or after it was deleted, the defaults of `config.py` hold.
+process. Without it, or after it was deleted, the defaults of `launch_config.py` hold.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
     content = json.loads(file.read_text(encoding="utf-8"))  # its error is a ValueError
     try:
         versions = content["format"], content["triton"]
+        if versions != (FORMAT, triton.__version__):
+            raise ValueError(
+                f"it is of format {versions[0]} and Triton {versions[1]}, needed are {FORMAT} and {triton.__version__}"
+            )
         rows = [(Shape(**row["shape"]), LaunchConfig(**row["config"]), row) for row in content["products"]]
         found = {shape: TunedConfig(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
     except (KeyError, TypeError) as error:
         raise ValueError(f"it is not laid out as expected ({type(error).__name__}: {error})") from None
-    if versions != (FORMAT, triton.__version__):
-        raise ValueError(
-            f"it is of format {versions[0]} and Triton {versions[1]}, needed are {FORMAT} and {triton.__version__}"
-        )
     for shape, measured in found.items():
         try:
             known = {*launch_config.candidates(shape), launch_config.default(shape, processors)}
