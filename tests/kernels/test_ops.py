@@ -191,7 +191,7 @@ def test_wrong_inputs_are_refused(method, packed):
 def test_wrong_rotations_are_refused():
     with pytest.raises(ValueError, match="pcdvq_matmul: signs must have a power-of-two length, got 6"):
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(6))
-    with pytest.raises(ValueError, match="64 numbers cannot be rotated in blocks of 128"):
+    with pytest.raises(ValueError, match="64 values cannot be rotated in blocks of 128"):
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
@@ -222,5 +222,5 @@ def test_grouped_products(setting):
         ops.grouped_matmul(method, x[0], experts, stacked)
     with pytest.raises(ValueError, match="contiguous stacks"):
         ops.grouped_matmul(method, x, experts, packed[0])
-    with pytest.raises(ValueError, match="no family of formats 'gptq'; there are pcdvq, "):
+    with pytest.raises(ValueError, match="unknown family of formats 'gptq'; expected one of pcdvq, "):
         ops.grouped_matmul("gptq", x, experts, stacked)

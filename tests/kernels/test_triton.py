@@ -179,7 +179,7 @@ def test_what_cannot_be_prepared():
         torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq-2.5"))
     with pytest.raises(ValueError, match="cannot be rotated in blocks of 128"):
         ops.prepare(x, torch.ones(128, device=DEVICE), "ccq-2.5")
-    with pytest.raises(ValueError, match="there is no format 'pcdvq-2.5'; there are pcdvq-2.0, "):
+    with pytest.raises(ValueError, match="unknown format 'pcdvq-2.5'; expected one of pcdvq-2.0, "):
         ops.prepare(x, None, "pcdvq-2.5")
     assert ops.prepare(x.float(), None, "ccq-2.5") is None
     assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq-2.5") is None

@@ -1,4 +1,4 @@
-"""Decoding of signed bytes. The format is described in `hf_pcdvq/codecs/scalar.py`."""
+"""Decoding of signed bytes. The format is documented in `hf_pcdvq/codecs/scalar.py`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`x @ W.T`. Bytes are exact in every floating dtype, so that only the result needs scaling, which is done in float32."""
+    """`x @ W.T`. Bytes are exact in every floating-point dtype, so only the result is scaled, in float32."""
     out = functional.linear(x, weight.view(torch.int8).to(x.dtype))
     return (out.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)

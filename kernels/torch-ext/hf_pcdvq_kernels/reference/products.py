@@ -1,4 +1,4 @@
-"""The whole weight, and products with it, in plain PyTorch."""
+"""Decoding of whole weights, and products with them, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .sliced import sliced_dequantize, sliced_matmul
 if TYPE_CHECKING:
     from ..formats import PackedWeight
 
-# Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
-# a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
-# product busy.
+# Weights decoded at a time, unless the layout's row multiple forces larger slices. Decoding needs about 20 bytes of
+# temporaries per weight, so a slice stays near 20 MiB however large the layer is, yet is large enough to keep a CPU's
+# matrix product busy.
 SLICE = 1 << 20
 
 
@@ -27,7 +27,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
-    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated."""
+    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` if `transposed`; without `signs` nothing is rotated."""
     if signs is not None and not transposed:
         x = hadamard(x, signs)
     out = weight.reference_matmul(x, transposed)
@@ -35,6 +35,6 @@ def matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | No
 
 
 def decoded_matmul(x: Tensor, weight: PackedWeight, transposed: bool) -> Tensor:
-    """`x @ W.T`, or `x @ W` where `transposed`, with the weight decoded in the dtype of `x`, slice by slice."""
+    """`x @ W.T`, or `x @ W` if `transposed`, with the weight decoded to the dtype of `x`, slice by slice."""
     decode = weight.reference_rows(x.dtype)
     return sliced_matmul(x, weight.rows, weight.columns, decode, transposed, weight.row_multiple, SLICE)
