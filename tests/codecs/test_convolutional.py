@@ -368,8 +368,8 @@ def test_unknown_layout_is_refused():
     "weight, message",
     (
         (torch.zeros(4, 96), "not a multiple of 64"),
-        (torch.zeros(128), "expected a floating weight"),
-        (torch.zeros(4, 64, dtype=torch.int32), "expected a floating weight"),
+        (torch.zeros(128), "expected a floating-point weight"),
+        (torch.zeros(4, 64, dtype=torch.int32), "expected a floating-point weight"),
         (torch.full((4, 64), math.inf), "infinite or NaN"),
         (torch.full((4, 64), math.nan), "infinite or NaN"),
     ),

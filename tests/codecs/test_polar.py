@@ -146,8 +146,8 @@ def test_slices_of_rows_encode_like_the_whole(monkeypatch):
 
 REFUSED = [
     (torch.zeros(4, 60), "60 input features are not a multiple of 32"),
-    (torch.zeros(64), r"expected a floating weight \[N, K\]"),
-    (torch.zeros(4, 64, dtype=torch.int32), r"expected a floating weight .* torch.int32"),
+    (torch.zeros(64), r"expected a floating-point weight \[N, K\]"),
+    (torch.zeros(4, 64, dtype=torch.int32), r"expected a floating-point weight .* torch.int32"),
     (torch.full((4, 64), float("inf")), "infinite or NaN"),
 ]
 
