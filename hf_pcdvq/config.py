@@ -79,10 +79,10 @@ class PackedConfig(QuantizationConfigMixin):
             None rounds to the nearest codes. In a packed model it records how the model was made.
         tokenizer: for calibration while loading a model: a tokenizer, or a name or folder to load it from; None takes
             the model's own. Not saved.
-        overrides: other settings for some modules: maps regular expressions, searched for in the module's name, to the
-            name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match applies.
-            `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Saved in config.json as a list of
-            pairs.
+        overrides: other settings for some modules: maps regular expressions, searched for in the module's name, to
+            the name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match
+            applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Saved in config.json as a
+            list of pairs.
         dequantize: when loading a packed model, decode it into ordinary dense layers.
         left_unpacked: set by the quantizer, not by the user: parameters that were not packed, with the reason.
         format_version: version of the packed format.

@@ -1,4 +1,4 @@
-"""Estimates the size of a packed model from its configuration alone: it is built on the meta device, without weights."""
+"""Estimates the size of a packed model from its configuration alone, by building it on the meta device."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Estimate:
     """Sizes of a model that is to be packed.
 
     Attributes:
-        parts: by name, see `PARTS`. "experts" are fused experts, "attention" is recognized by the module's name; these
-            and "other layers" are packed, the rest is not.
+        parts: by name, see `PARTS`. "experts" are fused experts, "attention" is recognized by the module's name;
+            these and "other layers" are packed, the rest is not.
         cache_bytes: size of the keys and values of one token.
         context: number of tokens that `memory_bytes` accounts for.
     """
@@ -68,7 +68,7 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """GPU memory for the weights, the cache of `context` tokens and the decoding of weights, excluding activations."""
+        """GPU memory for weights, the cache of `context` tokens and decoding of weights, excluding activations."""
         return self.nbytes + self.cache_bytes * self.context + _WORKSPACE
 
     def to_dict(self) -> dict[str, Any]:

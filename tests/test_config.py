@@ -1,4 +1,4 @@
-"""The configs: what they accept, what they refuse and how, and that they survive JSON."""
+"""The configs: what they accept, what they reject and how, and that they survive a JSON round trip."""
 
 import json
 

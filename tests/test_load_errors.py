@@ -1,4 +1,4 @@
-"""Damaged checkpoints and wrong uses: each ends in an error that names what is wrong, never in a model."""
+"""Damaged checkpoints and misuse: each raises an error that names the problem, and never returns a model."""
 
 import importlib
 import json

@@ -1,7 +1,7 @@
 """The codec interface: a frozen description of a packed format that can encode, decode and multiply.
 
-A codec does not depend on Transformers and holds no tensors. The tensors of one weight are passed as a dictionary from
-suffix to tensor: `""` is the packed weight itself, `"scale"` its scales, and so on; a module stores them as
+A codec does not depend on Transformers and holds no tensors. The tensors of one weight are passed as a dictionary
+from suffix to tensor: `""` is the packed weight itself, `"scale"` its scales, and so on; a module stores them as
 parameters `weight`, `weight_scale`, ... Tables that all weights share (codebook, rotation signs) are passed in a
 separate dictionary, created by `tables`.
 """
@@ -23,8 +23,8 @@ from . import hadamard
 Packed = dict[str, Tensor]
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-# Weights encoded or decoded at a time: float32 and index temporaries, about 40 bytes per weight, stay near 160 MiB on a
-# CPU however large the layer is. An accelerator needs larger slices to be kept busy.
+# Weights encoded or decoded at a time: float32 and index temporaries, about 40 bytes per weight, stay near 160 MiB on
+# a CPU however large the layer is. An accelerator needs larger slices to be kept busy.
 _SLICE = {"cpu": 1 << 22}
 _SLICE_ACCELERATOR = 1 << 25
 
@@ -93,7 +93,7 @@ class Codec(ABC):
     family: ClassVar[type[PackedWeight]]
     method: ClassVar[str | None]
 
-    # ---------------------------------------------------------------------------------------- how it is configured
+    # --------------------------------------------------------------------------------------- how it is configured
 
     @classmethod
     @abstractmethod
@@ -231,7 +231,7 @@ class Codec(ABC):
         return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
     def relative_error(self, weight: Tensor, packed: Packed) -> float:
-        """Squared error of `packed` relative to the squared norm of `weight` `[N, K]`, both summed over all entries."""
+        """Squared error of `packed`, summed over all entries, relative to the squared norm of `weight` `[N, K]`."""
         tables = {name: table.to(weight.device) for name, table in self.tables(weight.shape[1]).items()}
         start, error, total = 0, 0.0, 0.0
         for rows in self._rotated_slices(weight):  # the rotation preserves norms, so there is no need to rotate back

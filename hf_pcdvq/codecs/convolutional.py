@@ -1,8 +1,9 @@
 """CCQ: convolutional code quantization (arXiv 2507.07145), in its three published layouts.
 
 A code word holds several small integers as overlapping windows of `L` bits: adjacent windows share bits, so a word is
-shorter than the sum of its windows. Decoding is shift, mask, subtract, multiply; there is no table. Inputs form groups
-of 64 (`G = K/64` of them), each with an integer group scale that is multiplied by the output channel's float super scale.
+shorter than the sum of its windows. Decoding is shift, mask, subtract, multiply; there is no table. Inputs form
+groups of 64 (`G = K/64` of them), each with an integer group scale that is multiplied by the output channel's float
+super scale.
 
 Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are rows, codes run along the last dimension.
 (The published ERNIE-4.5 files are K-major, `[words, N]`, the transpose of ours.)
@@ -21,13 +22,14 @@ stored as int16.
     2.0625   b = word i//4   (c >> (9,6,3,0)[i%4]) & 63        window - 32   byte g//2 of local_scale: high four bits
              c = floor(b * code_scale[n] + code_zero[n] + 0.5)               for even group g, low four for odd
 
-In 2.75 and 2.5, weight 63 is alone in the top bits of the last word, and the group scale is in its low bits. In 2.0625
-the stored byte maps linearly to a code word of 15 bits ("code cluster"), computed in float32.
+In 2.75 and 2.5, weight 63 is alone in the top bits of the last word, and the group scale is in its low bits. In
+2.0625 the stored byte maps linearly to a code word of 15 bits ("code cluster"), computed in float32.
 
 Decoding, in float32: the weight is `(integer group scale * scale[n]) * value`.
 
 Encoding minimizes the squared error. The best code word for a given scale is found exactly, by a Viterbi search over
-the shared bits or, for 2.0625, by trying all 256 bytes; the group scale is the best of a few integers near an estimate.
+the shared bits or, for 2.0625, by trying all 256 bytes; the group scale is the best of a few integers near
+an estimate.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ from torch.nn.functional import pad
 
 from .base import Codec, Packed, UnitEncoder
 
-# The code cluster that we write, found by `tools/search_code_cluster.py` for normal weights. As multiples of 1/16 they
-# make `byte * code_scale + code_zero + 0.5` exact in float32, so fused and separate arithmetic decode identically.
+# The code cluster that we write, found by `tools/search_code_cluster.py` for normal weights. As multiples of 1/16
+# they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic agree.
 CODE_SCALE = 120.9375
 CODE_ZERO = 802.4375
 
@@ -154,7 +156,7 @@ class ConvolutionalEncoder(UnitEncoder):
 
 
 class Chain(NamedTuple):
-    """A run of overlapping windows: the smallest unit that can be encoded independently, as it shares no bits with others.
+    """A run of overlapping windows: the smallest unit that shares no bits with others and is encoded independently.
 
     A word of 2.5 consists of two chains, of three and of four windows; the words of 2.75 and 2.0625 are one each.
 
@@ -195,8 +197,8 @@ def choose_scales(groups: Tensor, layout: CcqLayout) -> tuple[Tensor, Tensor]:
         groups: float32 `[N, G, 64]`.
 
     Returns:
-        Super scales float32 `[N]` and integer group scales int32 `[N, G]`. A group scale is 0 if no scale is better than
-        decoding to zeros, as in a group of zeros; a row of zeros has super scale 0.
+        Super scales float32 `[N]` and integer group scales int32 `[N, G]`. A group scale is 0 if no scale is better
+        than decoding to zeros, as in a group of zeros; a row of zeros has super scale 0.
     """
     # In float64, where the squares of the smallest and largest float32 neither underflow nor overflow.
     rms = torch.linalg.vector_norm(groups, dim=-1, dtype=torch.float64) / GROUP**0.5
@@ -323,8 +325,8 @@ def _least_errors(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, ta
     """Forward pass of the Viterbi search.
 
     Returns:
-        For every window of the chain, float32 `[2^L, n]`: the least squared error over the weights up to this one, for
-        each value of this window.
+        For every window of the chain, float32 `[2^L, n]`: the least squared error over the weights up to this one,
+        for each value of this window.
     """
     errors: list[Tensor] = []
     for i, shift in enumerate(shifts):

@@ -42,8 +42,8 @@ from .codebook import load_codebook
 
 CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
 
-# Vectors scored against all patterns at a time: 2 MiB of scores for 512 patterns, which stays in a core's cache and is
-# 2.4 times as fast on a CPU as chunks of 16384.
+# Vectors scored against all patterns at a time: 2 MiB of scores for 512 patterns, which stays in a core's cache and
+# is 2.4 times as fast on a CPU as chunks of 16384.
 _CHUNK = {"cpu": 1 << 10}
 _CHUNK_ACCELERATOR = 1 << 17
 
@@ -140,7 +140,7 @@ class PolarEncoder(UnitEncoder):
         self._signs = sign_table(weight.device)
 
     def nearest(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pattern, sign bits 0-6 and magnitude level, int32 `[n]` each, for float32 vectors `[n, 8]` of unit scale."""
+        """Pattern, sign bits 0-6 and magnitude level, int32 `[n]` each, of float32 vectors `[n, 8]` of unit scale."""
         index, signs, projection = nearest_direction(vectors, self._directions)
         magnitude = projection if self._codec.magnitude == "projection" else vectors.norm(dim=1)
         return index, signs, nearest_level(magnitude, 127 * self._levels)
@@ -165,10 +165,10 @@ def unit_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def nearest_direction(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The signed direction with the largest cosine for every vector: exhaustive, over all patterns and even sign flips.
+    """The signed direction with the largest cosine for every vector, over all patterns and even sign flips.
 
-    For a pattern `p` the best signs are those of the vector, unless an odd number of them are negative: then one sign is
-    flipped where that costs least, at the smallest `|v_j| p_j`. Patterns are therefore compared by
+    For a pattern `p` the best signs are those of the vector, unless an odd number of them are negative: then one sign
+    is flipped where that costs least, at the smallest `|v_j| p_j`. Patterns are therefore compared by
     `<|v|, p> - 2 [odd] min_j |v_j| p_j`.
 
     Args:

@@ -1,14 +1,14 @@
 """Eight bits: every rotated weight is rounded to an integer times the scale of its row.
 
-For the parts of a mixed recipe that two bits would hurt most and that are small: attention, shared experts, dense layers.
+For the small parts of a mixed recipe that two bits would hurt most: attention, shared experts, dense layers.
 
 Packed tensors of a weight `[N, K]`:
 
     weight (suffix "")     "scale"       K a multiple of
     int32 [N, K/4]         float32 [N]   8
 
-A word holds four weights, the first in its lowest byte, each a signed byte from -127 to 127. (Words rather than bytes:
-a packed tensor's shape must differ from that of the dense tensor.) Decoding, in float32: `byte * scale[n]`.
+A word holds four weights, the first in its lowest byte, each a signed byte from -127 to 127. (Words rather than
+bytes: a packed tensor's shape must differ from that of the dense tensor.) Decoding, in float32: `byte * scale[n]`.
 
 On normal weights the squared error is 0.0001 of their energy: a hundredth of that of good 4-bit codes, and far below
 the error of bfloat16 activations. So one scale per row suffices; group scales could not improve on it.

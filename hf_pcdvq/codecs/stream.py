@@ -1,16 +1,17 @@
 """CCQ's `stream` layout: the bit-shift windows of CCQ over long tail-biting rings of bits, with a hashed value.
 
-The published layouts (`convolutional.py`) read small integers from short words, and cannot get below the distortion of a
-scalar quantizer. Here windows of `L` = 12 to 16 bits slide along a ring of up to 256 weights, every weight adds 2 to 4
-new bits, and its value is a hash of the whole window, close to normal over all windows: a trellis-coded quantizer (as in
-QTIP, arXiv 2406.11235) that decodes with shift, mask, multiply and a sum of bytes. There is no table.
+The published layouts (`convolutional.py`) read small integers from short words, and cannot get below the distortion
+of a scalar quantizer. Here windows of `L` = 12 to 16 bits slide along a ring of up to 256 weights, every weight adds
+2 to 4 new bits, and its value is a hash of the whole window, close to normal over all windows: a trellis-coded
+quantizer (as in QTIP, arXiv 2406.11235) that decodes with shift, mask, multiply and a sum of bytes, without
+a table.
 
 A ring runs along the output channels: it holds the weights of one input for 256 consecutive output channels, or for
 those that remain in the last ring. Every input is then a unit of its own for error feedback, which is worth more than
 any other arrangement, and a kernel that keeps 16 or more channels per thread needs each activation only once.
 
-Packed tensors of a weight `[N, K]`, N padded to a multiple of the period P; a shard by inputs, or by output channels at
-multiples of 256, is a slice:
+Packed tensors of a weight `[N, K]`, N padded to a multiple of the period P; a shard by inputs, or by output channels
+at multiples of 256, is a slice:
 
     weight (suffix "")                 int32 [ceil(N / P) W, K]
     "scale"                            float32 [N]
@@ -32,8 +33,8 @@ channel is the `L` bits that end with its own new bits; the ring's first bit fol
 Values are in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
 float16, and no step can overflow. The channels that pad the last period are not decoded.
 
-Encoding finds, for fixed scales, rings with nearly the least squared error by a Viterbi search (`viterbi/`). The search
-favors the channels of a ring where errors matter most, those with a large scale, at the expense of the others.
+Encoding finds, for fixed scales, rings with nearly the least squared error by a Viterbi search (`viterbi/`). The
+search favors the channels of a ring where errors matter most, those with a large scale, at the expense of the others.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class StreamCodec(Codec):
 
 
 class StreamEncoder(UnitEncoder):
-    """Encodes one input at a time, with all its rings. The code of a weight is its window; only the new bits are stored.
+    """Encodes one input, with all its rings, at a time. The code of a weight is its window; only new bits are stored.
 
     Attributes:
         scale: scales of the output channels, float32 `[N]`.
@@ -137,10 +138,11 @@ class StreamEncoder(UnitEncoder):
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
 
     def search(self, columns: Tensor) -> Tensor:
-        """Windows int32 `[C, N]` with nearly the least squared error for `columns` float32 `[C, N]`, the weights of `C` inputs."""
+        """Windows int32 `[C, N]` with nearly the least squared error for float32 `columns` `[C, N]` of `C` inputs."""
         filled = -self.rows % self.layout.period
-        # In units of the standard deviation, so that float32 sums over a ring keep all significant digits. Errors cost
-        # nothing in the padding of the last period and in channels of zeros, elsewhere in proportion to the scale squared.
+        # In units of the standard deviation, so that float32 sums over a ring keep all significant digits. Errors
+        # cost nothing in the padding of the last period and in channels of zeros, elsewhere in proportion to the
+        # scale squared.
         divisor = torch.where(self.scale > 0, self.scale, 1) * DEVIATION
         cost = (self.scale / self.scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
         found = viterbi.search(

@@ -1,8 +1,8 @@
 """`QuantExperts`: replaces the fused experts of a mixture-of-experts layer.
 
 In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows
-before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so an expert
-is a slice of every tensor.
+before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so an
+expert is a slice of every tensor.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class QuantExperts(PackedModule):
 
         Args:
             hidden_states: `[T, H]` of any floating-point dtype.
-            top_k_index: experts of every token, integer `[T, k]`. Out-of-range indices are skipped: expert parallelism
-                uses them to mark the experts of other devices.
+            top_k_index: experts of every token, integer `[T, k]`. Out-of-range indices are skipped: expert
+                parallelism uses them to mark the experts of other devices.
             top_k_weights: weights of these experts, `[T, k]`.
 
         Returns:
@@ -177,11 +177,11 @@ class QuantExperts(PackedModule):
 def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
     """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
 
-    If there are few pairs, each is its own tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last one
-    partially; the number of tiles is the largest that any routing could need, so that it does not depend on the data.
+    If there are few pairs, each is its own tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last
+    one partially; the number of tiles is the largest that any routing could need, so it does not depend on the data.
 
     Args:
-        index: the expert of every pair, integer `[S]`; pairs with an out-of-range index go to tiles without an expert.
+        index: the expert of every pair, integer `[S]`; pairs whose index is out of range go to tiles of no expert.
         number: number of experts.
 
     Returns:

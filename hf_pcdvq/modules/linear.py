@@ -11,7 +11,7 @@ from .shared_input import SharedInput
 
 
 class QuantLinear(PackedModule, nn.Linear):
-    """A linear layer with a packed weight. Subclasses `nn.Linear` so that PEFT and code paths tied to it recognize it.
+    """A linear layer with a packed weight. Subclasses `nn.Linear` so that PEFT and tied code paths recognize it.
 
     Its parameters are the tensors of the packed `weight`, and `bias` if the layer has one.
 
@@ -97,10 +97,10 @@ class QuantLinear(PackedModule, nn.Linear):
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Make packed layers that a module calls with the same tensor prepare it only once. Repeated calls have no effect.
+    """Make packed layers that a module calls with the same tensor prepare it only once. Idempotent.
 
-    `layer.shared_input = None` disables this for a layer: for modules that write into a tensor between two uses of it,
-    and for `torch.export` with a dynamic number of tokens.
+    `layer.shared_input = None` disables this for a layer: for modules that write into a tensor between two uses of
+    it, and for `torch.export` with a dynamic number of tokens.
     """
     for parent in model.modules():
         if type(parent).forward is nn.Module.forward:  # a container: other modules call its members

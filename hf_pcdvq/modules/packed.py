@@ -27,9 +27,9 @@ class PackedModule(nn.Module):
     """A module with packed parameters.
 
     For a parameter `weight` `[N, K]` of the dense module, this one has `weight` (packed words, integer) and
-    `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. The tables
-    needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the config, and
-    `reset_tables` fills them in after loading.
+    `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. The
+    tables needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the
+    config, and `reset_tables` fills them in after loading.
 
     Args:
         codec: the packed format.
@@ -91,8 +91,8 @@ class PackedModule(nn.Module):
         return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone. Detached,
-        # because nn.Module changes parameters in place.
+        # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
+        # Detached, because nn.Module changes parameters in place.
         fixed = [name for entry in self.packed_parameters.values() for names in entry[1:] for name in names.values()]
         before = {name: getattr(self, name).detach() for name in fixed}
         super()._apply(fn, recurse)

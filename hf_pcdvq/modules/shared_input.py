@@ -1,7 +1,7 @@
 """Layers with a common input prepare it only once: query, key and value, or gate and up.
 
-Before a product with packed weights, a separate kernel launch rotates and reorders the activations. A module that calls
-several packed layers with the same tensor needs that launch only once.
+Before a product with packed weights, a separate kernel launch rotates and reorders the activations. A module that
+calls several packed layers with the same tensor needs that launch only once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class SharedInput:
     """Caches the prepared input of packed layers in one module that have the same codec and number of inputs.
 
     Layers share an input if they are called with the very same tensor object. Nothing is kept beyond a call of the
-    enclosing module, so a CUDA graph of it is self-contained and no activations stay in memory. In-place writes to the
-    input between two layers are detected by its version counter, which is not available in inference mode or when
+    enclosing module, so a CUDA graph of it is self-contained and no activations stay in memory. In-place writes to
+    the input between two layers are detected by its version counter, which is not available in inference mode or when
     compiled; and the layers are expected to run on one stream. No model is known to violate this.
 
     Args:

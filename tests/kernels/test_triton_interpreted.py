@@ -1,4 +1,4 @@
-"""Runs tests of the kernels in Triton's interpreter, where there is no GPU; a part per process keeps failures readable."""
+"""Runs the kernel tests in Triton's interpreter if there is no GPU; one part per process keeps failures readable."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The file of measured launch configs: written, read, chosen from, and ignored with a warning where it does not fit."""
+"""The file of measured launch configs: written, read, chosen from, and ignored with a warning if unusable."""
 
 import json
 import warnings

@@ -1,12 +1,13 @@
 """Tail-biting Viterbi search over windows: finds rings of the stream layout with nearly the least squared error.
 
-From one weight to the next, a window of `L` bits advances by the `k` new bits of the next weight. Adjacent windows share
-`L - k` bits, the trellis state between them; a window `w` leads from state `w >> k` to state `w mod 2^(L - k')`, where
-`k'` is the number of new bits of the weight after it. For every state the search keeps the least error of all paths to it.
+From one weight to the next, a window of `L` bits advances by the `k` new bits of the next weight. Adjacent windows
+share `L - k` bits, the trellis state between them; a window `w` leads from state `w >> k` to state
+`w mod 2^(L - k')`, where `k'` is the number of new bits of the weight after it. For every state the search keeps the
+least error of all paths to it.
 
-In a ring, the path has to end in the state in which it began. That state is found first, by an unconstrained search over
-a stretch of `OVERLAP` weights on either side of the ring's boundary; given that state, the search over the whole ring is
-exact. (Trying all states would take one search for each.)
+In a ring, the path has to end in the state in which it began. That state is found first, by an unconstrained search
+over a stretch of `OVERLAP` weights on either side of the ring's boundary; given that state, the search over the whole
+ring is exact. (Trying all states would take one search for each.)
 
 `search` chooses the implementation: `triton.py` on a GPU; on a CPU, loops compiled by Numba (`numba.py`) if it is
 installed, otherwise PyTorch operations (`reference.py`), which are the reference for both.

@@ -1,4 +1,4 @@
-"""The search of `reference.py` as loops compiled by Numba for the CPU. Same arguments and algorithm, equal errors up to rounding."""
+"""The search of `reference.py` as CPU loops compiled by Numba. Same arguments and algorithm, equal up to rounding."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _forward(trellis, first, count):  # pragma: no cover
 def _step(before, after, scratch, table, target, cost, window, stride, next_stride):  # pragma: no cover
     """Advance by one weight. `table[c]` holds the values of the windows whose new bits are `c`, by preceding state.
 
-    The loops run along adjacent states and take four paths, then four codes, at a time (strides are at least 2), which
-    the compiler vectorizes.
+    The loops run along adjacent states and take four paths, then four codes, at a time (strides are at least 2),
+    which the compiler vectorizes.
     """
     merged = 1 << (window - stride - next_stride)
     for code in range(1 << stride):

@@ -8,8 +8,8 @@ import torch
 from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
 from torch import Tensor
 
-# Weights on either side of a ring's boundary that determine the state there. At 2 bits and windows of 12 bits, the squared
-# error is 0.4 % above that of an endless stream with 48 of them, 0.1 % with 96.
+# Weights on either side of a ring's boundary that determine the state there. At 2 bits and windows of 12 bits, the
+# squared error is 0.4 % above that of an endless stream with 48 of them, 0.1 % with 96.
 OVERLAP = 96
 # The error of forbidden paths: larger than any real error, yet finite in float32.
 FORBIDDEN = 1e30

@@ -1,7 +1,7 @@
 """The search of `reference.py` as a Triton kernel. Same arguments and algorithm, equal errors up to rounding.
 
-One program searches one ring. From weight to weight, the least errors of all states are passed through a buffer in global
-memory, which stays in the caches; a barrier separates the weights.
+One program searches one ring. From weight to weight, the least errors of all states are passed through a buffer in
+global memory, which stays in the caches; a barrier separates the weights.
 """
 
 from __future__ import annotations

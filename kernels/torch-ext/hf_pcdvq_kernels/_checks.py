@@ -58,7 +58,7 @@ def check_stack(op: str, stack: list[torch.Tensor | None]) -> None:
     for tensor in stack:
         if tensor is not None and (not experts or tensor.shape[:1] != (experts,) or not tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: packed tensors must be contiguous stacks of equally many weights, weight [E, N, words] etc., got "
+                f"{op}: packed tensors must be contiguous stacks of equal length (weight [E, N, words] etc.), got "
                 f"{list(stack[0].shape)} and {list(tensor.shape)}"
             )
 

@@ -80,7 +80,7 @@ def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
     return product.prepare(x, signs, format)
 
 
-# ------------------------------------------------------------------------------------ the ops of every family of formats
+# ---------------------------------------------------------------------------------- the ops of every family of formats
 
 
 def _schema(family: type[PackedWeight]) -> str:

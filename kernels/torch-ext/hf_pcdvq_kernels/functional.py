@@ -1,8 +1,8 @@
 """The ops as functions: what they compute, shapes, dtypes, and what they raise.
 
-Throughout, `N` is the number of output features and `K` the number of input features. A weight is given by the name of
-its family (`"pcdvq"`, `"ccq"`, `"stream"`, `"int8"`: see `formats`) and by its packed tensors, tables and scalars, in
-the order of the arguments in the family's description, e.g. `formats.pcdvq.PcdvqWeight`. Packed tensors must be
+Throughout, `N` is the number of output features and `K` the number of input features. A weight is given by the name
+of its family (`"pcdvq"`, `"ccq"`, `"stream"`, `"int8"`: see `formats`) and by its packed tensors, tables and scalars,
+in the order of the arguments in the family's description, e.g. `formats.pcdvq.PcdvqWeight`. Packed tensors must be
 contiguous and on the same device.
 """
 
@@ -18,7 +18,7 @@ from ._ops import OPS
 from .backend import use_triton
 from .formats import family_named, family_of
 
-# An argument of an op other than the activations: a packed tensor, None for one that the format lacks, a table or a scalar.
+# An op argument other than the activations: a packed tensor (None if the format lacks it), a table or a scalar.
 PackedArgument: TypeAlias = Tensor | float | str | None
 
 
@@ -48,8 +48,8 @@ def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
         format: name of the weights' format: `"pcdvq-2.25"`, `"ccq-2.5"`, `"stream-2.0"` and so on.
 
     Returns:
-        An int32 buffer to pass as `prepared` to products with the same `x`, `signs` and format, whatever the number of
-        output features; None if products would not read it, because PyTorch computes them or they have no kernel.
+        An int32 buffer to pass as `prepared` to products with the same `x`, `signs` and format, whatever the number
+        of output features; None if products would not read it, because PyTorch computes them or they have no kernel.
 
     Raises:
         ValueError: a wrong shape, device or stride, or an unknown format.
@@ -111,8 +111,8 @@ def grouped_matmul(
 ) -> Tensor:
     """`x[g] @ W[experts[g]].T` for every group `g` of tokens and a stack of weights `W`. Not differentiable.
 
-    Runs as one Triton kernel if there is one: 16-bit `x`, at most 64 tokens per group. The host then never synchronizes
-    with the device.
+    Runs as one Triton kernel if there is one: 16-bit `x`, at most 64 tokens per group. The host then never
+    synchronizes with the device.
 
     Args:
         family: family of the weights' format.

@@ -70,7 +70,7 @@ class PackedWeight(ABC):
     @classmethod
     @abstractmethod
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
-        """Shape and dtype of the packed tensors of a weight `[rows, columns]`, without those that the format lacks."""
+        """Shape and dtype of the packed tensors of a weight `[rows, columns]`, except those that the format lacks."""
 
     @classmethod
     def table_specs(cls, name: str) -> Specs:

@@ -38,7 +38,7 @@ def dequantize(
         level = _bits(magnitude.to(torch.int32), MAGNITUDE_BITS, 4).reshape(rows, -1)
 
     factor = scale.float()[:, None] * levels.float()[level]
-    # Both lookups take rows of small tables: on a CPU, many times as fast as unpacking every sign bit of every vector.
+    # Both lookups take rows of small tables, on a CPU many times as fast as unpacking every sign bit of every vector.
     vector = patterns.float().index_select(0, index.flatten())
     vector *= sign_table(weight.device).index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
     vector *= factor.reshape(-1, 1)

@@ -6,12 +6,12 @@ Each thread of a product takes one *unit* of inputs at a time: 32 inputs (PCDVQ)
     int64 [T, blocks, QUADS, UNITS]     four 16-bit floats: inputs that a thread needs in succession
     float32 [T, blocks UNITS]           if SCALE: the divisor of each unit
 
-so that adjacent threads read adjacent words. For products of float16 pairs (SCALE) every unit is divided by a power of
-two that brings its largest magnitude to between 2^13 and 2^14, so that any activation fits float16.
+so that adjacent threads read adjacent words. For products of float16 pairs (SCALE) every unit is divided by a power
+of two that brings its largest magnitude to between 2^13 and 2^14, so that any activation fits float16.
 
-Input r of a unit belongs to code word r // SLOTS and is weight r % SLOTS in it. Two words are packed side by side in an
-int32, and so are their activations: pair (word // 2) * SLOTS + slot, half word % 2; two pairs form a quad. With one slot
-this is the natural order. Unused places hold zero.
+Input r of a unit belongs to code word r // SLOTS and is weight r % SLOTS in it. Two words are packed side by side in
+an int32, and so are their activations: pair (word // 2) * SLOTS + slot, half word % 2; two pairs form a quad. With
+one slot this is the natural order. Unused places hold zero.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Order:
 
 @triton.jit
 def _rotate(x, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Hadamard transform, in Sylvester's order, of each block of `BLOCK` among `TILE` values, times 1 / sqrt(BLOCK)."""
+    """Hadamard transform, in Sylvester's order, of every `BLOCK` of `TILE` values, times 1 / sqrt(BLOCK)."""
     for step in tl.static_range(16):  # enough for any block
         if (1 << step) < BLOCK:
             pairs = tl.reshape(x, [TILE // (2 << step), 2, 1 << step])

@@ -1,4 +1,4 @@
-"""Decoding of the published CCQ layouts in Triton. The formats are documented in `hf_pcdvq/codecs/convolutional.py`."""
+"""Decoding of the published CCQ layouts in Triton. Formats are documented in `hf_pcdvq/codecs/convolutional.py`."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def matmul_kernel(
 @triton.jit
 def _weight_pair(pair, SHIFT: tl.constexpr, WINDOW: tl.constexpr, PTX: tl.constexpr):
     """The weights whose windows start at bit `SHIFT` of the two code words in `pair`, as float16, divided by 1024."""
-    # The float16 1024 + m has m in its low ten bits. Windows that reach above those are shifted down, by the same amount
-    # wherever possible, so that they share the shift.
+    # The float16 1024 + m has m in its low ten bits. Windows that reach above those are shifted down, by the same
+    # amount wherever possible, so that they share the shift.
     DOWN: tl.constexpr = 0 if SHIFT + WINDOW <= 10 else (9 if WINDOW == 3 else 6)
     UP: tl.constexpr = SHIFT - DOWN
     MASK: tl.constexpr = ((1 << WINDOW) - 1) << UP

@@ -135,7 +135,7 @@ def variants() -> dict[str, Variant]:
 
 
 def measure_all(pairs: Iterable[tuple[str, str]], jobs: int) -> Iterator[tuple[tuple[str, str], Figures]]:
-    """Compile (kernel, device) pairs, given by name, in `jobs` processes; yields each pair with its figures as it completes."""
+    """Compile (kernel, device) pairs, by name, in `jobs` processes; yields each with its figures as it completes."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_measure_named, *pair): pair for pair in pairs}
         try:

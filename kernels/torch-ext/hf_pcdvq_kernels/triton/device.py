@@ -10,8 +10,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import tiles
 
 INTERPRETED = isinstance(tiles.sum_kernel, InterpretedFunction)
-# The compiler may not fuse multiplications and additions: code words must be rounded exactly as in the reference. Where
-# a fused operation is wanted, the kernels use one explicitly.
+# The compiler may not fuse multiplications and additions: code words must be rounded exactly as in the reference.
+# Where a fused operation is wanted, the kernels use one explicitly.
 # Loads are not pipelined through shared memory either: that would take more shared memory than is available.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 

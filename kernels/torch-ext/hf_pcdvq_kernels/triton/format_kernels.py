@@ -15,7 +15,7 @@ Packed = TypeVar("Packed", bound=PackedWeight)
 
 
 class FormatKernels(ABC, Generic[Packed]):
-    """The kernels of a family and how to launch them. The subclass is defined next to the kernels, in the family's file.
+    """The kernels of a family and how to launch them. Each subclass is defined next to its kernels.
 
     The kernels' arguments are, by name:
 
@@ -25,8 +25,8 @@ class FormatKernels(ABC, Generic[Packed]):
 
     Attributes:
         lane_inputs: inputs that each lane takes at a time.
-        column_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words of
-            a row are read at once.
+        column_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words
+            of a row are read at once.
         activation_dtype: the dtype as which the product reads prepared activations.
     """
 

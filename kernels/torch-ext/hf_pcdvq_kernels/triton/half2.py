@@ -1,8 +1,8 @@
 """Arithmetic on pairs of float16 held in an int32, low half first.
 
-NVIDIA GPUs multiply and add such a pair in one instruction that Triton does not expose, so with `PTX` set these functions
-are one PTX instruction each. Without it they are plain Triton, for all other devices and the interpreter, and compute
-bit-identical results, except that a multiply-add may round twice.
+NVIDIA GPUs multiply and add such a pair in one instruction that Triton does not expose, so with `PTX` set these
+functions are one PTX instruction each. Without it they are plain Triton, for all other devices and the interpreter,
+and compute bit-identical results, except that a multiply-add may round twice.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def sum2(pair):
 def dot2(acc, weight, factor, x, BF16: tl.constexpr):
     """`acc` [BLOCK_N, T] plus `weight` times `factor` times `x`, summed over pairs.
 
-    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 broadcast against them, pairs of activations
-    float16 or, with `BF16`, bfloat16 [UNITS, T]. Weights are rounded once, to the dtype of the activations.
+    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 broadcast against them, pairs of
+    activations float16 or, with `BF16`, bfloat16 [UNITS, T]. Weights are rounded once, to the activations' dtype.
     """
     X: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     BLOCK_N: tl.constexpr = weight.shape[1]
@@ -176,8 +176,8 @@ def sum_bytes(x, start: tl.constexpr, PTX: tl.constexpr):
 def floor_bits(x, PTX: tl.constexpr):
     """An int32 whose low 16 bits are those of floor(`x`), for |`x`| < 2^22."""
     if PTX:
-        # 1.5 * 2^23: floats of this size have a unit in the last place of 1, so adding it, rounding down, leaves the floor in
-        # the low bits.
+        # 1.5 * 2^23: floats of this size have a unit in the last place of 1, so adding it, rounding down, leaves the
+        # floor in the low bits.
         out = tl.inline_asm_elementwise(
             "add.rm.f32 $0, $1, 0f4B400000;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -246,7 +246,7 @@ def group_expert(p_experts, GROUPED: tl.constexpr):
 def activation_pointers(
     p_x, p_x_scale, tokens, blocks, QUADS: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr
 ):
-    """Pointers to the first quads of this group's tokens and to their scales: [T, 1, UNITS], or [UNITS, T] if `DOT`."""
+    """Pointers to the first quads of this group's tokens and to their scales: [T, 1, UNITS]; if `DOT`, [UNITS, T]."""
     # One element per thread: threads holding several adjacent ones would have a different layout than the weights.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
     o_token = group_token(tokens, T)

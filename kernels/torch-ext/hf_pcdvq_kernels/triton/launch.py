@@ -16,7 +16,7 @@ from .device import OPTIONS, current, has_ptx
 from .launch_config import kernels_of
 from .product import has_kernel, product
 
-# Weights decoded at a time when PyTorch multiplies: 128 MiB of 16-bit floats, enough to keep a GPU's matrix product busy.
+# Weights decoded at a time when PyTorch multiplies: 128 MiB of 16-bit floats, enough for a GPU's matrix product.
 SLICE = 1 << 26
 TILE_ROWS, TILE_COLUMNS = 16, 128
 

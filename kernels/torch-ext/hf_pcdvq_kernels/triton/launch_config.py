@@ -1,7 +1,7 @@
 """How a product is divided into programs, from its shape alone.
 
-Nothing is measured while a model runs, so that a product can be captured in a CUDA graph; `tuned.py` holds configs that
-were measured beforehand.
+Nothing is measured while a model runs, so that a product can be captured in a CUDA graph; `tuned.py` holds configs
+that were measured beforehand.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decoding of PCDVQ codes in Triton. The format is documented in `hf_pcdvq/codecs/polar.py`.
 
-The signs of a vector take two multiplications: bit i of the word, times 2^(7 + 7i), lands on the top bit of byte i, and
-the products do not overlap, so there are no carries. A byte of the pattern below a byte in which at most the top bit is
-set is then a float16: the pattern's value, times 2^-24, with its sign.
+The signs of a vector take two multiplications: bit i of the word, times 2^(7 + 7i), lands on the top bit of byte i,
+and the products do not overlap, so there are no carries. A byte of the pattern below a byte in which at most the top
+bit is set is then a float16: the pattern's value, times 2^-24, with its sign.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def matmul_kernel(
         words = tl.load(p_words + o_unit)
         if PATTERNS == 512:
             magnitudes = tl.load(p_magnitude + o_unit).to(tl.int32)
-            # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low bytes
-            # and the high bytes of their levels.
+            # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low
+            # bytes and the high bytes of their levels.
             select = (magnitudes | (magnitudes << 4)) & 0x0F0F
             select = (select | (select << 2)) & 0x3333
             low_bytes = half2.select_bytes(level_low, select, PTX)

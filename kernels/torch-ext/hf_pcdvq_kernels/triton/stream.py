@@ -189,8 +189,8 @@ def _add_block(
     PTX: tl.constexpr,
 ):
     """`acc` plus the products of `UNITS * CHAIN` pairs of inputs, all of which exist if `FULL`."""
-    # One element per thread: threads holding several adjacent ones would have a different layout than the sums. A warp
-    # covers whole spans of activations, each with one scale.
+    # One element per thread: threads holding several adjacent ones would have a different layout than the sums. A
+    # warp covers whole spans of activations, each with one scale.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
     o_span = block * (UNITS // 32) + o_lane // 32
     o_first = o_span * SPAN + o_lane % 32
@@ -240,8 +240,8 @@ def _values(
 ):
     """Int32 whose low halves are the float16 of 1536 plus the values of the windows.
 
-    The windows start at bit `shift` of the bit string whose lowest bit is bit `down` of `word0` and which continues in
-    `word1` and `word2`, the preceding words.
+    The windows start at bit `shift` of the bit string whose lowest bit is bit `down` of `word0` and which continues
+    in `word1` and `word2`, the preceding words.
     """
     if BITS == 32:
         low, high = word0, word1

@@ -23,8 +23,8 @@ def copies(nbytes: int) -> int:
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median time of one of `calls`, which run in sequence, each on its own weight.
 
-    On NVIDIA and AMD all of them are captured in one CUDA graph, so that launch overhead in Python does not count; on a
-    CPU it is wall-clock time.
+    On NVIDIA and AMD all of them are captured in one CUDA graph, so that launch overhead in Python does not count; on
+    a CPU it is wall-clock time.
     """
     if device.type == "cpu":
         calls[0]()

@@ -49,7 +49,7 @@ def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
         return read(file, launch_config.processors(device))
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"hf_pcdvq ignores the measured launch configs in {file}: {error}. Delete the file, or measure again with "
+            f"hf_pcdvq ignores the measured launch configs in {file}: {error}. Delete it, or measure again with "
             "`hf-pcdvq tune`",
             stacklevel=2,
         )
@@ -71,7 +71,7 @@ def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
     """The configs in a file.
 
     Raises:
-        ValueError: it is damaged, from another format or Triton version, or has a config that the kernels do not support.
+        ValueError: it is damaged, from another format or Triton version, or has an unsupported config.
     """
     content = json.loads(file.read_text(encoding="utf-8"))  # raises a ValueError
     try:
