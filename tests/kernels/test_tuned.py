@@ -60,7 +60,7 @@ def product(**fields):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (changed(format=0), "it is of format 0"),
+        (changed(format=0), "it has format 0"),
         (changed(triton="2.0.0"), "and Triton 2.0.0, expected"),
         (changed(products=[{"shape": {}}]), "structure is not as expected"),
         (
