@@ -1,7 +1,7 @@
 """`PcdvqConfig` and `CcqConfig`: what a user asks for, and what a packed model's config.json records.
 
-Every field is validated on construction. Both are JSON-clean and carry `format_version`; a config that a newer version
-wrote is refused, with that version named, rather than read with its unknown fields dropped.
+Every field is validated on construction. Both are JSON-serializable and carry `format_version`; a config written by a
+newer version is rejected with an error that names the version, rather than read without its unknown fields.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOT_SAVED = ("dequantize", "tokenizer")
 
 @contextmanager
 def _named(owner: str) -> Iterator[None]:
-    """Put the name of the config before what is wrong with one of its fields."""
+    """Prefix errors about a field with the name of the config."""
     try:
         yield
     except ValueError as error:
@@ -76,35 +76,36 @@ def _codecs_by(field: str, method: str) -> dict[Any, type[Codec]]:
 
 
 class PackedConfig(QuantizationConfigMixin):
-    r"""The fields that both methods share. Use `PcdvqConfig` or `CcqConfig`.
+    r"""The fields common to both methods. Use `PcdvqConfig` or `CcqConfig`.
 
     Args:
         hadamard_block: largest block of the input rotation, a power of two from 8 to 1024; the block of a layer is
             the largest power of two that divides its number of inputs, at most this.
         hadamard_seed: seed of the rotation's signs.
-        modules_to_not_convert: names, suffixes or regular expressions of modules to leave as they are, in addition to
-            the defaults (output head, tied weights, modules that the model keeps in float32). After quantization it
-            holds the resolved list.
+        modules_to_not_convert: names, suffixes or regular expressions of modules not to pack, in addition to the
+            defaults (output head, tied weights, modules that the model keeps in float32). After quantization it holds
+            the resolved list.
         modules_to_convert: if given, only modules that match one of these are packed. A pattern that matches nothing,
             or a module that cannot be packed, is an error.
         calibration: what to calibrate on and how: a `Calibration`, a dictionary of its fields, or just its `dataset`.
             None rounds to the nearest codes. In a packed model it records how the model was made.
-        tokenizer: for calibration while a model loads: a tokenizer, or a name or folder to load it from; None takes
-            the one that lies beside the model. Not saved.
-        overrides: other settings for some modules: from regular expressions, searched in the module's name, to the name of
-            a setting (see `SETTINGS`), or to None, which leaves the modules as they are. The first that is found counts.
-            `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. config.json has a list of pairs.
+        tokenizer: for calibration while loading a model: a tokenizer, or a name or folder to load it from; None takes
+            the model's own. Not saved.
+        overrides: other settings for some modules: maps regular expressions, searched for in the module's name, to
+            the name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match
+            applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Saved in config.json as a
+            list of pairs.
         dequantize: when loading a packed model, decode it into ordinary dense layers.
-        left_unpacked: set by the quantizer, not by the user: parameters that stayed as they were, with the reason.
+        left_unpacked: set by the quantizer, not by the user: parameters that were not packed, with the reason.
         format_version: version of the packed format.
 
     Raises:
-        ValueError: a field has a value that is not allowed, or is unknown.
+        ValueError: a field is unknown or has an invalid value.
     """
 
     method: ClassVar[str]
-    paper: ClassVar[str]  # where the method is from
-    format_fields: ClassVar[tuple[str, ...]]  # what tells its formats apart
+    paper: ClassVar[str]  # URL of the paper that introduced the method
+    format_fields: ClassVar[tuple[str, ...]]  # the fields that determine the format
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class PackedConfig(QuantizationConfigMixin):
         """The codec that this config describes, for modules without an override."""
 
     def codec_of(self, module: str) -> Codec | None:
-        """The codec of a module, by its name; None if it is to be left as it is."""
+        """The codec of a module, by its name; None if it is not to be packed."""
         for pattern, setting in self.overrides.items():
             if re.search(pattern, module):
                 return None if setting is None else self._codec_of_setting(setting)
@@ -169,24 +170,24 @@ class PackedConfig(QuantizationConfigMixin):
 
     @property
     def codecs(self) -> list[Codec]:
-        """Every codec that modules may have."""
+        """Every codec that modules may use."""
         settings = [setting for setting in self.overrides.values() if setting is not None]
         return [self.codec, *(self._codec_of_setting(setting) for setting in dict.fromkeys(settings))]
 
     def describe(self) -> str:
-        """The setting, by name, and what differs from it: `"stream-2.0, windows of 14 bits"`."""
+        """The name of the setting and its details: `"stream-2.0, windows of 14 bits"`."""
         described = ", ".join([self.codec.format, *self.codec.details()])
         return f"{described}, other settings for some layers" if self.overrides else described
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Fields that a config given to `from_pretrained` may set for a model that is packed already."""
+        """Fields that a config passed to `from_pretrained` may set for a model that is already packed."""
         return {"dequantize": self.dequantize}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-clean fields. `dequantize` and `tokenizer` are about this process, not about what is saved."""
+        """The fields, JSON-serializable. `dequantize` and `tokenizer` concern this process only and are not saved."""
         fields = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name not in _NOT_SAVED}
         fields["calibration"] = self.calibration.to_dict() if self.calibration else None
-        # Their order counts, and Transformers sorts dictionaries when it saves them.
+        # Their order matters, and Transformers sorts dictionaries when saving them.
         fields["overrides"] = [list(pair) for pair in self.overrides.items()]
         return fields
 
@@ -196,7 +197,7 @@ class PcdvqConfig(PackedConfig):
 
     Args:
         bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights) or 2.25 (2^16 directions).
-        magnitude: the paper's `"norm"` (default; better text after calibration) or the `"projection"` on the chosen
+        magnitude: the paper's `"norm"` (default; better text after calibration) or the `"projection"` onto the chosen
             direction (2 % less squared error of the weights).
         codebook: id of the shipped codebook; None takes the one for `bits`.
         codebook_sha256: set by the quantizer: hash of the codebook's contents, checked on load.
@@ -224,7 +225,7 @@ class PcdvqConfig(PackedConfig):
         if codebook_sha256 not in (None, self.codebook_sha256):
             raise ValueError(
                 f"PcdvqConfig: the model was packed with a codebook {self.codebook!r} of SHA-256 {codebook_sha256}, "
-                f"but the installed one has {self.codebook_sha256}; it would decode other weights"
+                f"but the installed one has {self.codebook_sha256}; it would decode to different weights"
             )
 
     def _codec_with(self, bits: float, magnitude: str, codebook: str | None) -> Any:
@@ -241,12 +242,12 @@ class CcqConfig(PackedConfig):
     """Convolutional code quantization (arXiv 2507.07145): its published layouts, and `"stream"`.
 
     Args:
-        layout: `"2.75"`, `"2.5"` or `"2.0625"`, published and named by bits per weight, or `"stream"`: ours, much better
-            at the same bits (`codecs/stream.py`).
+        layout: `"2.75"`, `"2.5"` or `"2.0625"`, the published layouts, named by bits per weight, or `"stream"`: ours,
+            much better at the same bits (`codecs/stream.py`).
         hadamard: rotate the inputs (default; far better at these bits). False is the published form.
-        bits: bits per weight. Only `"stream"` leaves a choice: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
-        window_bits: of `"stream"` only: 12 (default) to 16. Each bit more takes over twice as long to encode, for about 1 %
-            less squared error.
+        bits: bits per weight. A choice for `"stream"` only: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
+        window_bits: for `"stream"` only: 12 (default) to 16. Each additional bit more than doubles the encoding time,
+            for about 1 % less squared error.
 
     The other fields are described in `PackedConfig`.
     """
@@ -287,7 +288,7 @@ def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
     """The config of a named setting, with further fields.
 
     Raises:
-        ValueError: there is no such setting, it is for overrides alone, or a field has a value that is not allowed.
+        ValueError: the setting is unknown or available in overrides only, or a field has an invalid value.
     """
     names = tuple(name for name, (codec, _) in SETTINGS.items() if codec.method in CONFIGS)
     with _named("config"):

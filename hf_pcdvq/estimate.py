@@ -1,4 +1,4 @@
-"""How large a model will be, packed, from its configuration alone: it is built on the meta device, without weights."""
+"""Estimates the size of a packed model from its configuration alone, by building it on the meta device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PARTS = ("experts", "attention", "other layers", "embeddings", "output head", "left as they are")
-# What a product of many tokens decodes at a time, in 16-bit floats: see `triton/launch.py`.
+# Bytes that a product of many tokens decodes at a time, as 16-bit floats: see `triton/launch.py`.
 _WORKSPACE = 2 << 26
 
 
@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         parameters: number of dense parameters.
-        nbytes: what they take, packed or not.
+        nbytes: their size, packed or not.
     """
 
     parameters: int = 0
@@ -47,10 +47,10 @@ class Estimate:
     """Sizes of a model that is to be packed.
 
     Attributes:
-        parts: by name, see `PARTS`. Experts are fused ones, attention is told by the module's name; both and
-            "other layers" are packed, the rest stays as it is.
-        cache_bytes: what the keys and values of one token take.
-        context: number of tokens that `memory_bytes` has room for.
+        parts: by name, see `PARTS`. "experts" are fused experts, "attention" is recognized by the module's name;
+            these and "other layers" are packed, the rest is not.
+        cache_bytes: size of the keys and values of one token.
+        context: number of tokens that `memory_bytes` accounts for.
     """
 
     parts: dict[str, Part]
@@ -63,25 +63,25 @@ class Estimate:
 
     @property
     def nbytes(self) -> int:
-        """Size of the safetensors files, without their headers."""
+        """Size of the safetensors files, excluding their headers."""
         return sum(part.nbytes for part in self.parts.values())
 
     @property
     def memory_bytes(self) -> int:
-        """What a GPU needs for weights, the cache of `context` tokens and the decoding of weights; no activations."""
+        """GPU memory for weights, the cache of `context` tokens and decoding of weights, excluding activations."""
         return self.nbytes + self.cache_bytes * self.context + _WORKSPACE
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-clean fields."""
+        """The fields, JSON-serializable."""
         totals = {"parameters": self.parameters, "bytes": self.nbytes, "memory_bytes": self.memory_bytes}
         return {**totals, **asdict(self)}
 
 
 def read_model_config(source: str) -> PreTrainedConfig:
-    """The configuration in a JSON file, or of a folder or model on the Hub.
+    """The model configuration from a JSON file, a folder or a model on the Hub.
 
     Raises:
-        ValueError: the file names no `model_type` that Transformers knows.
+        ValueError: the file has no `model_type`, or one that Transformers does not know.
     """
     if not Path(source).is_file():
         return AutoConfig.from_pretrained(source)
@@ -92,15 +92,15 @@ def read_model_config(source: str) -> PreTrainedConfig:
 
 
 def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int = 4096) -> Estimate:
-    """Sizes of a model with its layers packed as `config` says.
+    """Estimate the size of a model packed according to `config`.
 
     Args:
-        model_config: of a causal language model that is not quantized.
-        config: how it is to be packed; it is completed as by quantizing.
-        context: tokens whose keys and values the memory must hold.
+        model_config: configuration of a causal language model that is not quantized.
+        config: how to pack it; its resolved fields are filled in, as when quantizing.
+        context: number of tokens whose keys and values must fit in memory.
 
     Raises:
-        ValueError: nothing of the model can be packed.
+        ValueError: no layer of the model can be packed.
     """
     model_config = AutoConfig.for_model(**{**model_config.to_dict(), "quantization_config": None})
     with torch.device("meta"):
@@ -141,10 +141,10 @@ def _part(model: PreTrainedModel, path: str, module: nn.Module, packed: bool) ->
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values per token: the model runs on one token, without computing anything."""
+    """Bytes of keys and values per token: runs the model on one token, on the meta device."""
     for module in model.modules():
         if is_fused_experts(module):
-            module.forward = lambda hidden_states, *args, **kwargs: hidden_states  # no routing without numbers
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states  # routing needs actual values
     with torch.no_grad():
         cache = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True).past_key_values
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -152,7 +152,7 @@ def _cache_bytes(model: PreTrainedModel) -> int:
 
 
 def estimate_table(result: Estimate) -> Table:
-    """The parts, their sizes and bits, and what a GPU needs."""
+    """A table of the parts with their sizes and bits, and of the GPU memory required."""
     table = Table(title=f"{result.parameters:,} parameters", title_justify="left")
     table.add_column("part")
     for heading in ("parameters", "bits per weight", "GB", "GiB"):

@@ -1,4 +1,4 @@
-"""Makes the methods known to Transformers."""
+"""Registers the quantization methods with Transformers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .quantizer import PackedHfQuantizer
 
 
 def register() -> None:
-    """Register the configs, by their methods, with Transformers. May be called any number of times.
+    """Register the configs and the quantizer, by method, with Transformers. May be called any number of times.
 
-    A method of the same name that somebody else registered is left in place, with a warning.
+    A method of the same name that another package has registered is left in place, with a warning.
     """
     for config in CONFIGS.values():
         taken = auto.AUTO_QUANTIZER_MAPPING.get(config.method)
@@ -26,7 +26,7 @@ def register() -> None:
             continue
         auto.AUTO_QUANTIZER_MAPPING[config.method] = PackedHfQuantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[config.method] = config
-    # Configs of these types may set loading attributes (dequantize=True) for a model that is packed already.
+    # Configs of these types may set loading attributes (dequantize=True) for a model that is already packed.
     loading = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = loading + tuple(
         config for config in CONFIGS.values() if config not in loading

@@ -1,4 +1,4 @@
-"""Which layers are packed, and why the others are not."""
+"""Decides which layers are packed, and records why the others are not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
 
 
 def matches(name: str, patterns: list[str], base_prefix: str) -> bool:
-    """Whether a pattern matches the module: as a prefix at a module border, a regular expression or a suffix."""
+    """Whether a pattern matches the module: as a prefix at a module boundary, a regular expression or a suffix."""
     return any(not should_convert_module(spelling, patterns) for spelling in _spellings(name, base_prefix))
 
 
@@ -37,18 +37,18 @@ def select_layers(
 
     Args:
         model: the model, possibly on the meta device.
-        codec_of: the packed format of a module by its name, which limits the number of inputs; None leaves it alone.
-        skip: patterns of modules to leave alone.
-        only: patterns of the modules to pack, or None for all; then `skip` does not matter.
+        codec_of: returns the codec of a module by name, which restricts the number of inputs, or None not to pack it.
+        skip: patterns of modules not to pack.
+        only: patterns of the modules to pack, or None for all; if given, `skip` is ignored.
         tied: names of parameters that share their storage with another.
         base_prefix: name of the base model's attribute, which `AutoModel` strips from names.
 
     Returns:
-        The names of the layers to pack, in the model's order, and a dictionary of the parameters of two and more
-        dimensions that are left as they are, layer numbers folded to `*`, with the reason.
+        The names of the layers to pack, in model order, and a dictionary from the parameters with two or more
+        dimensions that are not packed, with layer numbers folded to `*`, to the reason.
 
     Raises:
-        ValueError: `only` names a module that cannot be packed, or a pattern of it matches none that can.
+        ValueError: `only` names a module that cannot be packed, or one of its patterns matches none that can.
     """
     packed: list[str] = []
     reasons: dict[str, str] = {}
@@ -81,8 +81,8 @@ def select_layers(
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Linear layers that weigh experts: those of a module beside the experts whose last one has an output for each of
-    them, or a single one, as for a shared expert."""
+    """Linear layers that route to experts: those of a sibling module of the experts whose last linear layer has one
+    output per expert, or a single output, as for a shared expert."""
     routers: set[nn.Module] = set()
     for parent in model.modules():
         numbers = {child: _number_of_experts(child) for child in parent.children()}
@@ -95,10 +95,10 @@ def _routers(model: nn.Module) -> set[nn.Module]:
 
 
 def _number_of_experts(module: nn.Module) -> int | None:
-    """How many experts a module may hold, as stacks of weights or as modules; None if it holds none."""
+    """Number of experts that a module may hold, as stacks of weights or as modules; None if it holds none."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module)
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # their weights have three dimensions too
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # their weights are also three-dimensional
         return None
     return next((len(tensor) for tensor in module.parameters(recurse=False) if tensor.ndim == 3), None)
 

@@ -1,4 +1,4 @@
-"""The console script `hf-pcdvq`, run in this process as a user types it."""
+"""The console script `hf-pcdvq`, run in this process as a user would type it."""
 
 from click.testing import CliRunner, Result
 
@@ -16,7 +16,7 @@ def succeed(*arguments) -> Result:
 
 
 def fail(code, message, *arguments) -> Result:
-    """The command ends with this code and one message that holds this text, without a traceback."""
+    """Check that a command exits with this code and a single message containing this text, without a traceback."""
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert message in " ".join(result.stderr.split())
@@ -26,5 +26,5 @@ def fail(code, message, *arguments) -> Result:
 
 
 def contents(folder) -> dict:
-    """Every file in a folder, by its path there."""
+    """The contents of every file in a folder, by relative path."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

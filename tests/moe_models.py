@@ -1,4 +1,4 @@
-"""Tiny mixture-of-experts models, one of each kind of layout on the Hub."""
+"""Tiny mixture-of-experts models, one for each kind of layout on the Hub."""
 
 import torch
 from transformers import (

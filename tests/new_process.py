@@ -1,4 +1,4 @@
-"""Packed models loaded in a new process, as their users load them."""
+"""Loads packed models in a new process, as users do."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ for folder in sys.argv[1:]:
 
 
 def reloaded_logits(folders: Iterable[Path], ids: torch.Tensor) -> list[torch.Tensor]:
-    """The logits of the model in each folder for token ids `[1, n]`. One process loads them all: starting it takes longest."""
+    """The logits of the model in each folder for token ids `[1, n]`. One process loads them all: startup is slow."""
     folders = list(folders)
     for folder in folders:
         torch.save(ids, folder / "ids.pt")

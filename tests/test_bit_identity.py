@@ -1,11 +1,11 @@
-"""Packed files never change by accident: what every setting packs is compared with what it packed when this was recorded.
+"""Packed files never change by accident: the output of every setting is compared with a record of earlier output.
 
-Codes are compared by hash. Floating tensors are compared by their sum, since the order of additions, which differs from
-one CPU to another, decides their last bits. The weights are multiples of 1/64 and rotations have blocks of 64, so that
-rotated weights are exact, whatever the CPU. Calibration computes Hessians and their inverses in float32, where the last
-bits do decide a code now and then: on another kind of CPU than the one recorded on, codes of calibrated models are skipped.
+Codes are compared by hash. Floating-point tensors are compared by their sums, since their last bits depend on the
+order of additions, which varies between CPUs. The weights are multiples of 1/64 and rotations have blocks of 64, so
+rotated weights are exact on any CPU. Calibration computes Hessians and their inverses in float32, where the last bits
+occasionally decide a code: on a different kind of CPU than the recorded one, calibrated models' codes are skipped.
 
-    python tests/test_bit_identity.py        records anew; only for a change of a format, which then has a new name
+    python tests/test_bit_identity.py        updates the record; only if a format changes, which then gets a new name
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ EXPERTS = ("pcdvq-2.25", "ccq-2.0625", "stream-2.5", "int8 experts")
 
 
 def on_a_grid(model):
-    """The model with weights that are multiples of 1/64, roughly normal, the same on every machine."""
+    """Replace the model's weights with multiples of 1/64, roughly normal, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.ndim > 1:
@@ -104,7 +104,7 @@ def folders(tmp_path_factory):
 
 
 def packed(folder, config, out):
-    """What a config packs while the model in a folder loads."""
+    """Pack the model in a folder with a config while loading it."""
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(out)
     return fingerprint(out)
 
@@ -123,7 +123,7 @@ def experts_config(name):
 
 
 def fingerprint(folder):
-    """Of every tensor in a folder: a hash of its integers, or the sums of its floats and of their squares."""
+    """For every tensor in a folder: a hash of its integers, or the sums of its floats and of their squares."""
     found = {}
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
         if tensor.is_floating_point():
@@ -135,7 +135,7 @@ def fingerprint(folder):
 
 
 def cpu():
-    """What decides the order of additions."""
+    """The CPU properties that determine the order of additions."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     kind = [re.search(rf"^{key}\s*: (.*)$", info, re.MULTILINE) for key in ("vendor_id", "cpu family", "model")]
     return ", ".join([*(found[1] for found in kind if found), torch.backends.cpu.get_cpu_capability()])
@@ -167,7 +167,7 @@ def test_fused_experts_pack_what_they_packed(name, folders, tmp_path):
 def test_calibration_packs_what_it_packed(build, setting, tmp_path):
     recorded_on = json.loads(RECORD.read_text())["cpu"]
     same = cpu() == recorded_on
-    # Few codes differ on another CPU, and with them the scales a little.
+    # A few codes differ on another CPU, and so do the scales, slightly.
     found = calibrated(build(), setting, tmp_path)
     compare(found, f"{build.__name__} calibrated, {setting}", 1e-5 if same else 1e-2, codes=same)
     if not same:
@@ -175,7 +175,7 @@ def test_calibration_packs_what_it_packed(build, setting, tmp_path):
 
 
 def record(work):
-    """Everything that the tests compare, anew."""
+    """Record everything that the tests compare."""
     found = {"cpu": cpu()}
     for build in (llama, mixtral):
         build().save_pretrained(work / build.__name__)

@@ -1,4 +1,4 @@
-"""The configs: what they accept, what they refuse and how, and that they survive JSON."""
+"""The configs: what they accept, what they reject and how, and that they survive a JSON round trip."""
 
 import json
 
@@ -44,7 +44,7 @@ REFUSED = [
     (PcdvqConfig, {"magnitude": "median"}, r"magnitude must be one of 'norm', 'projection', got 'median'"),
     (PcdvqConfig, {"codebook": "e8p"}, r"unknown codebook 'e8p'.* pcdvq-a14-v1"),
     (PcdvqConfig, {"bits": 2.0, "codebook": "pcdvq-a16-v1"}, r"'pcdvq-a16-v1' is for 2.25 bits, but bits is 2.0"),
-    (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode other weights"),
+    (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode to different weights"),
     (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', 'stream', got '2'"),
     (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
     (CcqConfig, {"layout": "2.5", "bits": 3.0}, r"bits 3.0 needs layout 'stream', the layout is '2.5'"),

@@ -1,4 +1,4 @@
-"""Models of 16-bit floats on a CPU that only emulates them: computed in float32, and the same models afterwards."""
+"""16-bit float models on a CPU that only emulates 16-bit floats: computed in float32, and unchanged afterwards."""
 
 import pytest
 import torch
@@ -53,12 +53,12 @@ def test_calibration_computes_in_float32_and_leaves_the_model_in_its_dtype(tiny_
     for block in model.model.layers:
         block.mlp.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
     quantize_model(model, None, PcdvqConfig(calibration=SETTINGS), WINDOWS, progress=False)
-    # The first run of the first block, which finds out what blocks are called with, is in the model's own.
+    # The first run of the first block, which records the arguments of blocks, is in the model's own dtype.
     assert set(dtypes[1:]) == {torch.float32 if emulated else torch.bfloat16}
     _, held_out = split_windows(WINDOWS, SETTINGS)
     dense = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     figures = evaluate(dense, model, held_out, progress=False)
-    # Float32 against bfloat16: three digits in the logits of a model that predicts nothing.
+    # float32 versus bfloat16: three digits in the logits of an untrained model.
     assert model.hf_quantizer.report.comparison.kl_mean == pytest.approx(figures.kl_mean, rel=0.05)
     for name, tensor in model.state_dict().items():
         if name in original and not isinstance(model.get_submodule(name.rpartition(".")[0]), QuantLinear):

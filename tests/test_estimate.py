@@ -1,4 +1,4 @@
-"""Sizes from a configuration alone, against the published ones and against files."""
+"""Sizes estimated from a configuration alone, against published sizes and against files."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_it_is_what_the_files_take(tiny_model_dir, tmp_path, config):
     assert result.parameters == count.parameters
     packed = sum(result.parts[part].nbytes for part in ("attention", "other layers"))
     assert packed == count.packed_bytes
-    assert result.cache_bytes == 2 * 2 * 2 * 32 * 2  # layers, keys and values, heads, their size, bfloat16
+    assert result.cache_bytes == 2 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, bytes of bfloat16
 
 
 def test_tied_embeddings_are_counted_once(tiny_model_dir):

@@ -1,11 +1,11 @@
-"""What `import hf_pcdvq` does and what it leaves for later, each in a new process."""
+"""What `import hf_pcdvq` does and what it defers, each in a new process."""
 
 import subprocess
 import sys
 
 import hf_pcdvq
 
-# Publishing, and packages that a command or a single function needs.
+# Publishing, and packages that only a command or a single function needs.
 LATER = {
     "hf_pcdvq.publish",
     "hf_pcdvq.quantize",

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and wrong uses: each ends in an error that names what is wrong, never in a model."""
+"""Damaged checkpoints and misuse: each raises an error that names the problem, and never returns a model."""
 
 import importlib
 import json
@@ -95,7 +95,7 @@ def test_another_codebook_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["codebook_sha256"] = "f" * 64
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="would decode other weights"):
+    with pytest.raises(ValueError, match="would decode to different weights"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

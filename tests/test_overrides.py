@@ -1,4 +1,4 @@
-"""A mixed recipe, as published for ERNIE-4.5: other settings for some experts, for attention, and none for a layer."""
+"""A mixed recipe, as published for ERNIE-4.5: other settings for some experts and attention, one layer unpacked."""
 
 import json
 
@@ -16,8 +16,8 @@ from hf_pcdvq.modules import QuantExperts
 from hf_pcdvq_cli import main
 from hf_pcdvq_cli.tune import _shapes
 
-EXPERTS = 2  # encoding them in four bits takes its time
-RECIPE = {  # the first that is found counts, and another order would mean something else
+EXPERTS = 2  # encoding them in four bits is slow
+RECIPE = {  # the first match applies, so the order matters
     r"layers\.1\.mlp\.experts$": "stream-4.0",
     r"layers\.2\.mlp\.shared": None,
     "mlp": "pcdvq-2.0",
@@ -61,7 +61,7 @@ def test_saved_again_and_dequantized(packed_dir, tmp_path):
     model.save_pretrained(tmp_path)
     first, second = (load_file(folder / "model.safetensors") for folder in (packed_dir, tmp_path))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    exact = {"dtype": torch.float32}  # or a token may be routed elsewhere
+    exact = {"dtype": torch.float32}  # otherwise a token might be routed differently
     with pytest.warns(UserWarning, match="loading attributes"):
         loaded = AutoModelForCausalLM.from_pretrained(
             packed_dir, quantization_config=CcqConfig(dequantize=True), **exact

@@ -1,4 +1,4 @@
-"""What is installed: the packages with their data, from a wheel and in place, and nothing else."""
+"""What is installed, from a wheel and in editable mode: the packages with their data, and nothing else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pip(*arguments: str | Path, cwd: Path, python: str | Path = sys.executable) 
 
 
 def packages_on_disk() -> set[str]:
-    """Dotted names of all folders with Python files."""
+    """Dotted names of all folders that contain Python files."""
     found = set()
     for name, root in ROOTS.items():
         for folder in {file.parent for file in root.rglob("*.py")}:
@@ -48,7 +48,7 @@ def packages_on_disk() -> set[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the build reads. Building in the checkout would leave build/ there, and pick up an old one."""
+    """A copy of what the build reads. Building in the checkout would leave build/ behind, or reuse an old one."""
     copy = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("hf_pcdvq", "hf_pcdvq_cli", "kernels", "tests"):
@@ -110,10 +110,10 @@ def test_an_editable_install_points_to_the_checkout(source, tmp_path):
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin/python"
     # torch, transformers, pip and setuptools come from the environment that runs the tests. A .pth file in a folder
-    # that is added in this way is not read, so an editable install there does not count here.
+    # added in this way is not read, so an editable install there has no effect here.
     (site,) = (environment / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text(sysconfig.get_paths()["purelib"])
-    # --ignore-installed: otherwise pip would look at the outer environment's install.
+    # --ignore-installed: otherwise pip would consider the outer environment's installation.
     options = ["--no-deps", "--no-build-isolation", "--ignore-installed"]
     pip("install", *options, "--editable", source, cwd=tmp_path, python=python)
     program = "import hf_pcdvq, hf_pcdvq_kernels; print(hf_pcdvq.__file__, hf_pcdvq_kernels.__file__, sep='\\n')"

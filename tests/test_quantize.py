@@ -1,4 +1,4 @@
-"""The calibrated path as a user meets it: quality, saving, resuming, refusals, and the report."""
+"""The calibrated path as a user sees it: quality, saving, resuming, rejections, and the report."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ SMALL = Calibration(samples=24, length=64, holdout=4)
 
 
 def sentences(count, seed=0):
-    """Text with something to learn in it: a few words, some far more frequent than others."""
+    """Text with learnable statistics: a few words, some far more frequent than others."""
     words = ["the", "river", "rises", "in", "a", "mountain", "and", "falls", "slowly", "down", "to", "sea"]
     weights = torch.arange(len(words), 0, -1).float()
     chosen = torch.multinomial(weights, count, True, generator=torch.Generator().manual_seed(seed))
@@ -83,7 +83,7 @@ def test_from_pretrained_calibrates_where_the_config_names_data(load, tokenizer,
     assert_same_state(load(quantization_config=named), expected)
     model = load(quantization_config=PcdvqConfig(calibration=settings, tokenizer=tokenizer))
     assert_same_state(model, expected)
-    model.save_pretrained(tmp_path / "packed")  # the tokenizer in the config must not be in the way
+    model.save_pretrained(tmp_path / "packed")  # the tokenizer in the config must not interfere
     fields = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert "tokenizer" not in fields
     assert fields["calibration"]["dataset"] == str(file)
@@ -98,7 +98,7 @@ def test_without_data_the_model_writes_it(load):
 
 
 def test_layers_are_quantized_with_the_errors_of_those_before_them(load, tokenizer, monkeypatch):
-    """Were the inputs those of the original model, there would be nothing to correct after the first layers."""
+    """If the inputs were those of the original model, there would be nothing to correct after the first layers."""
     moments = {}
     quantize = hf_pcdvq.calibration.run.quantize_layers
 
@@ -190,7 +190,7 @@ def test_report_has_every_layer_and_adds_up(load, tokenizer, tmp_path):
     ]
     for layer in saved["layers"]:
         assert layer["tokens"] == 24 * 64
-        assert 2.5 < layer["kurtosis"] < 3.5  # random weights are normal, and rotated ones too
+        assert 2.5 < layer["kurtosis"] < 3.5  # random weights are normal, and remain so when rotated
         assert 0 < layer["proxy_loss"] < 0.5
     assert saved["bits_per_packed_weight"] == pytest.approx(2.5, abs=0.1)  # 32 bits of scale for 128 or 192 weights
     assert saved["comparison"]["windows"] == 4
@@ -212,7 +212,7 @@ def test_plot_is_a_picture_with_a_curve_for_each_kind_of_layer(load, tokenizer, 
 def test_comparison_is_that_of_the_models_on_the_windows_held_out(load):
     tokens = torch.randint(2, 250, (10, 32), generator=torch.Generator().manual_seed(0))
     settings = Calibration(samples=6, holdout=4)
-    # In float32, which no CPU emulates: the run computes with decoded weights in the model's dtype, as dequantize gives them.
+    # In float32, which no CPU emulates: the run uses decoded weights in the model's dtype, like dequantize.
     dense, model = load(dtype=torch.float32), load(dtype=torch.float32)
     quantize_model(model, None, PcdvqConfig(calibration=settings), tokens, progress=False)
     found = model.hf_quantizer.report.comparison
@@ -243,15 +243,15 @@ def test_layer_that_sees_no_token_is_rounded_and_reported(load, tokenizer):
 SIZES = {"vocab_size": 258, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYERS = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 192, "head_dim": 32}
 ARCHITECTURES = {
-    # Blocks that return a tuple, are called with ALiBi biases, and have biases of their own.
+    # Blocks that return a tuple, are called with ALiBi biases, and have biases themselves.
     "bloom": (transformers.BloomConfig, {**SIZES, "n_layer": 2, "n_head": 4}),
-    # Blocks of two kinds, which get different masks and rotary embeddings.
+    # Two kinds of blocks, which receive different masks and rotary embeddings.
     "gemma3": (
         transformers.Gemma3TextConfig,
         {**LAYERS, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "qwen3": (transformers.Qwen3Config, LAYERS),
-    # Fused experts, which stay as they are.
+    # Fused experts, which are not packed.
     "mixtral": (transformers.MixtralConfig, {**LAYERS, "num_local_experts": 4}),
 }
 

@@ -1,4 +1,4 @@
-"""Quantize on load, save, load, dequantize: the main job on a tiny model, for every setting."""
+"""Quantize on load, save, load, dequantize: the main workflow on a tiny model, for every setting."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def quantize(folder, config, **options):
 
 @pytest.fixture(scope="module")
 def models(tiny_model_dir):
-    """The packed tiny model of every setting. Shared: do not change them."""
+    """The tiny model packed with every setting. Shared: do not modify them."""
     return {setting: quantize(tiny_model_dir, config) for setting, config in SETTINGS.items()}
 
 
@@ -59,7 +59,7 @@ def reloaded(models, tmp_path_factory):
 
 @pytest.fixture
 def packed_dir(tiny_model_dir, tmp_path):
-    """A packed folder of the default setting, with the logits that it must give."""
+    """A packed folder with the default setting, and the logits that it must produce."""
     model = quantize(tiny_model_dir, PcdvqConfig())
     model.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
@@ -78,7 +78,7 @@ def test_decoder_layers_are_packed_and_the_head_is_not(models, setting):
 
 
 def test_quantized_weights_resemble_the_original(tiny_model_dir, models, setting):
-    """Relative squared error of the decoded weights: 0.12 is what a 2-bit scalar quantizer leaves."""
+    """Relative squared error of the decoded weights: 0.12 is that of a 2-bit scalar quantizer."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_model_dir).model.layers
     packed = models[setting].model.layers
     for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):

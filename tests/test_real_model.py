@@ -1,6 +1,6 @@
 """Real trained weights: the first layers of SmolLM2-135M through every setting.
 
-Two of its thirty layers, to keep the suite short; `benchmarks/roundtrip.py` does the same with the whole model.
+Two of its thirty layers, to keep the suite fast; `benchmarks/roundtrip.py` does the same with the whole model.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ from hf_pcdvq.files.size import count_folder
 
 LAYERS = 2
 IDS = torch.arange(1000, 1064)[None]
-# Relative squared error of the decoded weights: the normal distribution's (DESIGN section 2), as the rotation makes the
-# weights nearly normal; and what counting on the file may add to the nominal bits. Scales per channel weigh most on
-# rows of 576; 2.0625 carries twelve bytes a channel.
+# Relative squared error of the decoded weights, which is that of normal weights, as the rotation makes the weights
+# nearly normal; and how much the bits counted from the file may exceed the nominal bits. Per-channel scales add most
+# to rows of 576; 2.0625 has twelve bytes per channel.
 SETTINGS = {
     "pcdvq-2.0": (PcdvqConfig(bits=2.0), 0.0977, 0.06),
     "pcdvq-2.25": (PcdvqConfig(bits=2.25), 0.0677, 0.06),
@@ -43,7 +43,7 @@ def dense_dir(smollm2_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(dense_dir, tmp_path_factory):
-    """By setting: the packed model, the folder that it is saved in, and the logits of a new process that loaded it."""
+    """By setting: the packed model, the folder it is saved in, and the logits from a new process that loads it."""
     parent = tmp_path_factory.mktemp("packed")
     folders = {setting: parent / setting for setting in SETTINGS}
     models = {}
@@ -70,7 +70,7 @@ def test_real_weights_round_trip(dense_dir, packed, setting):
         for name in ("self_attn.v_proj", "mlp.down_proj"):
             weight = dense[layer].get_submodule(name).weight.float()
             decoded = model.model.layers[layer].get_submodule(name).dequantize(torch.float32).weight
-            # 8 %: trained weights keep a little of their tails after the rotation
+            # 8 %: trained weights retain slightly heavy tails after the rotation
             assert (decoded - weight).square().sum() / weight.square().sum() < 1.08 * error
 
 

@@ -1,4 +1,4 @@
-"""Which layers are packed: skip lists, wish lists, layers that do not fit, and what is said about them."""
+"""Which layers are packed: lists to skip and to pack, layers that do not fit, and the reasons reported for them."""
 
 import logging
 
@@ -20,7 +20,7 @@ def load(folder, config):
 
 @pytest.fixture(scope="module")
 def odd_model_dir(tmp_path_factory):
-    """down_proj has 72 inputs, which fits neither groups of 64 nor 2.25-bit PCDVQ, but 2.0-bit PCDVQ."""
+    """down_proj has 72 inputs, which fits 2.0-bit PCDVQ, but neither groups of 64 nor 2.25-bit PCDVQ."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,

@@ -1,4 +1,4 @@
-"""Experts and routers are told by structure: what is packed, what is left, and what is said about it."""
+"""Experts and routers are recognized by structure: what is packed, what is not, and the reasons reported."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HIDDEN, MIDDLE = 64, 96
 
 
 class Expert(nn.Module):
-    """An expert that is a module of its own, as in Transformers 4 and in code that comes with older models."""
+    """An expert that is a separate module, as in Transformers 4 and in the code of older models."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Expert(nn.Module):
 
 
 class ListOfExperts(nn.Module):
-    """A layer with such experts; a token goes to one of them."""
+    """A layer with such experts; each token goes to one of them."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adding a packed format takes edits in at most six places: the toy format is added to a copy of the packages, and used.
+"""Adding a packed format takes edits in at most six places: adds the toy one to a copy of the packages.
 
 CONTRIBUTING.md lists the places.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "tests" / "toy_format"
 KERNELS = "kernels/torch-ext/hf_pcdvq_kernels"
-# New files, by where they go.
+# New files, by destination.
 NEW = {
     f"{KERNELS}/formats/toy.py": "description.py",
     f"{KERNELS}/reference/toy.py": "reference.py",
     f"{KERNELS}/triton/toy.py": "kernels.py",
     "hf_pcdvq/codecs/toy.py": "codec.py",
 }
-# Lines in the two tables, with the import that each needs.
+# Entries in the two tables, with the import that each needs.
 TABLES = {
     f"{KERNELS}/formats/__init__.py": (
         ("from .stream import StreamWeight\n", "from .stream import StreamWeight\nfrom .toy import ToyWeight\n"),

@@ -1,4 +1,4 @@
-"""Codecs: weight <-> packed tensors, one file per method, all of them in one table."""
+"""Codecs between weights and packed tensors: one file per method, and one table of all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .scalar import ScalarCodec
 from .stream import StreamCodec
 
 CODECS: tuple[type[Codec], ...] = (PolarCodec, ConvolutionalCodec, StreamCodec, ScalarCodec)
-# Codecs by the name of a setting, with the fields of the config that describe them.
+# Codecs by setting name, with the config fields that describe them.
 SETTINGS: dict[str, tuple[type[Codec], dict[str, Any]]] = {
     name: (codec, fields) for codec in CODECS for name, fields in codec.settings().items()
 }
@@ -21,10 +21,10 @@ def codec_of_setting(setting: str, max_block: int, seed: int) -> Codec:
     """The codec of a named setting.
 
     Args:
-        max_block, seed: of the rotation, which settings that are not rotated leave out.
+        max_block, seed: of the rotation; ignored by settings without one.
 
     Raises:
-        ValueError: there is no such setting.
+        ValueError: unknown setting.
     """
     codec, fields = SETTINGS[one_of("setting", setting, tuple(SETTINGS))]
     rotated = fields.get("hadamard", True)

@@ -1,9 +1,9 @@
-"""What a codec is: a frozen description of a packed format that can encode, decode and multiply.
+"""The codec interface: a frozen description of a packed format that can encode, decode and multiply.
 
-A codec knows nothing of Transformers and holds no tensors. The tensors of one weight travel as a dictionary from
-suffix to tensor: `""` is the packed weight itself, `"scale"` its scales, and so on; a module stores them as
-parameters `weight`, `weight_scale`, ... Tables that every weight shares (codebook, rotation signs) travel in a
-dictionary of their own, made by `tables`.
+A codec does not depend on Transformers and holds no tensors. The tensors of one weight are passed as a dictionary
+from suffix to tensor: `""` is the packed weight itself, `"scale"` its scales, and so on; a module stores them as
+parameters `weight`, `weight_scale`, ... Tables that all weights share (codebook, rotation signs) are passed in a
+separate dictionary, created by `tables`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from . import hadamard
 Packed = dict[str, Tensor]
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-# Weights encoded or decoded at a time: float32 and index temporaries, about 40 bytes a weight, stay near 160 MiB on a
-# CPU however large the layer is. An accelerator wants larger slices to be busy.
+# Weights encoded or decoded at a time: float32 and index temporaries, about 40 bytes per weight, stay near 160 MiB on
+# a CPU however large the layer is. An accelerator needs larger slices to be kept busy.
 _SLICE = {"cpu": 1 << 22}
 _SLICE_ACCELERATOR = 1 << 25
 
@@ -34,9 +34,9 @@ def _slice_rows(columns: int, device: torch.device, multiple: int) -> int:
 
 
 class UnitEncoder(ABC):
-    """Encodes a rotated weight `[N, K]` unit by unit, at scales that are fixed before: what error feedback needs.
+    """Encodes a rotated weight `[N, K]` unit by unit, at scales fixed in advance, as error feedback requires.
 
-    A unit is a slice of columns that can be encoded without knowing the others, the smallest that the format has.
+    A unit is the smallest slice of columns that the format can encode independently of the others.
 
     Attributes:
         rows: `N`.
@@ -48,16 +48,16 @@ class UnitEncoder(ABC):
 
     @abstractmethod
     def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes nearest to a float32 target `[N, width of the unit]`.
+        """Find the codes nearest to a float32 target `[N, width of the unit]`.
 
         Returns:
-            Codes int32 `[N]`, and the weights that they stand for, float32 `[N, width]`.
+            Codes int32 `[N]`, and the weights that they decode to, float32 `[N, width]`.
         """
 
     def improved(self, change: Tensor) -> Tensor:
-        """Which rows are better off with new codes of a unit, if that changes their losses by float32 `[N]`.
+        """Which rows should take new codes for a unit, given the `change` in their losses, float32 `[N]`.
 
-        Rows whose codes depend on each other take them together or not at all.
+        Rows whose codes depend on each other take them all or not at all.
 
         Returns:
             bool `[N]`.
@@ -66,25 +66,25 @@ class UnitEncoder(ABC):
 
     @abstractmethod
     def rescale(self, factor: Tensor) -> None:
-        """Multiply the scale of every row by `factor` float32 `[N]`; all codes then stand for that multiple."""
+        """Multiply the scale of every row by `factor`, float32 `[N]`; all codes then decode to that multiple."""
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Packed:
-        """Packed tensors of codes int32 `[N, number of units]`."""
+        """Pack codes, int32 `[N, number of units]`."""
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
     """A packed format for weights `[N, K]`: `N` output channels, `K` input features.
 
-    A subclass says how weights are encoded. What is packed where, and how it is decoded and multiplied, follows from the
-    description of its family in `hf_pcdvq_kernels.formats`.
+    A subclass defines how weights are encoded. The layout of the packed tensors, and how they are decoded and
+    multiplied, are defined by the description of its family in `hf_pcdvq_kernels.formats`.
 
     Attributes:
-        max_block: the largest Hadamard block; 0 switches the rotation off.
+        max_block: the largest Hadamard block; 0 disables the rotation.
         seed: seed of the rotation's signs.
         family: the description of the format's family.
-        method: the quantization method whose config describes the codec; None if it is for overrides alone.
+        method: the quantization method whose config describes the codec; None if it is available in overrides only.
     """
 
     max_block: int
@@ -93,17 +93,17 @@ class Codec(ABC):
     family: ClassVar[type[PackedWeight]]
     method: ClassVar[str | None]
 
-    # ---------------------------------------------------------------------------------------- how it is asked for
+    # --------------------------------------------------------------------------------------- how it is configured
 
     @classmethod
     @abstractmethod
     def settings(cls) -> dict[str, dict[str, Any]]:
-        """The codecs of this class that have a name, each with the fields of the config that describe it."""
+        """The named settings of this codec, each with the config fields that describe it."""
 
     @classmethod
     @abstractmethod
     def of(cls, max_block: int, seed: int, *args: Any, **fields: Any) -> Self:
-        """The codec that fields of a config describe.
+        """The codec that the fields of a config describe.
 
         Raises:
             ValueError: a field has a value that is not allowed.
@@ -117,13 +117,13 @@ class Codec(ABC):
         """The name of the packed format: `"pcdvq-2.25"`, `"stream-2.0"` and so on."""
 
     def details(self) -> list[str]:
-        """What a user wants to know of the codec besides its format, in words."""
+        """Properties of the codec that a user should know besides its format, in words."""
         return [] if self.max_block else ["not rotated"]
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Nominal bits per weight: codes only, without scales per channel."""
+        """Nominal bits per weight: codes only, excluding per-channel scales."""
 
     @property
     def multiple(self) -> int:
@@ -132,7 +132,7 @@ class Codec(ABC):
 
     @property
     def row_multiple(self) -> int:
-        """Packed tensors can be cut after any multiple of this many output channels."""
+        """Packed tensors can be split at multiples of this many output channels."""
         return self.family.row_multiple
 
     def specs(self, out_features: int, in_features: int) -> Specs:
@@ -141,11 +141,11 @@ class Codec(ABC):
         return {_suffix(name): spec for name, spec in specs.items()}
 
     def parameters(self) -> dict[str, Any]:
-        """The arguments of the format's ops that are no tensors. Traced by `torch.compile` in every product."""
+        """The non-tensor arguments of the format's ops. Traced by `torch.compile` in every product."""
         return {}
 
     def rows(self, packed: Packed, start: int, stop: int) -> Packed:
-        """The packed tensors of output channels `start` to `stop`, `start` a multiple of `row_multiple`."""
+        """The packed tensors of output channels `start` to `stop`; `start` is a multiple of `row_multiple`."""
         stop = min(stop, len(packed["scale"]))
         first, last = (self.specs(rows, self.multiple) for rows in (start, stop))
         return {suffix: tensor[first[suffix][0][0] : last[suffix][0][0]] for suffix, tensor in packed.items()}
@@ -158,33 +158,33 @@ class Codec(ABC):
 
     @abstractmethod
     def unit_encoder(self, weight: Tensor) -> UnitEncoder:
-        """An encoder with the scales that suit a rotated float32 weight `[N, K]`."""
+        """An encoder with scales chosen for a rotated float32 weight `[N, K]`."""
 
     # ------------------------------------------------------------------------------------ decoding and multiplying
 
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        """The rotated weight `[N, K]` that the codes stand for."""
+        """Decode to the rotated weight `[N, K]`."""
         return ops.dequantize(self.family.family, self._arguments(packed, tables), dtype)
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
-        """`x @ W.T` for activations `[..., K]` and the weight, in its original basis, that `decode` gives.
+        """`x @ W.T` for activations `[..., K]` and the weight that `decode` returns, in its original basis.
 
-        `prepared` is what `hf_pcdvq_kernels.prepare` made of the same `x` for this format.
+        `prepared` is the result of `hf_pcdvq_kernels.prepare` for the same `x` and this format.
         """
         arguments = self._arguments(packed, tables)
         return ops.matmul(self.family.family, x, arguments, signs=tables.get("signs"), prepared=prepared)
 
     @property
     def has_kernels(self) -> bool:
-        """Whether products run as kernels of their own where there is a device for them."""
+        """Whether the format has kernels for products, on devices that support them."""
         return self.family.has_kernels
 
     def grouped_matmul(self, x: Tensor, experts: Tensor, packed: Packed, tables: Packed) -> Tensor | None:
-        """`x[g] @ W[experts[g]].T` for stacks of packed tensors, without waiting for the device.
+        """`x[g] @ W[experts[g]].T` for stacks of packed tensors, without synchronizing with the device.
 
         Args:
             x: `[G, T, K]`.
-            experts: int32 `[G]`; the product is zero where it is negative.
+            experts: int32 `[G]`; the product is zero if negative.
 
         Returns:
             `[G, T, N]` in the dtype of `x`; None if the format has no kernels for it.
@@ -196,30 +196,31 @@ class Codec(ABC):
         )
 
     def _arguments(self, packed: Packed, tables: Packed) -> list[Any]:
-        """Of the ops, in their order."""
+        """The arguments of the ops, in order."""
         values = {**tables, **self.parameters()}
         names = (argument.name for argument in self.family.arguments)
         return [values[name] if name in values else packed.get(_suffix(name)) for name in names]
 
     def code_tables(self) -> Packed:
-        """Constants that decoding reads, on the CPU; none unless the format has a codebook."""
+        """Constants needed for decoding, on the CPU; empty unless the format has a codebook."""
         return {}
 
     def tables(self, in_features: int) -> Packed:
-        """Every constant that a layer of `in_features` inputs needs, on the CPU."""
+        """All constants that a layer with `in_features` inputs needs, on the CPU."""
         tables = self.code_tables()
         if self.max_block:
             tables["signs"] = hadamard.signs(hadamard.block_size(in_features, self.max_block), self.seed)
         return tables
 
     def encode(self, weight: Tensor) -> Packed:
-        """Round a weight `[N, K]` of any floating dtype to the nearest codes, on the weight's device.
+        """Round a weight `[N, K]` of any floating-point dtype to the nearest codes, on the weight's device.
 
         Raises:
-            ValueError: not two-dimensional, `K` not a multiple of `multiple`, or values that are not finite.
+            ValueError: the weight is not two-dimensional or floating-point, `K` is not a multiple of `multiple`, or
+                values are not finite.
         """
         if weight.ndim != 2 or not weight.is_floating_point():
-            raise ValueError(f"expected a floating weight [N, K], got {weight.dtype} {list(weight.shape)}")
+            raise ValueError(f"expected a floating-point weight [N, K], got {weight.dtype} {list(weight.shape)}")
         if weight.shape[1] % self.multiple:
             raise ValueError(f"{weight.shape[1]} input features are not a multiple of {self.multiple}")
         parts = []
@@ -230,10 +231,10 @@ class Codec(ABC):
         return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}
 
     def relative_error(self, weight: Tensor, packed: Packed) -> float:
-        """Squared error of `packed` as a fraction of the squares of `weight` `[N, K]`, both summed over all entries."""
+        """Squared error of `packed`, summed over all entries, relative to the squared norm of `weight` `[N, K]`."""
         tables = {name: table.to(weight.device) for name, table in self.tables(weight.shape[1]).items()}
         start, error, total = 0, 0.0, 0.0
-        for rows in self._rotated_slices(weight):  # a rotation keeps lengths, so nothing needs rotating back
+        for rows in self._rotated_slices(weight):  # the rotation preserves norms, so there is no need to rotate back
             part = self.rows(packed, start, start + len(rows))
             start += len(rows)
             error += (
@@ -243,18 +244,18 @@ class Codec(ABC):
         return error / total if total else 0.0
 
     def _rotated_slices(self, weight: Tensor) -> Iterator[Tensor]:
-        """Rows of the rotated weight, some at a time, as float32."""
+        """The rotated weight in slices of rows, as float32."""
         signs = self.tables(weight.shape[1])["signs"].to(weight.device) if self.max_block else None
         for rows in weight.detach().split(_slice_rows(weight.shape[1], weight.device, self.row_multiple)):
             rows = rows.float().contiguous()
             yield rows if signs is None else hadamard.rotate(rows, signs)
 
     def decode(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-        """The weight `[N, K]` that the codes stand for, in the original basis; rounds once to `dtype`."""
+        """Decode to the weight `[N, K]` in its original basis; rounds once to `dtype`."""
         if not self.max_block:
             return self.decode_rotated(packed, tables, dtype)
         parts = []
-        # Along the inputs a stored word holds at most 8 weights.
+        # A stored word holds at most 8 weights along the input dimension.
         rows = _slice_rows(8 * packed[""].shape[1], packed[""].device, self.row_multiple)
         for start in range(0, len(packed["scale"]), rows):
             rotated = self.decode_rotated(self.rows(packed, start, start + rows), tables, torch.float32)
@@ -263,15 +264,15 @@ class Codec(ABC):
 
 
 def _suffix(argument: str) -> str:
-    """The suffix of a packed tensor, of which the packed weight itself has none."""
+    """The suffix of a packed tensor; empty for the packed weight itself."""
     return "" if argument == "weight" else argument
 
 
 def one_of(field: str, value: Any, allowed: tuple) -> Any:
-    """The value of a field, if it is allowed.
+    """Return the value of a field if it is allowed.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not allowed.
     """
     if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
         raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -279,12 +280,12 @@ def one_of(field: str, value: Any, allowed: tuple) -> Any:
 
 
 def row_scale(weight: Tensor) -> Tensor:
-    """Root mean square of every row of a float32 `[N, K]`, as float32 `[N]`."""
+    """Root mean square of every row of a float32 weight `[N, K]`, as float32 `[N]`."""
     return weight.double().square().mean(1).sqrt().float()
 
 
 def counted_bits(specs: Specs, out_features: int, in_features: int) -> float:
-    """Bits per weight that the packed tensors of one layer take on disk, scales included."""
+    """Bits per weight that the packed tensors of one layer take on disk, including scales."""
     total = 0
     for shape, dtype in specs.values():
         total += torch.Size(shape).numel() * dtype.itemsize * 8

@@ -1,14 +1,14 @@
 """The codebooks of PCDVQ, shipped as data.
 
-They are trained once (`tools/train_codebooks.py`) and never again on a user's machine: floats trained anew would decode
-other weights. One safetensors file per codebook holds
+They were trained once (`tools/train_codebooks.py`) and are never retrained on a user's machine: retrained floats
+would decode to different weights. One safetensors file per codebook holds
 
-    patterns           int8 [128 or 512, 8]   non-negative, each of norm about 127
+    patterns           int8 [128 or 512, 8]   non-negative, each with norm about 127
     levels_norm        float32 [4]            Lloyd-Max levels of the magnitude |v|, divided by 127
     levels_projection  float32 [4]            Lloyd-Max levels of the projection <v, d>, divided by 127
 
-The SHA-256 is taken over the raw little-endian bytes of the three tensors in this order. A packed model records the
-codebook's id and hash, and is refused where they do not match the data that is installed.
+The SHA-256 is computed over the raw little-endian bytes of the three tensors in this order. A packed model records
+the codebook's id and hash, and is rejected if they do not match the installed data.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 @cache
 def load_codebook(codebook: str) -> dict[str, Tensor]:
-    """The tensors of a shipped codebook, on the CPU. The result is shared: do not change it.
+    """The tensors of a shipped codebook, on the CPU. The result is shared: do not modify it.
 
     Raises:
-        ValueError: no codebook of that id is shipped.
+        ValueError: no codebook with that id is shipped.
     """
     folder = resources.files(__package__) / "data"
     file = folder / f"{codebook}.safetensors"

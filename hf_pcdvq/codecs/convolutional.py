@@ -1,11 +1,12 @@
 """CCQ: convolutional code quantization (arXiv 2507.07145), in its three published layouts.
 
-A code word holds several small integers as overlapping windows of `L` bits: neighbours share bits, so that a word is
-shorter than its windows together. Decoding is shift, mask, subtract, multiply; there is no table. Inputs form groups
-of 64 (`G = K/64` of them), each with an integer group scale times the float super scale of its output channel.
+A code word holds several small integers as overlapping windows of `L` bits: adjacent windows share bits, so a word is
+shorter than the sum of its windows. Decoding is shift, mask, subtract, multiply; there is no table. Inputs form
+groups of 64 (`G = K/64` of them), each with an integer group scale that is multiplied by the output channel's float
+super scale.
 
 Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are rows, codes run along the last dimension.
-(The published ERNIE-4.5 files are K-major, `[words, N]`: they are the transpose of ours.)
+(The published ERNIE-4.5 files are K-major, `[words, N]`, the transpose of ours.)
 
     layout   weight (suffix "")   "scale"       "local_scale"           "code_scale", "code_zero"
     2.75     uint8 [N, 22 G]      float32 [N]   -                       -
@@ -13,7 +14,7 @@ Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are row
     2.0625   uint8 [N, 16 G]      float32 [N]   uint8 [N, ceil(G/2)]    float32 [N] each
 
 Weight i = 0..63 of a group is a window of one of the group's words. The words of 2.5 are unsigned 16-bit patterns,
-which int16 merely contains.
+stored as int16.
 
     layout   word            window                            value         integer group scale
     2.75     b = word i//3   (b >> (4,2,0)[i%3]) & 15          window - 8    word 21 & 15
@@ -21,13 +22,14 @@ which int16 merely contains.
     2.0625   b = word i//4   (c >> (9,6,3,0)[i%4]) & 63        window - 32   byte g//2 of local_scale: high four bits
              c = floor(b * code_scale[n] + code_zero[n] + 0.5)               for even group g, low four for odd
 
-In 2.75 and 2.5 weight 63 lies alone in the top bits of the last word, and the group scale in its low bits. In 2.0625
-the stored byte stands for a code word of 15 bits by a linear map ("code cluster"); it is computed in float32.
+In 2.75 and 2.5, weight 63 is alone in the top bits of the last word, and the group scale is in its low bits. In
+2.0625 the stored byte maps linearly to a code word of 15 bits ("code cluster"), computed in float32.
 
 Decoding, in float32: the weight is `(integer group scale * scale[n]) * value`.
 
 Encoding minimizes the squared error. The best code word for a given scale is found exactly, by a Viterbi search over
-the shared bits or, for 2.0625, among all 256 bytes; the group scale is the best of a few integers around an estimate.
+the shared bits or, for 2.0625, by trying all 256 bytes; the group scale is the best of a few integers near
+an estimate.
 """
 
 from __future__ import annotations
@@ -44,21 +46,21 @@ from torch.nn.functional import pad
 
 from .base import Codec, Packed, UnitEncoder
 
-# The code cluster that we write, the winner of `tools/search_code_cluster.py` for normal weights. As multiples of
-# 1/16 they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic decode alike.
+# The code cluster that we write, found by `tools/search_code_cluster.py` for normal weights. As multiples of 1/16
+# they make `byte * code_scale + code_zero + 0.5` exact in float32: fused and separate arithmetic agree.
 CODE_SCALE = 120.9375
 CODE_ZERO = 802.4375
 
-# The group scale that is best on average for normal weights of unit variance.
+# The group scale that is best on average for normal weights with unit variance.
 _UNIT_SCALE = {"2.75": 0.27, "2.5": 0.52, "2.0625": 0.068}
 # The group scales to try, as multiples of that one times the group's root mean square; trying more gains 0.1 %.
 _MULTIPLES = (0.8, 0.87, 0.94, 1.0, 1.07, 1.15, 1.25, 1.4)
-# The largest estimate of a row becomes the largest integer scale divided by this. Smaller values clip the groups that
-# weigh most, larger ones make the integers coarse; between 1.1 and 1.4 the error changes by 0.2 %.
+# The largest estimate in a row is mapped to the largest integer scale divided by this. Smaller values clip the groups
+# that matter most, larger ones make the integers coarse; between 1.1 and 1.4 the error changes by 0.2 %.
 _HEADROOM = 1.25
 
-# Elements of the largest temporary. On a CPU it stays below 2^15, where PyTorch begins to split an operation over
-# threads: the temporary fits a core's cache, and waiting for the other threads would take longer than computing.
+# Elements in the largest temporary. On a CPU it stays below 2^15, above which PyTorch splits an operation across
+# threads: the temporary fits a core's cache, and synchronizing threads would take longer than the computation.
 _ELEMENTS = {"cpu": (1 << 15) - 1}
 _ELEMENTS_ACCELERATOR = 1 << 24
 
@@ -117,7 +119,7 @@ class ConvolutionalCodec(Codec):
 
 
 class ConvolutionalEncoder(UnitEncoder):
-    """Encodes chains of windows at group scales that are fixed. A code is the chain's part of its word."""
+    """Encodes chains of windows at fixed group scales. A code is the chain's part of its word."""
 
     def __init__(self, layout: CcqLayout, weight: Tensor):
         self.layout, self.rows = layout, len(weight)
@@ -157,13 +159,13 @@ class ConvolutionalEncoder(UnitEncoder):
 
 
 class Chain(NamedTuple):
-    """Windows that overlap: the smallest unit that can be encoded by itself, as it shares no bits with any other.
+    """A run of overlapping windows: the smallest unit that shares no bits with others and is encoded independently.
 
     A word of 2.5 consists of two chains, of three and of four windows; the words of 2.75 and 2.0625 are one each.
 
     Attributes:
-        word: which of the group's words holds them.
-        inputs: which of the group's 64 weights they hold.
+        word: index of the word that holds the windows.
+        inputs: the weights, of the group's 64, that they hold.
         shifts: positions of the windows in the word, from high to low.
     """
 
@@ -173,7 +175,7 @@ class Chain(NamedTuple):
 
 
 def chains(layout: CcqLayout) -> list[Chain]:
-    """The chains of a group, in the order of its weights."""
+    """The chains of a group, in weight order."""
     runs: list[tuple[int, ...]] = []
     for shift in layout.shifts:
         if runs and runs[-1][-1] - shift < layout.window_bits:
@@ -184,7 +186,7 @@ def chains(layout: CcqLayout) -> list[Chain]:
     start = 0
     for word in range(layout.words):
         for run in runs:
-            shifts = run[: GROUP - start]  # the last word ends early: it holds weight 63 and no more
+            shifts = run[: GROUP - start]  # the last word ends early: it holds only weight 63
             if shifts:
                 found.append(Chain(word, slice(start, start + len(shifts)), shifts))
                 start += len(shifts)
@@ -192,16 +194,16 @@ def chains(layout: CcqLayout) -> list[Chain]:
 
 
 def choose_scales(groups: Tensor, layout: CcqLayout) -> tuple[Tensor, Tensor]:
-    """Super scale of every channel, and for every group the integer scale of least squared error.
+    """Choose the super scale of every channel, and for every group the integer scale with the least squared error.
 
     Args:
         groups: float32 `[N, G, 64]`.
 
     Returns:
-        Super scales float32 `[N]` and integer group scales int32 `[N, G]`. A group scale is 0 where nothing is better
-        than zeros, as in a group of zeros; a row of zeros has super scale 0.
+        Super scales float32 `[N]` and integer group scales int32 `[N, G]`. A group scale is 0 if no scale is better
+        than decoding to zeros, as in a group of zeros; a row of zeros has super scale 0.
     """
-    # In float64, where the squares of the smallest and the largest float32 neither vanish nor overflow.
+    # In float64, where the squares of the smallest and largest float32 neither underflow nor overflow.
     rms = torch.linalg.vector_norm(groups, dim=-1, dtype=torch.float64) / GROUP**0.5
     estimate = rms * _UNIT_SCALE[layout.name]
     scale = (estimate.amax(1) * (_HEADROOM / layout.max_scale)).float()
@@ -232,14 +234,14 @@ def _best_integers(columns: Tensor, estimate: Tensor, layout: CcqLayout, table: 
 
 
 def best_words(groups: Tensor, group_scale: Tensor, layout: CcqLayout) -> Tensor:
-    """The code words of least squared error at given scales.
+    """The code words with the least squared error at given scales.
 
     Args:
         groups: float32 `[N, G, 64]`.
-        group_scale: float32 `[N, G]`, integer scale times super scale. Where it is 0 the words decode to 0 anyhow.
+        group_scale: float32 `[N, G]`, integer scale times super scale. If it is 0, the words decode to 0 in any case.
 
     Returns:
-        int32 `[N, G, words]`: bytes of the code cluster for 2.0625; in the others the last word's scale bits are 0.
+        int32 `[N, G, words]`: bytes of the code cluster for 2.0625; otherwise the last word's scale bits are 0.
     """
     divisor = torch.where(group_scale > 0, group_scale, 1).flatten()
     words = torch.zeros(layout.words, divisor.numel(), dtype=torch.int32, device=groups.device)
@@ -252,7 +254,7 @@ def best_words(groups: Tensor, group_scale: Tensor, layout: CcqLayout) -> Tensor
 
 
 def _columns(groups: Tensor, layout: CcqLayout) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of groups as columns: contiguous `[64, n]`, so that every operation runs along many groups."""
+    """Chunks of groups as columns: contiguous `[64, n]`, so that every operation is vectorized over many groups."""
     flat = groups.reshape(-1, GROUP)
     alternatives = 256 if layout.clustered else 1 << layout.window_bits
     size = _ELEMENTS.get(groups.device.type, _ELEMENTS_ACCELERATOR) // alternatives
@@ -262,7 +264,7 @@ def _columns(groups: Tensor, layout: CcqLayout) -> Iterator[tuple[slice, Tensor]
 
 
 def search_table(layout: CcqLayout, device: torch.device) -> Tensor:
-    """What `chain_error` and `best_code` compare with.
+    """The candidate values for `chain_error` and `best_code`.
 
     Returns:
         The value of every window, float32 `[2^L, 1]`; for 2.0625 see `cluster_table`.
@@ -273,7 +275,7 @@ def search_table(layout: CcqLayout, device: torch.device) -> Tensor:
 
 
 def cluster_table(code_scale: float, code_zero: float) -> Tensor:
-    """What the bytes of a code cluster stand for: float32 `[5, 256]`, values `v` and `-|v|^2 / 2`, on the CPU."""
+    """The values `v` of the bytes of a code cluster, and `-|v|^2 / 2`: float32 `[5, 256]`, on the CPU."""
     slope, offset = torch.tensor([code_scale, code_zero], device="cpu", dtype=torch.float32)
     words = cluster_words(torch.arange(256, device="cpu")[:, None], slope, offset)
     values = windows(words, CCQ_LAYOUTS["2.0625"]).float()
@@ -281,11 +283,11 @@ def cluster_table(code_scale: float, code_zero: float) -> Tensor:
 
 
 def chain_error(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> Tensor:
-    """Squared error that the best code leaves.
+    """Squared error of the best code.
 
     Args:
-        values: float32 `[windows, n]`, weights divided by their group scale, of `n` groups.
-        shifts: the chain's.
+        values: float32 `[windows, n]`, weights of `n` groups divided by their group scale.
+        shifts: shifts of the chain.
         table: from `search_table`.
 
     Returns:
@@ -297,10 +299,10 @@ def chain_error(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, tabl
 
 
 def best_code(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table: Tensor) -> Tensor:
-    """The code that leaves the least squared error; arguments as in `chain_error`.
+    """The code with the least squared error; arguments as in `chain_error`.
 
     Returns:
-        int32 `[n]`: the chain's windows at their places in the word, or the byte for 2.0625.
+        int32 `[n]`: the chain's windows at their positions in the word, or the byte for 2.0625.
     """
     if layout.clustered:
         return _cluster_scores(values, table).argmax(1).to(torch.int32)
@@ -318,7 +320,7 @@ def best_code(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, table:
 
 
 def _cluster_scores(values: Tensor, table: Tensor) -> Tensor:
-    """`<x, v> - |v|^2 / 2`, largest for the nearest `v`, of vectors `x` and all bytes: float32 `[n, 256]`."""
+    """`<x, v> - |v|^2 / 2`, largest for the nearest `v`, for vectors `x` and all bytes: float32 `[n, 256]`."""
     return pad(values, (0, 0, 0, 1), value=1.0).T @ table
 
 
@@ -326,15 +328,15 @@ def _least_errors(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, ta
     """Forward pass of the Viterbi search.
 
     Returns:
-        For every window of the chain float32 `[2^L, n]`: the least squared error over the weights up to this one, by
-        the bits of this window.
+        For every window of the chain, float32 `[2^L, n]`: the least squared error over the weights up to this one,
+        for each value of this window.
     """
     errors: list[Tensor] = []
     for i, shift in enumerate(shifts):
         error = (values[i] - table).square_()
         if errors:
             shared = layout.window_bits - (shifts[i - 1] - shift)
-            # The lowest bits of the window before are the highest bits of this one; its others are free.
+            # The lowest bits of the previous window are the highest bits of this one; its other bits are free.
             before = errors[-1].view(-1, 1 << shared, error.shape[1]).amin(0)
             error.view(1 << shared, -1, error.shape[1]).add_(before[:, None])
         errors.append(error)
@@ -342,10 +344,10 @@ def _least_errors(values: Tensor, shifts: tuple[int, ...], layout: CcqLayout, ta
 
 
 def pack(words: Tensor, integer_scale: Tensor, scale: Tensor, layout: CcqLayout) -> Packed:
-    """Code words and scales as the tensors of the format.
+    """Pack code words and scales into the tensors of the format.
 
     Args:
-        words: int32 `[N, G, words]`, as `best_words` gives them.
+        words: int32 `[N, G, words]`, as `best_words` returns them.
         integer_scale: int32 `[N, G]`.
         scale: float32 `[N]`, super scales.
     """

@@ -1,8 +1,8 @@
 """PCDVQ: polar coordinate decoupled vector quantization (arXiv 2506.05432, sections 3.2 and 3.3).
 
-A rotated row (see `hadamard.py`) is divided by its root mean square and cut into 8-vectors; the direction of a vector
-and its magnitude are quantized separately. A direction is one of 128 or 512 non-negative patterns with an even number
-of its signs flipped, which gives the paper's 2^14 or 2^16 directions out of a table of 1 or 4 KiB.
+A rotated row (see `hadamard.py`) is divided by its root mean square and split into 8-vectors; the direction and the
+magnitude of a vector are quantized separately. A direction is one of 128 or 512 non-negative patterns with an even
+number of signs flipped, which gives the paper's 2^14 or 2^16 directions from a table of 1 or 4 KiB.
 
 Packed tensors of a weight `[N, K]`:
 
@@ -10,7 +10,7 @@ Packed tensors of a weight `[N, K]`:
     2.0       int16 [N, K/8]       -                    float32 [N]   8
     2.25      int16 [N, K/8]       uint8 [N, K/32]      float32 [N]   32
 
-The 16-bit word of a vector, lowest bit first (bit patterns count, int16 is only the container):
+The 16-bit word of a vector, lowest bit first (a bit pattern, stored as int16):
 
     2.0       bits 0-6 signs   bits 7-13 pattern (128)   bits 14-15 magnitude
     2.25      bits 0-6 signs   bits 7-15 pattern (512)   magnitude of vector v: bits 2(v%4), 2(v%4)+1 of byte v//4
@@ -19,11 +19,11 @@ Decoding, in float32: coordinate j of a vector in row n is
 
     (scale[n] * levels[magnitude]) * (-1)^(bit j of signs) * patterns[pattern, j]
 
-with bit 7 of the signs the parity of bits 0-6. `patterns` (int8, norm about 127) and `levels` (already divided by 127)
-come from the codebook that the config names (see `codebook.py`).
+where bit 7 of the signs is the parity of bits 0-6. `patterns` (int8, norm about 127) and `levels` (already divided by
+127) come from the codebook that the config names (see `codebook.py`).
 
-The magnitude is either the paper's `"norm"` |v|, or the `"projection"` <v, d> on the chosen direction, which is the
-least-squares choice and takes 2 % off the squared error, though not off the perplexity of a calibrated model
+The magnitude is either the paper's `"norm"` |v|, or the `"projection"` <v, d> onto the chosen direction, which is the
+least-squares choice and reduces the squared error by 2 %, but not the perplexity of a calibrated model
 (docs/quality.md). They differ in encoding and in `levels`, not in layout.
 """
 
@@ -42,8 +42,8 @@ from .codebook import load_codebook
 
 CODEBOOKS = {2.0: "pcdvq-a14-v1", 2.25: "pcdvq-a16-v1"}
 
-# Vectors whose scores against all patterns are held at a time: 2 MiB for 512 patterns, which stays in a core's cache
-# and is 2.4 times as fast on a CPU as chunks of 16384.
+# Vectors scored against all patterns at a time: 2 MiB of scores for 512 patterns, which stays in a core's cache and
+# is 2.4 times as fast on a CPU as chunks of 16384.
 _CHUNK = {"cpu": 1 << 10}
 _CHUNK_ACCELERATOR = 1 << 17
 
@@ -53,7 +53,7 @@ class PolarCodec(Codec):
     """PCDVQ at 2.0 or 2.25 bits.
 
     Attributes:
-        codebook: id of the shipped codebook, which fixes the number of patterns and so the bits.
+        codebook: id of the shipped codebook, which determines the number of patterns and hence the bits.
         magnitude: `"norm"` or `"projection"`.
     """
 
@@ -80,7 +80,7 @@ class PolarCodec(Codec):
 
     @property
     def _split(self) -> bool:
-        """True where magnitudes lie in a tensor of their own."""
+        """Whether magnitudes are stored in a separate tensor."""
         return self.bits > 2
 
     @property
@@ -113,7 +113,7 @@ class PolarCodec(Codec):
         return PolarEncoder(self, weight)
 
     def pack(self, index: Tensor, signs: Tensor, level: Tensor, scale: Tensor) -> Packed:
-        """int32 patterns, signs and levels `[N * K/8]` -> packed tensors."""
+        """Pack pattern indices, signs and levels, int32 `[N * K/8]` each."""
         rows = scale.shape[0]
         words = signs | index << SIGN_BITS
         packed = {}
@@ -128,7 +128,7 @@ class PolarCodec(Codec):
 
 
 class PolarEncoder(UnitEncoder):
-    """Encodes 8-vectors of rows whose scale is fixed. A code is `signs | pattern << 7 | level << 16`."""
+    """Encodes 8-vectors of rows with fixed scales. A code is `signs | pattern << 7 | level << 16`."""
 
     def __init__(self, codec: PolarCodec, weight: Tensor):
         self.rows, self.scale = len(weight), row_scale(weight)
@@ -160,23 +160,23 @@ class PolarEncoder(UnitEncoder):
 
 
 def unit_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Rows of float32 `[N, K]` divided by their scale `[N]`; rows of scale 0 as they are."""
+    """Rows of a float32 weight `[N, K]` divided by their scale `[N]`; rows with scale 0 are left unchanged."""
     return weight / torch.where(scale > 0, scale, 1.0)[:, None]
 
 
 def nearest_direction(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The signed direction of largest cosine for every vector: exhaustive, over all patterns and even sign flips.
+    """The signed direction with the largest cosine for every vector, over all patterns and even sign flips.
 
-    For a pattern `p` the best signs are those of the vector, unless an odd number of them is negative: then the sign
-    is flipped where that costs least, at the smallest `|v_j| p_j`. So patterns are compared by
+    For a pattern `p` the best signs are those of the vector, unless an odd number of them are negative: then one sign
+    is flipped where that costs least, at the smallest `|v_j| p_j`. Patterns are therefore compared by
     `<|v|, p> - 2 [odd] min_j |v_j| p_j`.
 
     Args:
         vectors: float32 `[n, 8]`.
-        directions: float32 `[P, 8]`, non-negative, of unit norm.
+        directions: float32 `[P, 8]`, non-negative, with unit norm.
 
     Returns:
-        Pattern index int32 `[n]`, sign bits 0-6 int32 `[n]`, and the projection on the direction float32 `[n]`.
+        Pattern index int32 `[n]`, sign bits 0-6 int32 `[n]`, and the projection onto the direction float32 `[n]`.
     """
     absolute, negative = vectors.abs(), vectors < 0
     odd = negative.sum(1) % 2 == 1
@@ -212,6 +212,6 @@ def _smallest_product(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest of the ascending `levels`, int32, in the shape of `values`."""
+    """Index of the nearest of the ascending `levels`, int32, with the shape of `values`."""
     borders = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(values, borders, out_int32=True)

@@ -1,17 +1,17 @@
-"""Eight bits: every rotated weight rounded to an integer times a scale of its row.
+"""Eight bits: every rotated weight is rounded to an integer times the scale of its row.
 
-For the parts of a mixed recipe that two bits would hurt most and that are few: attention, shared experts, dense layers.
+For the small parts of a mixed recipe that two bits would hurt most: attention, shared experts, dense layers.
 
 Packed tensors of a weight `[N, K]`:
 
     weight (suffix "")     "scale"       K a multiple of
     int32 [N, K/4]         float32 [N]   8
 
-A word holds four weights, the first in its lowest byte, each a signed byte from -127 to 127. (Words and not bytes: a
-packed tensor's shape must differ from the dense one's.) Decoding, in float32: `byte * scale[n]`.
+A word holds four weights, the first in its lowest byte, each a signed byte from -127 to 127. (Words rather than
+bytes: a packed tensor's shape must differ from that of the dense tensor.) Decoding, in float32: `byte * scale[n]`.
 
 On normal weights the squared error is 0.0001 of their energy: a hundredth of that of good 4-bit codes, and far below
-what bfloat16 activations cost. So one scale per row will do, and there is nothing that groups could improve.
+the error of bfloat16 activations. So one scale per row suffices; group scales could not improve on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIMIT = 127
 
 @dataclass(frozen=True)
 class ScalarCodec(Codec):
-    """Signed bytes with a scale per row."""
+    """Signed bytes with one scale per row."""
 
     family = Int8Weight
     method = None
@@ -53,7 +53,7 @@ class ScalarCodec(Codec):
 
     @property
     def multiple(self) -> int:
-        return 8  # smaller blocks of the rotation do next to nothing
+        return 8  # smaller rotation blocks have next to no effect
 
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
@@ -73,7 +73,7 @@ class ScalarEncoder(UnitEncoder):
 
     @staticmethod
     def nearest(target: Tensor, scale: Tensor) -> Tensor:
-        """Integers int32 of the shape of `target`."""
+        """The nearest integers, int32 with the shape of `target`."""
         return (target / torch.where(scale > 0, scale, 1)).round().clamp(-LIMIT, LIMIT).to(torch.int32)
 
     def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,16 @@
-"""CCQ's `stream` layout: the bit-shift windows of CCQ over long rings of bits, with a hashed value.
+"""CCQ's `stream` layout: the bit-shift windows of CCQ over long tail-biting rings of bits, with a hashed value.
 
-The published layouts (`convolutional.py`) read small integers out of short words, and stop at the distortion of a
-scalar quantizer. Here the windows of `L` = 12 to 16 bits run over a ring of up to 256 weights, every weight adds 2 to 4
-new bits, and the value is a hash of the whole window, near to normal over all windows: a trellis-coded quantizer (as in
-QTIP, arXiv 2406.11235) that decodes by shift, mask, multiply and a sum of bytes. There is no table.
+The published layouts (`convolutional.py`) read small integers from short words, and cannot get below the distortion
+of a scalar quantizer. Here windows of `L` = 12 to 16 bits slide along a ring of up to 256 weights, every weight adds
+2 to 4 new bits, and its value is a hash of the whole window, close to normal over all windows: a trellis-coded
+quantizer (as in QTIP, arXiv 2406.11235) that decodes with shift, mask, multiply and a sum of bytes, without
+a table.
 
-A ring runs down the output channels: it holds the weights of one input and of 256 consecutive output channels, the last
-ring those that are left. Every input is then a unit of its own for error feedback, which is worth more than any other
-arrangement, and a kernel that keeps 16 or more channels of a thread needs each activation once.
+A ring runs along the output channels: it holds the weights of one input for 256 consecutive output channels, or for
+those that remain in the last ring. Every input is then a unit of its own for error feedback, which is worth more than
+any other arrangement, and a kernel that keeps 16 or more channels per thread needs each activation only once.
 
-Packed tensors of a weight `[N, K]`, N filled up to a multiple of the period P; a shard by inputs, or by output channels
+Packed tensors of a weight `[N, K]`, N padded to a multiple of the period P; a shard by inputs, or by output channels
 at multiples of 256, is a slice:
 
     weight (suffix "")                 int32 [ceil(N / P) W, K]
@@ -17,23 +18,23 @@ at multiples of 256, is a slice:
 
     bits    new bits of channel 0, 1, ...    P      W (words per period)
     2.0     2                                16     1
-    2.25    2, 2, 2, 3, again                128    9
-    2.5     2, 3, again                      64     5
+    2.25    2, 2, 2, 3, repeating            128    9
+    2.5     2, 3, repeating                  64     5
     3.0     3                                32     3
     4.0     4                                8      1
 
 The words of one input and one ring, each from its highest bit to its lowest, are the ring's bits. The window of a
-channel is the `L` bits that end with its own new bits; before the ring's first bit comes its last. All integers mod 2^32:
+channel is the `L` bits that end with its own new bits; the ring's first bit follows its last. All integers mod 2^32:
 
     product = window * 0x8A7050F1
     value   = sum of the four bytes of the product, each as a signed integer -128..127
     weight  = scale[n] * value                                                            (float32)
 
-Values lie in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
-float16, and no step can overflow. Channels that fill up the last period decode to nothing.
+Values are in -512..508 with a standard deviation near 150, which `scale` takes into account: they are exact in
+float16, and no step can overflow. The channels that pad the last period are not decoded.
 
-Encoding finds, for fixed scales, rings of nearly the least squared error by a Viterbi search (`viterbi/`). A ring
-spends its freedom where it counts: on the channels of large scale, at the cost of the others.
+Encoding finds, for fixed scales, rings with nearly the least squared error by a Viterbi search (`viterbi/`). The
+search favors the channels of a ring where errors matter most, those with a large scale, at the expense of the others.
 """
 
 from __future__ import annotations
@@ -52,17 +53,17 @@ from .base import Codec, Packed, UnitEncoder, row_scale
 
 # Standard deviation of a sum of four bytes.
 DEVIATION = (4 * (2**16 - 1) / 12) ** 0.5
-# What a row's root mean square is multiplied by so that the squared error on normal weights is least.
+# Factors on a row's root mean square that minimize the squared error on normal weights.
 _SHRINK = {2.0: 0.97, 2.25: 0.99, 2.5: 1.0, 3.0: 1.01, 4.0: 1.03}
 
 
 @dataclass(frozen=True)
 class StreamCodec(Codec):
-    """CCQ in the stream layout.
+    """CCQ in the `stream` layout.
 
     Attributes:
-        stream_bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
-        window_bits: 12 to 16: larger windows err less and take longer to encode.
+        stream_bits: 2.0, 2.25, 2.5, 3.0 or 4.0 bits per weight.
+        window_bits: 12 to 16; larger windows have a smaller error and take longer to encode.
     """
 
     stream_bits: float
@@ -95,7 +96,7 @@ class StreamCodec(Codec):
 
     @property
     def multiple(self) -> int:
-        # The code itself takes any number of inputs, but smaller blocks of the rotation do next to nothing.
+        # The code itself supports any number of inputs, but smaller rotation blocks have next to no effect.
         return 8 if self.max_block else 1
 
     @property
@@ -111,7 +112,8 @@ class StreamCodec(Codec):
     def encode_rotated(self, weight: Tensor) -> Packed:
         encoder = self.unit_encoder(weight)
         windows = encoder.search(weight.T).T
-        # Rows that are small beside others of their ring get codes that hardly follow them; a smaller scale mends that.
+        # Rows that are small compared to others in their ring get codes that barely follow them; a smaller scale
+        # compensates for that.
         found = encoder.values[windows]
         wanted = weight / torch.where(encoder.scale > 0, encoder.scale, 1)[:, None]
         encoder.rescale((wanted * found).sum(1).clamp(min=0) / found.square().sum(1).clamp(min=1))
@@ -122,11 +124,11 @@ class StreamCodec(Codec):
 
 
 class StreamEncoder(UnitEncoder):
-    """Encodes one input at a time: all its rings. The code of a weight is its window, of which the new bits are stored.
+    """Encodes one input, with all its rings, at a time. The code of a weight is its window; only new bits are stored.
 
     Attributes:
-        scale: of the output channels, float32 `[N]`.
-        values: of all windows, float32 `[2^L]`.
+        scale: scales of the output channels, float32 `[N]`.
+        values: values of all windows, float32 `[2^L]`.
     """
 
     def __init__(self, layout: StreamLayout, weight: Tensor):
@@ -136,10 +138,11 @@ class StreamEncoder(UnitEncoder):
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
 
     def search(self, columns: Tensor) -> Tensor:
-        """Windows int32 `[C, N]` of nearly the least squared error for float32 `[C, N]`, `C` inputs of all output channels."""
+        """Windows int32 `[C, N]` with nearly the least squared error for float32 `columns` `[C, N]` of `C` inputs."""
         filled = -self.rows % self.layout.period
-        # In units of normal weights, so that float32 sums over a ring keep all the digits that count. What fills up the
-        # last period costs nothing, nor do channels of zeros; the others cost in proportion to their scale squared.
+        # In units of the standard deviation, so that float32 sums over a ring keep all significant digits. Errors
+        # cost nothing in the padding of the last period and in channels of zeros, elsewhere in proportion to the
+        # scale squared.
         divisor = torch.where(self.scale > 0, self.scale, 1) * DEVIATION
         cost = (self.scale / self.scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
         found = viterbi.search(
@@ -168,6 +171,6 @@ class StreamEncoder(UnitEncoder):
                 bit = rows[:, row] >> (end - 1 - position) & 1
                 words[:, position // 32] |= bit << (31 - position % 32)
             start = end
-        # Where no channel ends the last ring, its first window says which bits come before it.
+        # If the last ring ends in padding, its last bits must be those that its first window begins with.
         words[-1, -1] |= codes[(self.rows - 1) // STREAM_RING * STREAM_RING] >> layout.strides[0]
         return {"": words.flatten(0, 1), "scale": self.scale}

@@ -1,7 +1,7 @@
 """`QuantExperts`: replaces the fused experts of a mixture-of-experts layer.
 
 In Transformers 5 the experts of a layer are two stacks of weights: `gate_up_proj` `[E, 2 I, H]`, the gate's rows
-before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so that an
+before those of the up projection, and `down_proj` `[E, H, I]`. Packed, they are stacks of packed weights, so an
 expert is a slice of every tensor.
 """
 
@@ -16,9 +16,9 @@ from .packed import PackedModule
 
 STACKS = ("gate_up_proj", "down_proj")
 _SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
-_TILES = (16, 64)  # pairs per tile where there are more
-# Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing needs, and what is
-# wrong with any other.
+_TILES = (16, 64)  # pairs per tile if there are more
+# Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing requires, and the
+# problem with any other.
 _NEEDED = {
     "is_transposed": (False, "its weights are transposed"),
     "has_bias": (False, "it has biases"),
@@ -54,16 +54,16 @@ def experts_obstacle(module: nn.Module) -> str | None:
 class QuantExperts(PackedModule):
     """Fused experts with packed weights.
 
-    Copies the dense module's other attributes and child modules: sizes, activation, what its gate reads.
+    Takes over the dense module's other attributes and child modules: sizes, activation, whatever its gate reads.
     Transformers' option `experts_implementation` has no effect on it.
 
     Args:
         experts: the dense module, possibly on the meta device; not changed.
         codec: the packed format.
-        device: where to allocate.
+        device: device to allocate on.
 
     Raises:
-        ValueError: these experts cannot be packed, or not with this codec.
+        ValueError: these experts cannot be packed at all, or not with this codec.
     """
 
     def __init__(self, experts: nn.Module, codec: Codec, device: torch.device | str | None = None):
@@ -79,12 +79,12 @@ class QuantExperts(PackedModule):
 
     @classmethod
     def empty_like(cls, experts: nn.Module, codec: Codec) -> QuantExperts:
-        """The module to load in place of dense experts, on the meta device."""
+        """The replacement for dense experts when loading, on the meta device."""
         return cls(experts, codec, "meta")
 
     @classmethod
     def from_packed(cls, experts: nn.Module, codec: Codec, packed: dict[str, Packed]) -> QuantExperts:
-        """The replacement of dense experts, on their device, from stacks that are packed already."""
+        """The replacement for dense experts, on their device, from stacks that are already packed."""
         module = cls(experts, codec, experts.down_proj.device)
         for name in STACKS:
             module.set_packed(name, packed[name])
@@ -94,9 +94,9 @@ class QuantExperts(PackedModule):
         """The weighted sum of the outputs of each token's experts.
 
         Args:
-            hidden_states: `[T, H]` of any floating dtype.
-            top_k_index: experts of every token, integer `[T, k]`. Numbers that are not an expert's are skipped:
-                expert parallelism marks the experts of other devices with them.
+            hidden_states: `[T, H]` of any floating-point dtype.
+            top_k_index: experts of every token, integer `[T, k]`. Out-of-range indices are skipped: expert
+                parallelism uses them to mark the experts of other devices.
             top_k_weights: weights of these experts, `[T, k]`.
 
         Returns:
@@ -118,13 +118,13 @@ class QuantExperts(PackedModule):
         return len(self.down_proj)
 
     def _has_grouped_kernels(self, hidden_states: Tensor) -> bool:
-        """Whether grouped kernels can be used: they have no derivative and do not support float32."""
+        """Whether grouped kernels can be used: they are not differentiable and do not support float32."""
         needs_grad = torch.is_grad_enabled() and hidden_states.requires_grad
         device, dtype = hidden_states.device, hidden_states.dtype
         return not needs_grad and dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
 
     def _forward_in_tiles(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`forward` with one launch for all experts, without data-dependent shapes or synchronization."""
+        """`forward` with one kernel launch for all experts, without data-dependent shapes or synchronization."""
         tokens, k = top_k_index.shape
         experts, place, size = tiles_of_tokens(top_k_index.flatten(), self._number)
         x = hidden_states.new_zeros(len(experts) * size, hidden_states.shape[1])
@@ -141,7 +141,7 @@ class QuantExperts(PackedModule):
         out = self.codec.grouped_matmul(x, experts, packed, tables)
         if out is not None:
             return out
-        # One product for each expert in turn: slower, but without synchronization too.
+        # One product per expert in turn: slower, but also without synchronization.
         out = x.new_zeros(*x.shape[:-1], self.packed_parameters[stack].shape[1])
         for expert in range(self._number):
             mine = (experts == expert)[:, None, None]
@@ -177,18 +177,20 @@ class QuantExperts(PackedModule):
 def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
     """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
 
-    If there are few pairs, each is a tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last one
-    partly; the number of tiles is the largest that any routing could need, so that it does not depend on the data.
+    If there are few pairs, each is its own tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last
+    one partially; the number of tiles is the largest that any routing could need, so it does not depend on the data.
 
     Args:
-        index: the expert of every pair, integer `[S]`; numbers that are not an expert's go to tiles of no expert.
+        index: the expert of every pair, integer `[S]`; pairs whose index is out of range go to tiles of no expert.
         number: number of experts.
 
     Returns:
-        The expert of every tile, int32 `[G]`, -1 for none; the place of every pair among the places of all tiles,
-        int64 `[S]`; and the number of places per tile.
+        The expert of every tile, int32 `[G]`, -1 for none; the position of every pair among the slots of all tiles,
+        int64 `[S]`; and the number of slots per tile.
     """
-    index = torch.where((index >= 0) & (index < number), index, number)  # experts of other devices become one more
+    index = torch.where(
+        (index >= 0) & (index < number), index, number
+    )  # experts of other devices are counted as one extra expert
     pairs = len(index)
     if pairs <= _SINGLE_PAIRS:
         experts = torch.where(index < number, index, -1).to(torch.int32)
@@ -211,7 +213,7 @@ def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
 
 
 def _copy(names: list[str], source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the named attributes, the child modules and the mode of `source`."""
+    """Give `target` the named attributes, the child modules and the training mode of `source`."""
     for name in names:
         setattr(target, name, getattr(source, name))
     for name, child in source.named_children():

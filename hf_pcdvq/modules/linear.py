@@ -1,4 +1,4 @@
-"""`QuantLinear`: the layer that replaces `nn.Linear`. Holds the packed tensors and calls the codec; no arithmetic."""
+"""`QuantLinear`: the layer that replaces `nn.Linear`. Holds the packed tensors; the codec does the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .shared_input import SharedInput
 
 
 class QuantLinear(PackedModule, nn.Linear):
-    """A linear layer with a packed weight. Subclasses `nn.Linear` so that PEFT and tied code paths know it.
+    """A linear layer with a packed weight. Subclasses `nn.Linear` so that PEFT and tied code paths recognize it.
 
-    Parameters are those of the packed `weight`, and `bias` if there is one.
+    Its parameters are the tensors of the packed `weight`, and `bias` if the layer has one.
 
     Attributes:
-        shared_input: what it shares with layers that get the same input, see `share_inputs`.
+        shared_input: state shared with layers that receive the same input, see `share_inputs`.
 
     Args:
-        in_features, out_features: size of the layer; `in_features` a multiple of `codec.multiple`.
+        in_features, out_features: size of the layer; `in_features` must be a multiple of `codec.multiple`.
         bias: whether the layer has a bias, kept in the model's dtype.
         codec: the packed format.
         dtype: dtype of the bias; None takes torch's default.
-        device: where to allocate.
+        device: device to allocate on.
 
     Raises:
         ValueError: `in_features` is not a multiple of `codec.multiple`.
@@ -46,19 +46,19 @@ class QuantLinear(PackedModule, nn.Linear):
 
     @classmethod
     def empty_like(cls, linear: nn.Linear, codec: Codec) -> QuantLinear:
-        """What will take the place of a dense layer, on the meta device."""
+        """The replacement for a dense layer when loading, on the meta device."""
         bias = linear.bias is not None
         dtype = linear.bias.dtype if bias else None
         return cls(linear.in_features, linear.out_features, bias, codec, dtype, "meta")
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, codec: Codec) -> QuantLinear:
-        """Quantize a dense layer by rounding to the nearest codes, on its device. `linear` is left as it is."""
+        """Quantize a dense layer by rounding to the nearest codes, on its device. `linear` is not modified."""
         return cls.from_packed(linear, codec, {"weight": codec.encode(linear.weight)})
 
     @classmethod
     def from_packed(cls, linear: nn.Linear, codec: Codec, packed: dict[str, Packed]) -> QuantLinear:
-        """What takes the place of a dense layer whose `weight` was packed elsewhere, on the layer's device."""
+        """The replacement for a dense layer, on its device, from a `weight` that is already packed."""
         bias, device = linear.bias, linear.weight.device
         layer = cls(linear.in_features, linear.out_features, bias is not None, codec, linear.weight.dtype, device)
         layer.set_packed("weight", packed["weight"])
@@ -68,12 +68,12 @@ class QuantLinear(PackedModule, nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        """The packed tensors by suffix."""
+        """The packed tensors, by suffix."""
         return self.packed_tensors("weight")
 
     @property
     def tables(self) -> Packed:
-        """The constants that decoding reads."""
+        """The constants needed for decoding."""
         return self.tables_of("weight")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ class QuantLinear(PackedModule, nn.Linear):
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Have packed layers that a module calls with the same tensor prepare it once. Those that do already are left.
+    """Make packed layers that a module calls with the same tensor prepare it only once. Idempotent.
 
-    `layer.shared_input = None` ends it for a layer: for modules that write into a tensor between two of its uses, and for
-    `torch.export` with a number of tokens that varies.
+    `layer.shared_input = None` disables this for a layer: for modules that write into a tensor between two uses of
+    it, and for `torch.export` with a dynamic number of tokens.
     """
     for parent in model.modules():
-        if type(parent).forward is nn.Module.forward:  # a list of modules: others call its members
+        if type(parent).forward is nn.Module.forward:  # a container: other modules call its members
             continue
         groups: dict[tuple[Codec, int], list[QuantLinear]] = {}
         for child in parent.children():

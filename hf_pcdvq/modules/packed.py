@@ -1,4 +1,4 @@
-"""What packed modules share: packed tensors as parameters, and the tables that decoding reads as buffers."""
+"""The base of packed modules: packed tensors as parameters, and decoding tables as buffers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..codecs.base import Codec, Packed
 
 
 def parameter_name(suffix: str, parameter: str = "weight") -> str:
-    """Name under which a packed tensor is stored: that of the dense parameter itself, or `<parameter>_<suffix>`."""
+    """The name under which a packed tensor is stored: that of the dense parameter, or `<parameter>_<suffix>`."""
     return f"{parameter}_{suffix}" if suffix else parameter
 
 
 class PackedParameter(NamedTuple):
-    """What stands for one dense parameter: names of parameters by suffix, and of buffers by table."""
+    """The replacement of one dense parameter: names of parameters by suffix, and of buffers by table."""
 
     shape: tuple[int, ...]  # of the dense parameter
     tensors: dict[str, str]
@@ -24,12 +24,12 @@ class PackedParameter(NamedTuple):
 
 
 class PackedModule(nn.Module):
-    """A module some of whose parameters are packed.
+    """A module with packed parameters.
 
-    Where a dense module has a parameter `weight` `[N, K]`, this one has `weight` (packed words, integer) and
-    `weight_<suffix>` as the codec's `specs` say; for a stack of weights `[E, N, K]` they are stacked. The tables that
-    decoding reads (codebook, rotation signs) are buffers that are not saved: they follow from the config, and
-    `reset_tables` fills them in after loading.
+    For a parameter `weight` `[N, K]` of the dense module, this one has `weight` (packed words, integer) and
+    `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. The
+    tables needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the
+    config, and `reset_tables` fills them in after loading.
 
     Args:
         codec: the packed format.
@@ -39,7 +39,7 @@ class PackedModule(nn.Module):
     """
 
     def __init__(self, codec: Codec):
-        nn.Module.__init__(self)  # and none in between: nn.Linear would allocate the dense weight
+        nn.Module.__init__(self)  # skips classes in between: nn.Linear would allocate the dense weight
         self.codec = codec
         self.packed_parameters: dict[str, PackedParameter] = {}
 
@@ -69,17 +69,17 @@ class PackedModule(nn.Module):
         return {suffix: getattr(self, name) for suffix, name in self.packed_parameters[parameter].tensors.items()}
 
     def tables_of(self, parameter: str) -> Packed:
-        """The constants that decoding a dense parameter reads."""
+        """The constants needed to decode a dense parameter."""
         return {table: getattr(self, name) for table, name in self.packed_parameters[parameter].tables.items()}
 
     def set_packed(self, parameter: str, packed: Packed) -> None:
-        """Replace the packed tensors of a dense parameter; they come to the module's device."""
+        """Replace the packed tensors of a dense parameter; they are moved to the module's device."""
         for suffix, name in self.packed_parameters[parameter].tensors.items():
             target = getattr(self, name)
             target.data = packed[suffix].to(target.device)
 
     def reset_tables(self) -> None:
-        """Fill the table buffers, which loading leaves uninitialized, in place on their device."""
+        """Fill the table buffers, which loading leaves uninitialized, on their device."""
         for parameter, (shape, _, names) in self.packed_parameters.items():
             home = getattr(self, parameter).device
             for table, value in self.codec.tables(shape[-1]).items():
@@ -87,12 +87,12 @@ class PackedModule(nn.Module):
                 self.register_buffer(names[table], value.to(home if device.type == "meta" else device), False)
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """A dense parameter as its codes have it, in `dtype`, on the same device."""
+        """A dense parameter decoded to `dtype`, on the same device."""
         return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        # `.to(dtype)` would round scales and levels to it. Moves are kept, changes of dtype are undone. Detached, because
-        # nn.Module changes parameters in place.
+        # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
+        # Detached, because nn.Module changes parameters in place.
         fixed = [name for entry in self.packed_parameters.values() for names in entry[1:] for name in names.values()]
         before = {name: getattr(self, name).detach() for name in fixed}
         super()._apply(fn, recurse)
@@ -111,24 +111,24 @@ class PackedModule(nn.Module):
 
 
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
-    """Round a weight `[N, K]`, or every one of a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
+    """Round a weight `[N, K]`, or each in a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
     if weight.ndim == 2:
         return codec.encode(weight)
     return stack_packed([codec.encode(matrix) for matrix in weight])
 
 
 def decode_stack(codec: Codec, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight, or stack of weights, that packed tensors stand for."""
+    """Decode packed tensors to a weight or a stack of weights."""
     if packed[""].ndim == 2:
         return codec.decode(packed, tables, dtype)
     return torch.stack([codec.decode(part, tables, dtype) for part in unstack_packed(packed)])
 
 
 def stack_packed(parts: list[Packed]) -> Packed:
-    """Packed tensors of several weights of one shape, stacked."""
+    """Stack the packed tensors of several weights of the same shape."""
     return {suffix: torch.stack([part[suffix] for part in parts]) for suffix in parts[0]}
 
 
 def unstack_packed(packed: Packed) -> list[Packed]:
-    """The packed tensors of every weight of a stack: views."""
+    """The packed tensors of every weight in a stack, as views."""
     return [{suffix: tensor[index] for suffix, tensor in packed.items()} for index in range(len(packed[""]))]

@@ -1,7 +1,7 @@
-"""Layers with a common input prepare it once: query, key and value, or gate and up.
+"""Layers with a common input prepare it only once: query, key and value, or gate and up.
 
-Before a product with packed weights, its kernel's activations are rotated and put in order, by a launch of its own. A
-module that calls several packed layers with the same tensor needs that launch only once.
+Before a product with packed weights, a separate kernel launch rotates and reorders the activations. A module that
+calls several packed layers with the same tensor needs that launch only once.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 
 
 class SharedInput:
-    """What packed layers of one module, of one codec and one number of inputs, remember of their last input.
+    """Caches the prepared input of packed layers in one module that have the same codec and number of inputs.
 
-    Which of them get the same input is seen when they do: it is then the very same tensor. Nothing outlives a call of the
-    module around them, so that a CUDA graph of it holds all that it needs, and no activations stay in memory. What a
-    module writes into its input between two layers is noticed where PyTorch counts changes, which it does neither in
-    inference mode nor compiled; and its layers are expected to run on one stream. No model is known to do otherwise.
+    Layers share an input if they are called with the very same tensor object. Nothing is kept beyond a call of the
+    enclosing module, so a CUDA graph of it is self-contained and no activations stay in memory. In-place writes to
+    the input between two layers are detected by its version counter, which is not available in inference mode or when
+    compiled; and the layers are expected to run on one stream. No model is known to violate this.
 
     Args:
         parent: the module that calls the layers.
-        format: of their packed weights, see `Codec.format`.
+        format: the format of their packed weights, see `Codec.format`.
     """
 
     def __init__(self, parent: nn.Module, format: str):
         self._format = format
-        # While the module runs, the last input, its version and what was made of it, or nothing yet; None outside.
+        # During a call of the module: the last input, its version and its prepared form, or empty; None outside.
         self._last: tuple[Any, ...] | None = None
-        # `always_call`: also after an exception, by which checkpointing ends what it computes again.
+        # `always_call`: also after an exception, which checkpointing uses to stop recomputation early.
         end = parent.register_forward_hook(self._end, always_call=True)
         self._hooks = [parent.register_forward_pre_hook(self._begin), end]
 
     def prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
-        """What `hf_pcdvq_kernels.prepare` makes of `x` `[..., K]`; None outside the module."""
+        """The result of `hf_pcdvq_kernels.prepare` for `x` `[..., K]`; None outside a call of the module."""
         last = self._last  # read once: another thread may run the same module
         if last is None:
             return None
@@ -45,7 +45,7 @@ class SharedInput:
         return last[2]
 
     def remove(self) -> None:
-        """Take the hooks off the module."""
+        """Remove the hooks from the module."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,4 +1,4 @@
-"""benchmarks/bench_generate.py with a tiny model on the CPU: what its file holds, not how fast anything is."""
+"""benchmarks/bench_generate.py with a tiny model on the CPU: checks the contents of its file, not the speed."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""benchmarks/bench_kernels.py on tiny layers and the CPU: what its file holds, not how fast anything is."""
+"""benchmarks/bench_kernels.py on tiny layers and the CPU: checks the contents of its file, not the speed."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def rows_of(file):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The file and the output of a whole run."""
+    """The file and the output of a complete run."""
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     command = [sys.executable, SCRIPTS / "bench_kernels.py", "--smoke", "--peers", "--out", file.parent]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -38,7 +38,7 @@ def copied(smoke, tmp_path):
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The scripts as modules, which take no time here."""
+    """The scripts as modules, with all timing stubbed out."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import bench_kernels
     import bench_results
@@ -51,7 +51,7 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def main(modules, monkeypatch):
-    """The script with arguments, in this process."""
+    """Runs the script with arguments, in this process."""
 
     def call(*options):
         monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *map(str, options)])
@@ -156,14 +156,14 @@ def test_targets(modules):
             slow = layer.name == "k/v"
             for weight, seconds in (("bf16", 4.0), ("ccq-2.5", 1.0), ("pcdvq-2.0", 5.0 if slow else 1.0)):
                 results.rows.append(bench_results.Row(*layer, 1, weight, 1, seconds, 4.0 / seconds, 1.0, 1.0))
-    # A block has 7 layers, 2 of them k/v: 28 seconds against 7, and against 5 + 10.
+    # A block has 7 layers, 2 of them k/v: 28 seconds versus 7, and versus 5 + 10.
     lines = bench_results.target_lines(results).splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["MISSED", "not", "met", "not", "MISSED", "not"]
     assert (
         "block of Llama-3-70B: 1.87, target 3.0" in lines[0] and "block of Llama-3-70B: 4.00, target 3.5" in lines[2]
     )
     assert "slowest is pcdvq-2.0, Llama-3-70B k/v, 1 tokens: 0.80, target 1.0" in lines[4]
-    # Without one of the layers nothing is said of the block.
+    # If a layer is missing, the block is not reported.
     results.rows = [row for row in results.rows if row.layer != "down"]
     assert bench_results.target_lines(results).splitlines()[3].startswith("  not measured  ccq-2.5")
 

@@ -1,4 +1,4 @@
-"""benchmarks/compare_peers.py with adapters of the test's own, which run in this environment."""
+"""benchmarks/compare_peers.py with test adapters that run in this environment."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def peers(monkeypatch, tmp_path):
-    """The script as a module, with adapters of the test's own that run in this environment."""
+    """The script as a module, with test adapters that run in this environment."""
     pytest.importorskip("gguf")
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.delitem(sys.modules, "compare_peers", raising=False)
@@ -71,7 +71,7 @@ def row(peers, reference, source, adapter, **options):
 def test_peer_that_changes_nothing_has_no_divergence_and_its_bits_are_counted(peers, reference, source):
     same = row(peers, reference, source, "scaling", factor=1.0)
     assert same["kl_mean"] == 0
-    assert same["bits_counted"] == 4  # half a byte a weight, says the adapter
+    assert same["bits_counted"] == 4  # half a byte per weight, according to the adapter
     assert same["versions"]["torch"] == torch.__version__
     assert row(peers, reference, source, "scaling", factor=0.5)["kl_mean"] > 0.01
 
@@ -84,7 +84,7 @@ def test_peer_that_cannot_run_is_listed_with_what_it_said(peers, reference, sour
 def test_weights_that_were_not_decoded_are_an_error_of_the_peer(peers, reference, source):
     error = row(peers, reference, source, "scaling", factor=-1.0)["error"]
     assert "q_proj.weight was not decoded: its cosine to the original is -1" in error
-    # Further from the original than zeros are, and still what the peer made of it.
+    # Further from the original than zeros would be, but still the peer's result.
     assert row(peers, reference, source, "scaling", factor=3.0)["kl_mean"] > 0.01
 
 

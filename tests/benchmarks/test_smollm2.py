@@ -1,4 +1,4 @@
-"""benchmarks/smollm2.py: which file it decodes. `test_gguf.py` tests the decoding."""
+"""benchmarks/smollm2.py: which file it decodes. The decoding is tested in `test_gguf.py`."""
 
 from importlib.util import find_spec
 from pathlib import Path

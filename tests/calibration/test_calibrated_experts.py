@@ -1,4 +1,4 @@
-"""Calibrated experts: each on the tokens that are routed to it."""
+"""Experts are each calibrated on the tokens routed to them."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def calibrated(model, **options):
 
 
 def experts_and_tokens():
-    """Experts whose tokens lie in directions of their own, so that it matters which tokens are taken."""
+    """Experts whose tokens have distinct directions, so that it matters which tokens are used."""
     experts = tiny_mixtral().model.layers[0].mlp.experts
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(EXPERTS).repeat_interleave(200)[:, None]
@@ -53,7 +53,7 @@ def experts_and_tokens():
 
 
 def output_errors(experts, packed, tokens, codec):
-    """Relative squared error of what each expert makes of its own tokens."""
+    """Relative squared error of each expert's output for its own tokens."""
     quantized = QuantExperts.from_packed(experts, codec, packed)
     errors = []
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_each_expert_is_calibrated_on_its_own_tokens():
 
 
 def test_down_is_calibrated_on_what_the_packed_gate_and_up_give():
-    """The second stack makes up for the first one's error: its Hessian and its target are those of the packed model."""
+    """The second stack compensates for the first one's error: its Hessian and target come from the packed model."""
     experts, tokens = experts_and_tokens()
     codec = PcdvqConfig(bits=2.0).codec
     with_correction, _ = quantize_experts("experts", experts, tokens, codec, settings(correction=0.5))
@@ -146,7 +146,7 @@ def test_an_interrupted_run_with_experts_goes_on(tmp_path):
 
 
 def test_experts_no_token_reaches_are_rounded():
-    """Those that do not run, and those outside the decoder blocks."""
+    """Experts that never run, and experts outside the decoder blocks."""
     model = tiny_mixtral()
     model.model.layers[0].idle, model.model.outside = (copy.deepcopy(model.model.layers[0].mlp) for _ in range(2))
     report = calibrated(model).hf_quantizer.report
@@ -157,7 +157,7 @@ def test_experts_no_token_reaches_are_rounded():
 
 
 class Deeper(nn.Module):
-    """A mixture after more layers than are quantized one after the other."""
+    """A mixture of experts after more layers than are quantized sequentially."""
 
     def __init__(self, mixture):
         super().__init__()
@@ -212,7 +212,7 @@ def test_all_experts_can_be_asked_for_on_the_command_line(option, tiny_model_dir
     assert fields["all_experts"] is bool(option)
     layers = json.loads((tmp_path / "packed" / "quantization_report.json").read_text())["layers"]
     notes = [record["note"] or "" for record in layers if ".experts." in record["name"]]
-    # 256 tokens go to two of eight experts each: fewer than 128 reach most of them.
+    # Each of 256 tokens goes to two of eight experts: most experts get fewer than 128.
     assert any("routed to it" in note for note in notes) is not bool(option)
 
 

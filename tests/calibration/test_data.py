@@ -1,4 +1,4 @@
-"""Calibration data of every form, as windows of tokens."""
+"""Calibration data in every form, as windows of tokens."""
 
 import json
 

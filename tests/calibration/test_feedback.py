@@ -1,4 +1,4 @@
-"""Error feedback against its definition, and what it gains over rounding."""
+"""Error feedback against its definition, and its gain over rounding."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def hessian_of(matrix):
 
 
 def problem(rows=96, columns=128, seed=0):
-    """A weight, and the Hessian of inputs that depend on each other and differ in size."""
+    """A weight, and the Hessian of inputs that are correlated and differ in scale."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
@@ -35,7 +35,7 @@ def problem(rows=96, columns=128, seed=0):
 
 
 class Rounding(UnitEncoder):
-    """Rounds to integers, in units of uneven width, and keeps the targets it was given."""
+    """Rounds to integers, in units of uneven width, and records the targets that it is given."""
 
     def __init__(self, widths, rows):
         self.rows = rows
@@ -55,7 +55,7 @@ class Rounding(UnitEncoder):
 
 
 def test_target_of_a_unit_is_the_best_there_is_given_the_errors_made():
-    # Given the errors E_A of the columns done, the errors of all others L that cost least are -E_A H_AL H_LL^-1.
+    # Given the errors E_A of the finished columns, the cheapest errors for all others L are -E_A H_AL H_LL^-1.
     weight, hessian = problem(rows=5, columns=12)
     weight = weight * 3
     encoder = Rounding([3, 4, 1, 4], rows=5)
@@ -87,7 +87,7 @@ def test_without_correlations_it_is_rounding_to_the_nearest(name):
     assert packed.keys() == expected.keys()
     for suffix in expected.keys() - (
         {"scale"} if name.startswith("stream") else set()
-    ):  # rounding fits that one, too
+    ):  # rounding satisfies that one, too
         assert torch.equal(packed[suffix], expected[suffix]), suffix
 
 
@@ -99,7 +99,7 @@ def test_packed_codes_stand_for_the_weight_that_is_returned(name, desc_act):
     encoder = codec.unit_encoder(weight)
     codes, quantized = quantize_with_feedback(weight, hessian, [encoder], Calibration(desc_act=desc_act, sweeps=2))
     decoded = codec.decode_rotated(encoder.pack(codes), codec.tables(128), torch.float32)
-    # Sweeps add differences of decoded values, so they agree to float32 rounding only.
+    # Sweeps add differences of decoded values, so they agree only up to float32 rounding.
     assert (decoded - quantized).norm() <= 1e-5 * quantized.norm()
 
 
@@ -133,7 +133,7 @@ def test_stacked_layers_are_quantized_as_if_alone(name):
         expected, _ = quantize_with_feedback(part, hessian, [alone], Calibration())
         stacked = codec.decode_rotated(encoder.pack(rows), {}, torch.float32)
         single = codec.decode_rotated(alone.pack(expected), {}, torch.float32)
-        # Matrix products over other numbers of rows may round differently, and flip a code that is a tie.
+        # Matrix products with different numbers of rows may round differently and flip a tied code.
         assert (stacked - single).norm() <= 0.02 * single.norm()
 
 

@@ -1,4 +1,4 @@
-"""Moments of inputs, and the rules for Hessians that cannot be used as they are."""
+"""Moments of inputs, and the rules for Hessians that cannot be used unchanged."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_rotated_hessian_is_that_of_rotated_inputs():
 
 
 def test_cross_moment_makes_up_for_changed_inputs():
-    # If the inputs are only half of what they were, twice the weight gives the same outputs.
+    # If the inputs are halved, twice the weight gives the same outputs.
     original = tokens(200, 16)
     moments = InputMoments(16, CPU)
     moments.add(original[None] / 2, original[None])
@@ -74,7 +74,7 @@ def test_few_tokens_raise_damping_and_say_so():
 
 
 def test_singular_hessian_raises_damping_and_says_so():
-    x = tokens(300, 16) * torch.logspace(0, 6, 16)  # beyond what the smallest damping makes up for in float32
+    x = tokens(300, 16) * torch.logspace(0, 6, 16)  # more than the smallest damping can handle in float32
     x[:, 1:] = x[:, :1] * torch.arange(1, 16)
     hessian = prepare_hessian(moments_of(x), 1e-8, None)
     assert hessian.damp_percent > 1e-8
@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_refused_with_a_reason(moments, reason):
 
 def test_tokens_that_cannot_be_paired_are_not_compared():
     moments = InputMoments(8, CPU)
-    moments.add(tokens(2, 8), tokens(2, 8))  # an expert's tokens, [T, K]: perhaps others in the original model
+    moments.add(tokens(2, 8), tokens(2, 8))  # an expert's tokens, [T, K]: may differ in the original model
     assert (moments.tokens, moments.cross) == (2, None)
 
 

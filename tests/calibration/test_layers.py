@@ -1,4 +1,4 @@
-"""Quantizing weights with a common input: correction of the target, and what the records say."""
+"""Quantizing weights with a common input: correction of the target, and the contents of the records."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CODEC = PcdvqConfig().codec
 
 
 def weights_and_moments():
-    """The weights of two layers whose inputs are half of what they are in the original model."""
+    """The weights of two layers whose inputs are half of those in the original model."""
     torch.manual_seed(0)
     weights = {name: torch.randn(size, 64) / 8 for name, size in (("gate", 24), ("up", 40))}
     original = torch.randn(1, 512, 64)
@@ -27,7 +27,7 @@ def test_correction_makes_up_for_its_share_of_what_the_inputs_lost(correction, e
     for name, weight in weights.items():
         decoded = CODEC.decode(packed[name], CODEC.tables(64), torch.float32)
         factor = (decoded * weight).sum() / weight.square().sum()
-        # Quantized to conditional means, a weight is shorter by the squared error of the codes, 0.068.
+        # Quantizing to conditional means shrinks a weight by the squared error of the codes, 0.068.
         assert factor.item() == pytest.approx(expected * (1 - 0.068), rel=0.03)
 
 

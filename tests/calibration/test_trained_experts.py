@@ -1,4 +1,4 @@
-"""A mixture of experts with a router that has learned something, packed with calibration."""
+"""A mixture of experts with a trained router, packed with calibration."""
 
 from pathlib import Path
 
@@ -37,14 +37,14 @@ def test_a_trained_mixture_keeps_nine_tenths_of_what_it_has_learned():
         untrained = loss_of(model, held_out).item()
     for _ in range(STEPS):
         windows = windows_of(train, BATCH, generator)
-        # With the loss that keeps all experts in use.
+        # Includes the load-balancing loss, which keeps all experts in use.
         model(windows, labels=windows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
         trained = loss_of(model, held_out).item()
-    assert untrained - trained > 2  # or there is nothing to lose
+    assert untrained - trained > 2  # otherwise there would be nothing to lose
 
     config = PcdvqConfig(bits=2.25, calibration=Calibration(samples=64, length=LENGTH, holdout=0, expert_tokens=64))
     quantize_model(model, None, config, list(windows_of(train, 64, generator)), progress=False)

@@ -1,4 +1,4 @@
-"""The console script as a user meets it: results, refusals, exit codes, and what is left on the disk."""
+"""The console script as a user sees it: results, rejections, exit codes, and what is left on disk."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hf_pcdvq.importers.gguf
 from hf_pcdvq import PcdvqConfig
 
-# Without calibration, which is tested in test_cli_calibration.py and takes longer.
+# Without calibration, which takes longer and is tested in test_cli_calibration.py.
 ROUND = ("quantize", "--no-calibration")
 
 
@@ -28,7 +28,7 @@ def packed_once(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def model_dir(tiny_model_dir, tmp_path):
-    """A dense model that the test may change."""
+    """A dense model that the test may modify."""
     return shutil.copytree(tiny_model_dir, tmp_path / "model")
 
 
@@ -48,7 +48,7 @@ def test_quantized_folder_is_the_model_that_from_pretrained_makes(tiny_model_dir
 def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
     shown = succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "deep" / "packed", "--setting", "pcdvq-2.0").stdout
     assert "lm_head.weight" in shown
-    assert "2.23" in shown  # bits per packed weight: 2 and the scales of rows of 128 and 192
+    assert "2.23" in shown  # bits per packed weight: 2, plus scales for rows of 128 and 192
     before = (tiny_model_dir / "model.safetensors").stat().st_size
     after = (tmp_path / "deep" / "packed" / "model.safetensors").stat().st_size
     assert f"{before / 1024:.1f} KiB -> {after / 1024:.1f} KiB" in shown
@@ -264,7 +264,7 @@ def test_inspect_json_adds_up_to_the_file(packed_once):
 def test_inspect_shows_layers_and_what_was_left(packed_once):
     shown = succeed("inspect", packed_once).stdout
     assert "pcdvq, bits 2.25" in shown
-    assert "2.500" in shown  # bits of a row of 128: 2.25 and a float32 scale
+    assert "2.500" in shown  # bits for a row of 128: 2.25, plus a float32 scale
     assert "lm_head.weight" in shown
 
 

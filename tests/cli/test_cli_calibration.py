@@ -1,4 +1,4 @@
-"""`hf-pcdvq quantize` with calibration: what it writes, what it keeps for another try, and wrong usage."""
+"""`hf-pcdvq quantize` with calibration: what it writes, what it keeps for a retry, and incorrect usage."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
     assert (report["windows"], report["length"]) == (8, 32)
     kl = report["comparison"]["kl_mean"]
     assert f"{kl:.5f} nats" in result.output
-    # Nothing of the run stays beside the result.
+    # The run leaves nothing next to the result.
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
 
     settings = Calibration(dataset=str(text), samples=8, length=32)

@@ -1,4 +1,4 @@
-"""`hf-pcdvq eval` and `hf-pcdvq compare` as a user meets them."""
+"""`hf-pcdvq eval` and `hf-pcdvq compare` as a user sees them."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TASKS = Path(__file__).parents[2] / "benchmarks" / "eval_tasks"
 
 @pytest.fixture(scope="module")
 def packed_once(tiny_model_dir, tmp_path_factory):
-    """Folders of the tiny model at 2.25 and 2.0 bits. Shared: do not change them."""
+    """Folders of the tiny model at 2.25 and 2.0 bits. Shared: do not modify them."""
     parent = tmp_path_factory.mktemp("packed")
     for bits in (2.25, 2.0):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=PcdvqConfig(bits=bits))
@@ -44,7 +44,7 @@ def packed(packed_once, tmp_path):
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_bytes(b"a line\r\nanother line\r\n" * 20)  # 440 bytes and tokens, if line ends stay what they are
+    file.write_bytes(b"a line\r\nanother line\r\n" * 20)  # 440 bytes and tokens, if line endings are preserved
     return file
 
 
@@ -78,7 +78,7 @@ def test_record_holds_the_figures_of_the_library(tiny_model_dir, packed, text):
     assert row == (
         f"| KL(original \\|\\| packed), mean |  | {expected['kl_mean']:.5f} nats | {floor.kl_mean:.5f} nats |"
     )
-    assert AutoModelForCausalLM.from_pretrained(packed) is not None  # the records are not in its way
+    assert AutoModelForCausalLM.from_pretrained(packed) is not None  # the records do not interfere
 
 
 def test_model_against_itself(tiny_model_dir, text, tmp_path):
@@ -126,7 +126,7 @@ def test_hub_out_of_reach_is_said_with_a_way_out(tiny_model_dir, packed, monkeyp
 
 
 def test_it_refuses_before_it_has_computed_anything(tiny_model_dir, packed, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_pcdvq.evaluation.metrics.evaluate", None)  # would end in an error of another kind
+    monkeypatch.setattr("hf_pcdvq.evaluation.metrics.evaluate", None)  # calling it would raise a different error
     models = [tiny_model_dir, packed, "--text", text]
     fail(1, "440 tokens, fewer than the 1024 of one window", "eval", *models)
     fail(1, f"{text} is a file", "eval", *models, "--out", text / "deep")
@@ -152,7 +152,7 @@ def test_earlier_record_is_not_lost(tiny_model_dir, packed, text):
 
 @pytest.fixture
 def task_dir(tmp_path, monkeypatch):
-    """A task of 24 questions in lm-eval's format, its data beside it. The test gets no others: that takes 8 seconds."""
+    """A task of 24 questions in lm-eval's format, with its data. No others are loaded: that takes 8 seconds."""
     lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", partial(lm_eval_tasks.TaskManager, include_defaults=False))
     folder = tmp_path / "tasks"
@@ -171,7 +171,7 @@ def task_dir(tmp_path, monkeypatch):
 
 
 def accuracy(folder, questions):
-    """By hand: the share of the questions at which the right answer is likelier than the wrong one."""
+    """Computed by hand: the fraction of questions for which the right answer is likelier than the wrong one."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     def likelihood(context, answer):
@@ -201,8 +201,8 @@ def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_d
     assert (score.task, score.samples) == ("local_letters", 20)
     assert score.original == pytest.approx(accuracy(tiny_model_dir, questions))
     assert score.packed == pytest.approx(accuracy(packed, questions))
-    assert score.original != score.packed  # or a mix-up would not show
-    # of a mean of zeros and ones, with Bessel's correction
+    assert score.original != score.packed  # otherwise a mix-up would go unnoticed
+    # standard error of a mean of zeros and ones, with Bessel's correction
     assert score.original_stderr == pytest.approx((score.original * (1 - score.original) / 19) ** 0.5)
     assert f"{score.original:.4f} ± {score.original_stderr:.4f}" in shown
     assert "lm_eval" in record.versions
@@ -220,7 +220,7 @@ def test_unknown_task_is_named_before_anything_is_computed(tiny_model_dir, packe
 
 @pytest.fixture(scope="module")
 def records(tiny_model_dir, packed_once, tmp_path_factory):
-    """Records of both packed folders, with made-up scores in a task."""
+    """Records of both packed folders, with made-up scores for a task."""
     parent = tmp_path_factory.mktemp("records")
     file = parent / "text.txt"
     file.write_bytes(b"a line\r\nanother line\r\n" * 20)
@@ -316,7 +316,7 @@ def test_labels_of_the_plot_lie_neither_on_one_another_nor_on_points(tmp_path, m
     figure = plotted(points, tmp_path, monkeypatch)
     renderer = figure.canvas.get_renderer()
     for axes in figure.axes:
-        # of the text alone; an annotation's own includes the line to its point
+        # extent of the text alone; that of an annotation includes the line to its point
         boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
         dots = axes.transData.transform(axes.lines[0].get_xydata())
         assert len(boxes) == len(points) == len(dots)

@@ -1,4 +1,4 @@
-"""`hf-pcdvq tune` as far as it goes without a GPU: which products it would measure, and what it says."""
+"""`hf-pcdvq tune` as far as possible without a GPU: which products it would measure, and what it prints."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Help comes at once: the commands are defined without PyTorch, Transformers or the plugin."""
+"""Help is instant: the commands are defined without importing PyTorch, Transformers or the plugin."""
 
 import subprocess
 import sys

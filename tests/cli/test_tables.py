@@ -1,4 +1,4 @@
-"""The tables that commands print show what was counted."""
+"""The tables that commands print show the counted values."""
 
 import io
 

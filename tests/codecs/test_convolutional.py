@@ -1,4 +1,4 @@
-"""The CCQ codec against decoders written element by element from DESIGN's layout table, and against brute force."""
+"""The CCQ codec against element-by-element decoders written from its layout table, and against brute force."""
 
 import math
 import struct
@@ -32,7 +32,7 @@ def relative_error(weight: torch.Tensor, layout: str) -> float:
     return ((decoded - weight.double()).square().sum() / weight.double().square().sum()).item()
 
 
-# ------------------------------------------------------------------- naive decoders, from the table in DESIGN.md
+# ----------------------------------------------------------------- naive decoders, from the codec's layout table
 
 
 def float32(x: float) -> float:
@@ -87,7 +87,7 @@ def same_bits(decoded: torch.Tensor, expected: list[list[float]]) -> bool:
 def test_all_words_decode_by_the_table(layout):
     groups = 65536 if layout == "2.5" else 256
     words = torch.zeros(1, groups, WORDS[layout], dtype=torch.int32)
-    words[0, :, 0] = torch.arange(groups)  # the first place, where no scale lies in the word
+    words[0, :, 0] = torch.arange(groups)  # the first word of each group, which holds no scale
     packed = convolutional.pack(words, torch.ones(1, groups, dtype=torch.int32), torch.ones(1), CCQ_LAYOUTS[layout])
     first = dequantize(packed, layout).view(groups, 64)
     if layout == "2.75":
@@ -113,7 +113,7 @@ def test_random_tensors_decode_bit_exactly(layout):
     }
     if layout == "2.0625":
         packed["local_scale"] = torch.randint(256, specs["local_scale"][0], dtype=torch.uint8, generator=generator)
-        # Not the encoder's multiples of 1/16: published files hold any float32, rounded in every step.
+        # Not the encoder's multiples of 1/16: published files hold arbitrary float32, rounded in every step.
         packed["code_scale"] = torch.rand(rows, generator=generator) * 128.4
         packed["code_zero"] = torch.rand(rows, generator=generator) * (32767 - 255 * packed["code_scale"])
     assert same_bits(dequantize(packed, layout), naive_decode(packed, layout))
@@ -154,7 +154,7 @@ def test_words_are_the_best_of_all(layout, spread):
     found = error[:, :whole].reshape(-1, windows).sum(1)
     expected = squared_errors(groups.view(-1, 64)[:, :whole].reshape(-1, windows).double(), candidates)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    if whole < 64:  # weight 63 has a window of its own
+    if whole < 64:  # weight 63 has its own window
         single = [[value] for value in sorted({candidate[0] for candidate in candidates})]
         expected = squared_errors(groups.view(-1, 64)[:, 63:].double(), single)
         torch.testing.assert_close(error[:, 63], expected, rtol=1e-5, atol=1e-5)
@@ -251,12 +251,12 @@ def test_subnormal_weights_give_no_nan(layout, value):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heavy_tails(layout):
-    """Neither one group a thousand times larger nor one weight per group may spoil the others more than it must."""
+    """One group a thousand times larger, or one large weight per group, must not degrade the others unnecessarily."""
     weight = torch.randn(8, 640, generator=torch.Generator().manual_seed(9))
     large = weight.clone()
     large[:, :64] *= 1000
     assert relative_error(large, layout) < 0.125
-    if layout == "2.5":  # 13 bits of group scale reach down to the small groups
+    if layout == "2.5":  # 13 bits of group scale suffice for the small groups
         decoded = dequantize(codec(layout).encode(large), layout)
         assert (decoded - large)[:, 64:].square().mean() < 0.12
     spiked = weight.clone()
@@ -298,7 +298,7 @@ def test_other_dtypes(layout, dtype):
 
 
 def test_default_dtype_does_not_matter():
-    """Transformers builds models with the default dtype set to the checkpoint's."""
+    """Transformers builds models with the default dtype set to that of the checkpoint."""
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(14))
     expected = codec("2.0625").encode(weight)
     torch.set_default_dtype(torch.bfloat16)
@@ -368,8 +368,8 @@ def test_unknown_layout_is_refused():
     "weight, message",
     (
         (torch.zeros(4, 96), "not a multiple of 64"),
-        (torch.zeros(128), "expected a floating weight"),
-        (torch.zeros(4, 64, dtype=torch.int32), "expected a floating weight"),
+        (torch.zeros(128), "expected a floating-point weight"),
+        (torch.zeros(4, 64, dtype=torch.int32), "expected a floating-point weight"),
         (torch.full((4, 64), math.inf), "infinite or NaN"),
         (torch.full((4, 64), math.nan), "infinite or NaN"),
     ),

@@ -1,4 +1,4 @@
-"""A second decoder, in NumPy and written from docs/formats.md alone, reads whole checkpoints like ours does."""
+"""A second decoder, in NumPy and written from docs/formats.md alone, decodes whole checkpoints identically."""
 
 import json
 import re
@@ -136,7 +136,7 @@ def test_the_specification_is_enough_to_decode_a_checkpoint(tiny_model_dir, tmp_
     expected = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=type(config)(dequantize=True), dtype=torch.float32
     ).state_dict()
-    # Read in NumPy, which has no bfloat16: only what is packed.
+    # Read with NumPy, which has no bfloat16: packed tensors only.
     tensors = packed_tensors(tmp_path / "model.safetensors")
     layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     assert len(layers) == 14

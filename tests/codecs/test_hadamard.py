@@ -1,4 +1,4 @@
-"""The rotation: its signs are part of the format, its blocks fit every size."""
+"""The rotation: its signs are part of the format, and its blocks fit every size."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_pcdvq.codecs import hadamard
 
 
 def naive_sign(j, seed):
-    """The formula of the module's docstring, with explicit 32-bit wrapping."""
+    """The formula from the module's docstring, with explicit 32-bit wraparound."""
     x = (j + 0x9E3779B9 * (seed + 1)) % 2**32
     x ^= x >> 16
     x = x * 0x7FEB352D % 2**32
@@ -42,7 +42,7 @@ def test_the_product_is_unchanged(features):
 
 
 def test_a_slice_at_block_borders_rotates_like_the_whole():
-    """What lets tensor parallelism cut the inputs."""
+    """Allows tensor parallelism to shard the inputs."""
     signs = hadamard.signs(64, 0)
     x = torch.randn(2, 576, dtype=torch.float64)
     torch.testing.assert_close(hadamard.rotate(x, signs)[:, 192:384], hadamard.rotate(x[:, 192:384], signs))

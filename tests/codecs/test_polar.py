@@ -1,4 +1,4 @@
-"""PCDVQ: bit-exact decoding of every word, exactness of the encoder, distortion, and awkward weights."""
+"""PCDVQ: bit-exact decoding of every word, exactness of the encoder, distortion, and edge cases."""
 
 import struct
 
@@ -18,7 +18,7 @@ def codec(bits, magnitude="projection", block=8):
 
 
 def float32(value):
-    """Round a Python float to float32: the formula's arithmetic, one operation at a time."""
+    """Round a Python float to float32, to evaluate the formula one operation at a time."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
@@ -74,7 +74,7 @@ def test_the_chosen_direction_is_the_best_of_all(count):
     assert torch.allclose((vectors * chosen).sum(1), projection, rtol=1e-5)
 
 
-# Mean squared error per weight on unit-variance normal weights, DESIGN section 2.
+# Mean squared error per weight on unit-variance normal weights.
 DISTORTION = {
     (2.0, "norm"): 0.1000,
     (2.25, "norm"): 0.0688,
@@ -104,7 +104,7 @@ def test_the_rotation_pays_on_weights_with_outliers():
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25])
-@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-30, 2.0**110])  # powers of two, which round nothing
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-30, 2.0**110])  # powers of two, which cause no rounding
 def test_scaling_the_weight_scales_the_result(bits, factor):
     format_ = codec(bits)
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
@@ -138,7 +138,7 @@ def test_slices_of_rows_encode_like_the_whole(monkeypatch):
     decoded = format_.decode(whole, tables, torch.float32)
     monkeypatch.setattr(base, "_SLICE", {"cpu": 64 * 7})
     cut = format_.encode(weight)
-    # Rotating fewer rows at a time may sum in another order, which moves a vector that lies between two codes.
+    # Rotating fewer rows at a time may sum in a different order, which moves a vector that lies between two codes.
     assert cut[""].shape == whole[""].shape and (cut[""] == whole[""]).float().mean() > 0.98
     torch.testing.assert_close(cut["scale"], whole["scale"])
     torch.testing.assert_close(format_.decode(whole, tables, torch.float32), decoded)
@@ -146,8 +146,8 @@ def test_slices_of_rows_encode_like_the_whole(monkeypatch):
 
 REFUSED = [
     (torch.zeros(4, 60), "60 input features are not a multiple of 32"),
-    (torch.zeros(64), r"expected a floating weight \[N, K\]"),
-    (torch.zeros(4, 64, dtype=torch.int32), r"expected a floating weight .* torch.int32"),
+    (torch.zeros(64), r"expected a floating-point weight \[N, K\]"),
+    (torch.zeros(4, 64, dtype=torch.int32), r"expected a floating-point weight .* torch.int32"),
     (torch.full((4, 64), float("inf")), "infinite or NaN"),
 ]
 
@@ -209,7 +209,7 @@ def test_relative_error_is_that_of_the_decoded_weight(monkeypatch):
 
 
 def test_the_default_dtype_does_not_matter():
-    """Transformers changes it while it builds a model."""
+    """Transformers changes it while building a model."""
     format_ = codec(2.25, block=64)
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
     expected = format_.encode(weight)

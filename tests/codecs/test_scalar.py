@@ -1,4 +1,4 @@
-"""The eight-bit codec of mixed recipes."""
+"""The eight-bit codec for mixed recipes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The stream layout against a decoder written bit by bit from its description, and its search against brute force."""
+"""The stream layout against a bit-by-bit decoder written from its description, and its search against brute force."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def naive_value(window):
 
 
 def naive_decode(words, rows, bits, window):
-    """Integer values `[rows][K]` of int32 words `[words, K]`: strings of bits, one ring at a time."""
+    """Integer values `[rows][K]` of int32 words `[words, K]`, via strings of bits, one ring at a time."""
     columns = []
     for column in words.T.tolist():
         text = "".join(f"{word & 0xFFFFFFFF:032b}" for word in column)
@@ -67,7 +67,7 @@ def test_values_are_exact_in_float16_and_near_to_normal(window):
     assert torch.equal(values.half().double(), values)
     assert abs(values.mean()) < 0.05 * DEVIATION
     assert values.std() == pytest.approx(DEVIATION, rel=0.08)
-    # A sum of four uniform numbers has kurtosis 2.7, a normal number 3, a uniform one 1.8.
+    # The kurtosis of a sum of four uniform variables is 2.7, of a normal variable 3, of a uniform one 1.8.
     kurtosis = ((values - values.mean()) / values.std()).pow(4).mean()
     assert 2.5 < kurtosis < 3
 
@@ -127,20 +127,20 @@ def total_error(windows, targets, cost, values):
 
 
 def test_search_is_the_best_of_all_rings():
-    """A ring of eight symbols of four bits, whose windows have so few values that all rings can be tried."""
+    """Rings of eight four-bit symbols whose windows have so few values that all rings can be tried."""
     layout = stream_layout(4.0, 12)
     generator = torch.Generator().manual_seed(0)
-    # Values that depend on the last four bits alone: each of the eight weights of the ring is then free.
+    # Values that depend only on the last four bits: each of the eight weights in the ring is then independent.
     values = torch.randn(16, generator=generator).repeat(256)
     targets, cost = normal(5, 8), torch.rand(8, generator=generator)
     found = viterbi.search(targets, cost, values, layout)
     best = (cost * (values[:16, None, None] - targets).square().amin(0)).double().sum(1)
     torch.testing.assert_close(total_error(found, targets, cost, values), best, rtol=1e-5, atol=0)
-    # Values that depend on the last eight bits: pairs of neighbours, tried one ring of two symbols after the other.
+    # Values that depend on the last eight bits, i.e. on pairs of adjacent symbols: try all rings of symbols 0 and 1.
     symbols = torch.tensor(list(product(range(2), repeat=8)))
     values = torch.randn(4, generator=generator)[torch.arange(4096) & 1 | torch.arange(4096) >> 3 & 2]
     windows = sum(symbols.roll(shift, 1) << (4 * shift) for shift in range(3))
-    # Only symbols 0 and 1 differ in value, so these rings are all there are.
+    # Only symbols 0 and 1 differ in value, so these are all possible rings.
     best = torch.stack([total_error(windows, target[None], cost, values).min() for target in targets])
     found = viterbi.search(targets, cost, values, layout)
     torch.testing.assert_close(total_error(found, targets, cost, values), best, rtol=1e-5, atol=0)
@@ -155,7 +155,7 @@ def test_compiled_search_finds_what_the_reference_finds(bits, rows):
     targets, cost = normal(3, rows), torch.rand(rows, generator=torch.Generator().manual_seed(1))
     expected = viterbi.reference.search(targets, cost, values, layout)
     found = viterbi.search(targets, cost, values, layout)
-    # Codes may differ where two paths cost the same to float32 rounding.
+    # Codes may differ where two paths cost the same up to float32 rounding.
     torch.testing.assert_close(
         total_error(found, targets, cost, values), total_error(expected, targets, cost, values), rtol=1e-5, atol=0
     )
@@ -177,7 +177,7 @@ def test_windows_continue_each_other_round_the_ring(bits):
 
 
 def paths(errors, targets, values):
-    """Least errors of 2-bit paths of windows of 12, from `errors` `[n, 1024]` before `targets` `[n, rows]` to behind them."""
+    """Least errors of 2-bit paths of 12-bit windows, given `errors` `[n, 1024]` before `targets` `[n, rows]`."""
     for row in range(targets.shape[1]):
         error = (values - targets[:, row, None]).square().view(-1, 1024, 4) + errors[..., None]
         errors = error.view(-1, 4, 1024).amin(1)
@@ -189,16 +189,16 @@ def test_closing_the_ring_costs_at_most_one_percent():
     values = stream.values(12, "cpu").float() / DEVIATION * 0.97
     targets, cost = normal(64, 256), torch.ones(256)
     closed = total_error(viterbi.search(targets, cost, values, layout), targets, cost, values)
-    # An endless stream of the same weights need not close at all.
+    # A stream of the same weights that need not close.
     assert closed.sum() < 1.01 * paths(torch.zeros(1, 1024), targets.view(1, -1), values).amin()
-    # The best of all rings: every state that they may begin and end in.
+    # The best of all rings, over every state in which they can begin and end.
     tied = torch.full((1024, 1024), 1e30).fill_diagonal_(0)
     best = [paths(tied, target.expand(1024, -1), values).diagonal().amin() for target in targets[:1]]
     assert closed[:1].sum() < 1.01 * sum(best)
 
 
 def test_costly_rows_are_served_first():
-    """Rows of large scale cost more, so a ring spends its freedom on them."""
+    """Errors in rows with a large scale cost more, so a ring favors them."""
     weight = normal(256, 64)
     even = codec().relative_error(weight, codec().encode(weight))
     weight[::2] *= 8
@@ -215,7 +215,7 @@ def test_extreme_rows(weight):
 
 
 def test_encoding_leaves_pytorchs_threads_alone():
-    """In a process of its own: Numba starts its threads once, and sets OpenMP's number for all of the process."""
+    """In a separate process: Numba starts its threads once, and sets the number of OpenMP threads process-wide."""
     code = (
         "import torch\n"
         "from hf_pcdvq.codecs.stream import StreamCodec\n"
@@ -237,7 +237,7 @@ def test_without_numba_it_says_so(monkeypatch):
 
 
 def test_the_search_obeys_the_backend(monkeypatch):
-    """The reference is taken where it is asked for, though Numba is installed, and Triton is not replaced silently."""
+    """The reference runs if requested, even with Numba installed, and Triton is never silently replaced."""
     weight = normal(32, 8)
     expected = codec().encode(weight)
     monkeypatch.setitem(sys.modules, "hf_pcdvq.codecs.viterbi.numba", None)
@@ -257,7 +257,7 @@ def test_the_search_obeys_the_backend(monkeypatch):
 
 @pytest.mark.parametrize("bits", [2.0, 2.25, 3.0])
 def test_slices_of_rows_join_into_the_same_weight(bits, monkeypatch):
-    """Encoding and decoding cut a weight only between rings."""
+    """Encoding and decoding split a weight only between rings."""
     weight, chosen = normal(700, 128), codec(bits, max_block=64)
     tables = chosen.tables(128)
     packed = chosen.encode(weight)

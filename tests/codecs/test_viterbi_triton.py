@@ -1,4 +1,4 @@
-"""The Triton kernel of the stream layout's search: against the reference in Triton's interpreter, and compiled ahead."""
+"""The Triton kernel for the stream layout's search: against the reference in Triton's interpreter, and compiled."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ from hf_pcdvq.codecs.stream import StreamCodec
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-# Two rings, the second one short, and a stretch round the border that is longer than a ring; a few weights, because the
-# interpreter takes milliseconds for each.
+# Two rings, the second one short, and a stretch around the boundary that is longer than a ring; few weights, because
+# the interpreter takes milliseconds for each.
 INTERPRETED = """
 import torch
 from hf_pcdvq.codecs.viterbi import reference
@@ -64,7 +64,7 @@ def test_kernel_compiles_for_gpus_without_spilling(target, bits, window):
     else:
         from triton.tools.disasm import get_sass
 
-        # STL and LDL are the stores and loads of registers that did not fit.
+        # STL and LDL are the stores and loads of spilled registers.
         assert not {"STL", "LDL"} & {word.split(".")[0] for word in get_sass(compiled.asm["cubin"]).split()}, (
             "it spills"
         )

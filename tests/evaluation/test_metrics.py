@@ -1,4 +1,4 @@
-"""The quality figures against naive computations in float64, and the inputs that are refused."""
+"""The quality metrics against naive computations in float64, and the inputs that are rejected."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def original(tiny_model_dir):
 
 @pytest.fixture
 def changed(original):
-    """A model that differs from the original as a quantized one does: noise on the weights."""
+    """A model that differs from the original the way a quantized one does: by noise on the weights."""
     model = copy.deepcopy(original)
     torch.manual_seed(1)
     for layer in model.modules():
@@ -98,7 +98,7 @@ def test_models_of_different_dtypes_are_compared(original):
 
 def test_tokens_of_probability_zero_add_nothing(original):
     class Masked(nn.Module):
-        """The original with one logit that is always minus infinity, as for padding of the vocabulary."""
+        """The original with one logit that is always minus infinity, like vocabulary padding."""
 
         config = original.config
 
@@ -145,7 +145,7 @@ def kilobytes(field):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from /proc")
 def test_memory_for_a_large_vocabulary_is_that_of_one_window_of_both_models():
-    vocabulary, length = 150_000, 256  # 73 MiB of bfloat16 logits; those of two windows do not fit below, nor float32
+    vocabulary, length = 150_000, 256  # 73 MiB of bfloat16 logits; neither two windows nor float32 fit below
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -157,11 +157,11 @@ def test_memory_for_a_large_vocabulary_is_that_of_one_window_of_both_models():
     models = [LlamaForCausalLM(config).to(torch.bfloat16) for _ in range(2)]
     tokens = torch.randint(0, vocabulary, (2, length))
     evaluate(*models, tokens[:1, :2], progress=False)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is in use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current usage
     before = kilobytes("VmRSS")
     evaluate(*models, tokens, progress=False)
     peak = (kilobytes("VmHWM") - before) / 1024
-    assert peak < 2 * 73 + 256 + 32  # MiB: logits, the limit of the temporaries, some slack
+    assert peak < 2 * 73 + 256 + 32  # MiB: logits, the limit for temporaries, some slack
 
 
 @pytest.mark.real_model
@@ -199,7 +199,7 @@ def test_impossible_windows_are_refused(tiny_model_dir, length, limit):
         token_windows(AutoTokenizer.from_pretrained(tiny_model_dir), "abcdefgh", length, limit)
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is rejected
 
 
 def test_vocabularies_of_different_size_are_refused(original):

@@ -1,4 +1,4 @@
-"""The files beside a model: whole or not at all, and read by older and newer versions."""
+"""The record files next to a model: written atomically, and readable by older and newer versions."""
 
 import json
 import resource
@@ -10,7 +10,7 @@ from hf_pcdvq.files.records import write_text
 
 
 def test_full_disk_leaves_the_older_file_and_is_told_with_its_name(tmp_path):
-    """A limit on the size of a file fails like a full disk, with an error of write()."""
+    """A file size limit fails like a full disk, with an error from write()."""
     file = tmp_path / "record.json"
     write_text(file, "older")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

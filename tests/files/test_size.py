@@ -1,4 +1,4 @@
-"""Bits and bytes counted on files, against hand computations, and the damage that counting must name."""
+"""Bits and bytes counted from files, against hand computations, and the damage that counting must report."""
 
 import json
 import math
@@ -24,13 +24,13 @@ LAYERS = {
     "mlp.down_proj": (128, 192),
 }
 WEIGHTS = 2 * sum(outputs * inputs for outputs, inputs in LAYERS.values())
-VOCABULARY_BYTES = 258 * 128 * 2  # the embeddings, and again the head
+VOCABULARY_BYTES = 258 * 128 * 2  # the embeddings; the head takes the same
 NORM_BYTES = (2 * 2 + 1) * 128 * 2
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
 def row_bytes(setting, inputs):
-    """Bytes of one output channel, as the formats are documented."""
+    """Bytes of one output channel, according to the documented formats."""
     groups = inputs // 64
     return {
         "pcdvq-2.0": inputs // 8 * 2 + 4,
@@ -66,7 +66,7 @@ def packed_once(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def packed_dir(packed_once, tmp_path):
-    """A packed folder of the default setting, which the test may change."""
+    """A packed folder with the default setting, which the test may modify."""
     return shutil.copytree(packed_once, tmp_path / "packed")
 
 

@@ -1,4 +1,4 @@
-"""A WINT2 checkpoint, written here as FastDeploy does, becomes a model that computes what a naive decoder says."""
+"""A WINT2 checkpoint, written as FastDeploy writes it, becomes a model that agrees with a naive decoder."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def tiny_ernie():
 
 
 def random_wint2(inputs, outputs, generator):
-    """One expert's matrix in WINT2: its tensors by name."""
+    """One expert's matrix in WINT2, as tensors by name."""
 
     def byte(*shape):
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.int64).to(torch.uint8)
@@ -49,7 +49,7 @@ def naive_decode(tensors):
         row = []
         for n in range(outputs):
             byte = tensors["quant_weight"][k // 4, n].item()
-            # In float32, as the engine computes it: a code may lie next to the border between two integers.
+            # In float32, as in the engine: a code may be close to the boundary between two integers.
             code = math.floor(np.float32(byte) * code_scale[n] + code_zero[n] + np.float32(0.5))
             value = ((code >> (9, 6, 3, 0)[k % 4]) & 0x3F) - 32
             group = k // 64
@@ -65,7 +65,7 @@ def paddle_name(name):
 
 
 def paddle_tensors(model):
-    """Everything but the experts, as Paddle has it: matrices transposed, some of them fused."""
+    """Everything but the experts, as stored by Paddle: matrices transposed, some of them fused."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
     tensors = {}
     for name, tensor in state.items():
@@ -86,7 +86,7 @@ def paddle_tensors(model):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with a WINT2 checkpoint in two files, and the dense model that it stands for."""
+    """A folder with a WINT2 checkpoint in two files, and the dense model that it represents."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -151,12 +151,12 @@ def test_the_model_computes_what_the_naive_decoder_says(checkpoint, tmp_path):
     decoded = packed.model.layers[WINT2_LAYER].mlp.experts.dequantize(torch.bfloat16)
     expected = dense.model.layers[WINT2_LAYER].mlp.experts
     for stack in ("gate_up_proj", "down_proj"):
-        # One product is rounded to float32, the naive one to double, then both to bfloat16.
+        # One product is rounded to float32, the naive one to float64, then both to bfloat16.
         torch.testing.assert_close(getattr(decoded, stack), getattr(expected, stack), rtol=2**-7, atol=0)
         getattr(decoded, stack).data.copy_(getattr(expected, stack))
     packed.model.layers[WINT2_LAYER].mlp.experts = decoded.float()
     whole = tiny_ernie().eval()
-    whole.load_state_dict(dense.state_dict())  # and not dense.float(), which has rounded the rotary frequencies
+    whole.load_state_dict(dense.state_dict())  # not dense.float(), whose rotary frequencies were rounded
     assert torch.equal(logits(packed), logits(whole))
 
 

@@ -4,12 +4,12 @@ import torch
 from hf_pcdvq_kernels import random_weights
 from hf_pcdvq_kernels.formats import family_of
 
-# Formats with kernels, of every way to decode.
+# Formats with kernels, covering every way to decode.
 SETTINGS = ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0", "stream-2.25", "stream-3.0"]
 
 
 def random_packed(setting, *shape, **options):
-    # Windows of 14 bits, so that not everything is tested with the default of 12.
+    # Windows of 14 bits, so that not only the default of 12 is tested.
     parameters = {"window_bits": 14} if "window_bits" in family_of(setting).parameters(setting) else {}
     return random_weights.random_packed(setting, *shape, **parameters, **options)
 
@@ -28,7 +28,7 @@ def relative_error(value, reference):
 
 
 def random_stack(setting, number, rows, columns):
-    """Weights with common tables, and the arguments of a stack of them."""
+    """Weights that share tables, and the op arguments for a stack of them."""
     described = family_of(setting).arguments
     weights = [random_packed(setting, rows, columns, seed=seed) for seed in range(number)]
     for weight in weights:

@@ -1,4 +1,4 @@
-"""The choice between Triton and PyTorch, on a device that Triton has no kernels for."""
+"""The choice between Triton and PyTorch, on a device that Triton does not support."""
 
 import os
 

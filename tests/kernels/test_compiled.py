@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that need not be here: they fit the registers, and decode in few instructions."""
+"""The kernels compiled for GPUs that need not be present: no register spills, and few instructions per weight."""
 
 import os
 
@@ -10,15 +10,15 @@ from hf_pcdvq_kernels.triton import compiled  # noqa: E402
 
 # SASS instructions per decoded weight in the main loop, one token, sm_90.
 MOST = {"pcdvq": 3.5, "ccq-2.75": 3.5, "ccq-2.5": 3.5, "ccq-2.0625": 4.5, "stream": 6.0}
-# What a thread block may have on sm_80, the least of the targets.
+# The shared memory limit per thread block on sm_80, the smallest of the targets.
 SHARED = 163 * 1024
 
 EVERY_CODEC = [variant.name for variant in compiled.products((1,))]
 ONE_EACH = ["pcdvq-2.25, 1 tokens", "ccq-2.5, 1 tokens", "stream-2.0, 1 tokens"]
 OTHERS = [variant.name for variant in (*compiled.dequantizations(), *compiled.others())]
 SEVERAL = [f"{codec}, {tokens} tokens" for codec in ("pcdvq-2.25", "ccq-2.5", "stream-2.0") for tokens in (8, 16, 64)]
-# tools/kernel_report.py compiles everything for every target. Here is what compiles in two minutes: for AMD `stream`
-# takes twenty seconds a kernel.
+# tools/kernel_report.py compiles everything for every target. These compile in two minutes: for AMD, `stream` takes
+# twenty seconds per kernel.
 PAIRS = [
     *((name, target) for name in EVERY_CODEC for target in ("sm_80", "sm_90")),
     *((name, "gfx942") for name in EVERY_CODEC if not name.startswith("stream") or name in ONE_EACH),

@@ -1,4 +1,4 @@
-"""The folder for Hugging Face's `kernels`: that library loads it, and what it loads computes what the package computes."""
+"""The folder for Hugging Face's `kernels`: that library loads it, and the results are those of the package."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools/build_kernel_repo.py"
 BACKENDS = ("cuda", "rocm", "xpu", "cpu")
 
-# The products of every codec in a new process. An import of the package by its own name, instead of a relative one, would
-# find the installed one, and show.
+# The products of every codec in a new process. An absolute import of the package, instead of a relative one, would
+# find the installed package and be noticed.
 PRODUCTS = """
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ for setting, (x, packed) in inputs.items():
 torch.save((ops.__name__, products), {outputs!r})
 """
 
-# Beside the wheel's package, and twice: the ops of both are there, and each copy has its own choice of a backend.
+# Next to the wheel's package, and twice: the ops of both are available, and each copy has its own backend setting.
 TOGETHER = """
 from pathlib import Path
 import torch
@@ -90,7 +90,7 @@ def test_every_variant_is_described(repository):
         metadata = Metadata.read_from_file(variant / "metadata.json")
         assert (metadata.name.python_name, metadata.version) == ("hf_pcdvq_kernels", 1)
         assert str(metadata.backend.backend_type).lower() == backend
-        # What it says of its files is what the library itself computes.
+        # The digest of its files is the one that the library itself computes.
         metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
         assert not list(variant.rglob("__pycache__"))
 
@@ -103,7 +103,7 @@ def test_it_computes_what_the_package_computes(repository, tmp_path):
     name, products = torch.load(outputs)
     assert name == json.loads((repository / "build/torch-cpu/metadata.json").read_text())["id"]
     for setting, (x, packed) in given.items():
-        # Not to the last bit: the processes have different numbers of threads, and add up 192 products in other orders.
+        # Not bit-identical: processes with different numbers of threads sum 192 products in different orders.
         expected = op_pair(setting)[1](x, *packed, signs=torch.ones(64))
         torch.testing.assert_close(products[setting], expected, rtol=1e-5, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The ops: schema, fake implementation, derivative, agreement with an explicit product, and every refusal."""
+"""The ops: schema, fake implementation, gradient, agreement with an explicit product, and every error."""
 
 import hf_pcdvq_kernels as ops
 import pytest
@@ -10,10 +10,10 @@ from packing import family, op_pair, random_packed, random_stack, relative_error
 NAMESPACE = torch.ops.hf_pcdvq_kernels
 SETTINGS = [*WITH_KERNELS, "int8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# The product is compared with one of the same decoded weight in float64, so only the rounding of the inputs' dtype and
-# of the accumulation is left: a few units in the last place of the result's dtype.
+# The product is compared with that of the same decoded weight in float64, so only the rounding of the inputs and of
+# the accumulation remains: a few units in the last place of the result's dtype.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
-# rows x inputs; inputs a multiple of 64, with odd numbers of groups among them; more and fewer rows than a ring of 256
+# rows x inputs; inputs a multiple of 64, including odd numbers of groups; more and fewer rows than a ring of 256
 SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088), (600, 64)]
 
 
@@ -46,7 +46,7 @@ def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
     dequantize, matmul = op_pair(setting)
     packed = random_packed(setting, *shape)
     weight = dequantize(*packed, dtype).double()
-    # Products with bytes are scaled at the end, so that no weight is rounded.
+    # Products with bytes are scaled at the end, so no weight is rounded.
     exact = dequantize(*packed, torch.float32).double() if setting == "int8" else weight
     for batch in [(1,), (3, 7)]:
         x = torch.randn(*batch, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -59,7 +59,7 @@ def test_matmul_is_the_product_with_the_decoded_weight(setting, shape, dtype):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_signs_rotate_the_weight_back(setting):
-    """The product is with the weight before the rotation, in both directions."""
+    """The product uses the unrotated weight, in both directions."""
     dequantize, matmul = op_pair(setting)
     packed, signs = (
         random_packed(setting, 24, 192),
@@ -67,8 +67,8 @@ def test_signs_rotate_the_weight_back(setting):
     )
     weight = ops.hadamard(dequantize(*packed, torch.float64), signs, inverse=True)
     x, grad = torch.randn(3, 192, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
-    # float64 in, float64 arithmetic: only rounding of the products is left; of bytes, which products scale at the end, that
-    # of the decoded weight to float32
+    # float64 in, float64 arithmetic: only the rounding of products remains; for bytes, which are scaled at the end,
+    # that of the decoded weight to float32
     tolerance = 1e-7 if setting == "int8" else 1e-12
     assert relative_error(matmul(x, *packed, signs=signs), x @ weight.T) < tolerance
     assert relative_error(matmul(grad, *packed, transposed=True, signs=signs), grad @ weight) < 1e-12
@@ -81,7 +81,7 @@ def test_slices_join_into_the_same_weight(setting, monkeypatch):
     x, grad = torch.randn(4, 576), torch.randn(4, 600)
     whole = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
     monkeypatch.setattr(products, "SLICE", 576 * 70)  # 9 slices, the last one short; rings of 256 stay whole
-    # outputs start as NaN, so a slice that is left out shows
+    # outputs start as NaN, so a skipped slice is noticed
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
     cut = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
@@ -101,13 +101,13 @@ def test_gradient_in_the_input(setting):
 
 @pytest.mark.parametrize("block", [1, 2, 64, 128])
 def test_hadamard_matches_the_definition(block):
-    """H[i, j] = (-1)^popcount(i & j), an independent form of Sylvester's construction."""
+    """H[i, j] = (-1)^popcount(i & j), an independent definition of Sylvester's construction."""
     signs = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(block)])
     entries = [[(-1.0) ** bin(i & j).count("1") for j in range(block)] for i in range(block)]
     rotation = torch.tensor(entries, dtype=torch.float64) * signs * block**-0.5
     x = torch.randn(5, 3 * block, dtype=torch.float64)
     expected = torch.cat([part @ rotation.T for part in x.split(block, -1)], -1)
-    # float64 in, float64 arithmetic: only rounding of the products is left
+    # float64 in, float64 arithmetic: only the rounding of products remains
     torch.testing.assert_close(ops.hadamard(x, signs), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ops.hadamard(ops.hadamard(x, signs), signs, inverse=True), x, rtol=1e-12, atol=1e-12)
 
@@ -127,7 +127,7 @@ def test_hadamard_rounds_once(dtype):
 
 def test_hadamard_of_a_strided_view():
     x = torch.randn(8, 6).T
-    # the matrix product may sum in another order
+    # the matrix product may sum in a different order
     torch.testing.assert_close(ops.hadamard(x, torch.ones(8)), ops.hadamard(x.contiguous(), torch.ones(8)))
 
 
@@ -191,7 +191,7 @@ def test_wrong_inputs_are_refused(method, packed):
 def test_wrong_rotations_are_refused():
     with pytest.raises(ValueError, match="pcdvq_matmul: signs must have a power-of-two length, got 6"):
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(6))
-    with pytest.raises(ValueError, match="64 numbers cannot be rotated in blocks of 128"):
+    with pytest.raises(ValueError, match="64 values cannot be rotated in blocks of 128"):
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
@@ -205,7 +205,7 @@ def test_wrong_rotations_are_refused():
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_grouped_products(setting):
-    """Against one product after the other, and PyTorch's checks of the op."""
+    """Against individual products, and PyTorch's own op checks."""
     method = family(setting)
     packed, stacked = random_stack(setting, 3, 24, 64)
     experts = torch.tensor([1, -1, 2, 1], dtype=torch.int32)
@@ -222,5 +222,5 @@ def test_grouped_products(setting):
         ops.grouped_matmul(method, x[0], experts, stacked)
     with pytest.raises(ValueError, match="contiguous stacks"):
         ops.grouped_matmul(method, x, experts, packed[0])
-    with pytest.raises(ValueError, match="no family of formats 'gptq'; there are pcdvq, "):
+    with pytest.raises(ValueError, match="unknown family of formats 'gptq'; expected one of pcdvq, "):
         ops.grouped_matmul("gptq", x, experts, stacked)

@@ -1,4 +1,4 @@
-"""The arithmetic of timing, on a device whose clock goes only when a call is made."""
+"""The arithmetic of timing, on a device whose clock advances only when a call is made."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +11,7 @@ from hf_pcdvq_kernels.triton import timing
 
 @pytest.fixture
 def device(monkeypatch):
-    """A device that is no CPU and has no graphs; `work(seconds)` is a call on it."""
+    """A device that is not a CPU and has no graphs; `work(seconds)` is a call on it."""
     now = [0.0]
 
     class Event:
@@ -43,7 +43,7 @@ def test_few_calls_are_repeated_and_weights_are_taken_in_turn(device):
     timing.seconds_per_call([partial(made.append, number) for number in range(3)], device.torch)
     turns, rest = divmod(len(made), 3)
     assert rest == 0 and made == [0, 1, 2] * turns
-    runs = 2 * (timing.REPLAYS + 2)  # each is preceded by one that is not timed
+    runs = 2 * (timing.REPLAYS + 2)  # each is preceded by an untimed one
     assert len(made) >= runs * timing.LEAST_CALLS
 
 

@@ -1,7 +1,7 @@
-"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels against the reference: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, so without a GPU this file runs in a process of its own, which
-`test_triton_interpreted.py` starts.
+The interpreter is selected when Triton is imported, so without a GPU this file runs in a separate process, started by
+`test_triton_interpreted.py`.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from hf_pcdvq_kernels.triton.product import product  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 # Against the product of the unrounded weight in float64. bfloat16: weights, rotated activations and the result are rounded
-# to 8 bits; the reference itself errs by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ, are rounded
-# to 11 bits.
+# to 8 bits; the reference itself is off by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ,
+# are rounded to 11 bits.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 2e-6}
 SIGNS = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(64)])
 
 
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
-    """Every op runs as Triton kernels, and what they do not write is NaN."""
+    """Every op runs on Triton kernels, and outputs that they do not write are NaN."""
     ops.set_backend("triton")
     empty = torch.empty
 
     def poisoned(*shape, **options):
         out = empty(*shape, **options)
-        return out.fill_(float("nan") if out.is_floating_point() else -1)  # -1 is a NaN in every 16-bit float
+        return out.fill_(float("nan") if out.is_floating_point() else -1)  # -1 is a NaN in every 16-bit float format
 
     monkeypatch.setattr(torch, "empty", poisoned)
     yield
@@ -103,7 +103,7 @@ def test_products_over_several_rings_or_blocks(setting):
 @pytest.mark.parametrize("tokens", [1, 4, 20])
 @pytest.mark.parametrize("setting", ["pcdvq-2.0", "ccq-2.5", "stream-2.25"])
 def test_every_config_gives_the_same_product(setting, tokens):
-    """However a product is cut into programs; and the same bits every time."""
+    """However a product is divided into programs; and results are bit-identical on every run."""
     packed, x = random_packed(setting, 5, 2176), activations(tokens, 2176).half()
     expected = x.double() @ exact_weight(setting, packed).T
     weight = family_of(setting).checked("test", *on_device(packed))
@@ -121,7 +121,7 @@ def test_every_config_gives_the_same_product(setting, tokens):
     "setting", ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.0625", "stream-2.0", "stream-2.25"]
 )
 def test_products_with_weights_of_a_stack(setting, tokens, dtype):
-    """Groups take experts in any order, some the same one, and a group without one gets zeros."""
+    """Groups use experts in any order, possibly the same one; a group without an expert gets zeros."""
     packed, stacked = random_stack(setting, 4, 9, 192)
     experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
     x = activations(len(experts), tokens, 192).to(dtype)
@@ -136,9 +136,9 @@ def test_products_with_weights_of_a_stack(setting, tokens, dtype):
 
 
 def test_a_measured_config_is_used(tmp_path, monkeypatch):
-    """Measured for real, and written: the next product is cut into as many parts as the file says."""
+    """Actually measured and written: the next product is split into as many parts as the file says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of as many as no cache holds
+    monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of more than any cache holds
     monkeypatch.setattr(timing, "REPLAYS", 1)
     shape = launch_config.Shape("pcdvq-2.0", 1, 8, 1088)
     packed, x = random_packed("pcdvq-2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
@@ -161,15 +161,15 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (9, torch.float16)])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_activations_prepared_once(setting, tokens, dtype):
-    """For products of any number of output channels, bit for bit as if each had prepared them itself."""
-    columns = 1088 if tokens == 1 else 192  # more than a block, and less
+    """For products with any number of output channels, bit-identical to preparing them in each product."""
+    columns = 1088 if tokens == 1 else 192  # more than a block, and less than one
     x, signs = activations(tokens, columns).to(dtype).to(DEVICE), SIGNS.to(DEVICE)
     prepared = ops.prepare(x, signs, setting)
     matmul = op_pair(setting)[1]
     for rows in (3, 9):
         packed = on_device(random_packed(setting, rows, columns))
         expected = matmul(x, *packed, signs=signs)
-        # The activations themselves are not looked at any more.
+        # The activations themselves are no longer read.
         assert torch.equal(matmul(torch.zeros_like(x), *packed, signs=signs, prepared=prepared), expected)
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_prepared():
         torch.ops.hf_pcdvq_kernels.ccq_matmul(x, *packed, prepared=ops.prepare(x[:1], None, "ccq-2.5"))
     with pytest.raises(ValueError, match="cannot be rotated in blocks of 128"):
         ops.prepare(x, torch.ones(128, device=DEVICE), "ccq-2.5")
-    with pytest.raises(ValueError, match="there is no format 'pcdvq-2.5'; there are pcdvq-2.0, "):
+    with pytest.raises(ValueError, match="unknown format 'pcdvq-2.5'; expected one of pcdvq-2.0, "):
         ops.prepare(x, None, "pcdvq-2.5")
     assert ops.prepare(x.float(), None, "ccq-2.5") is None
     assert ops.prepare(activations(65, 192).half().to(DEVICE), None, "ccq-2.5") is None
@@ -189,7 +189,7 @@ def test_what_cannot_be_prepared():
     assert ops.prepare(activations(2, 72).half().to(DEVICE), None, "pcdvq-2.0") is None
     ops.set_backend("reference")
     assert ops.prepare(x, None, "ccq-2.5") is None
-    # Prepared before the backend was changed: PyTorch does without.
+    # Prepared before the backend was changed: PyTorch ignores it.
     ops.set_backend("triton")
     prepared = ops.prepare(x, None, "ccq-2.5")
     ops.set_backend("reference")
@@ -211,7 +211,7 @@ def test_preparing_is_compiled_once_for_few_tokens_and_once_for_many(monkeypatch
 
 @pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.0625", "stream-2.25"])
 def test_opcheck_of_prepared_products(setting, monkeypatch):
-    monkeypatch.undo()  # opcheck compares what the op allocates
+    monkeypatch.undo()  # opcheck compares the op's allocations
     ops.set_backend("triton")
     x, packed = activations(3, 192).half().to(DEVICE), on_device(random_packed(setting, 6, 192))
     signs = SIGNS.to(DEVICE)
@@ -222,7 +222,7 @@ def test_opcheck_of_prepared_products(setting, monkeypatch):
     torch.library.opcheck(op, (given, *packed, False, signs, prepared))
 
 
-@pytest.mark.parametrize("shape", [(5, 192), (37, 320)])  # one tile, and several with a border
+@pytest.mark.parametrize("shape", [(5, 192), (37, 320)])  # one tile, and several with partial ones
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
 def test_weights_are_decoded_to_the_same_bits(setting, shape):
     packed = random_packed(setting, *shape)
@@ -233,13 +233,13 @@ def test_weights_are_decoded_to_the_same_bits(setting, shape):
         out = op_pair(setting)[0](*on_device(packed), dtype).cpu()
         if GPU or dtype != torch.bfloat16:
             assert torch.equal(out, expected)
-        else:  # the interpreter cuts off where it should round to bfloat16
+        else:  # the interpreter truncates where it should round to bfloat16
             assert relative_error(out, expected.double()) < 2**-7
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_no_product_kernel_takes_is_decoded_first(setting):
-    """float32, more tokens than a kernel takes, a transposed product, and a gradient through the rotation."""
+    """float32, more tokens than a kernel supports, a transposed product, and a gradient through the rotation."""
     packed = random_packed(setting, 12, 192)
     weight, device_packed = exact_weight(setting, packed), on_device(packed)
     matmul = op_pair(setting)[1]
@@ -256,7 +256,7 @@ def test_what_no_product_kernel_takes_is_decoded_first(setting):
 
 
 def test_inputs_that_no_product_kernel_takes():
-    """72 inputs are 9 vectors, and a view may begin anywhere; neither can be read four words at a time."""
+    """72 inputs are 9 vectors, and a view may start anywhere; neither can be read four words at a time."""
     packed = random_packed("pcdvq-2.0", 6, 72)
     x = activations(2, 72).half()
     expected = x.double() @ exact_weight("pcdvq-2.0", packed).T
@@ -275,7 +275,7 @@ def test_inputs_that_no_product_kernel_takes():
 
 @pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])
 def test_activations_of_any_size(setting):
-    """Inside a product activations are float16; outliers, tiny numbers and zeros must survive it, and NaN must show."""
+    """In a product, activations are float16: outliers, tiny values and zeros must survive, NaN must propagate."""
     packed = random_packed(setting, 4, 192)
     weight, device_packed = exact_weight(setting, packed), on_device(packed)
     matmul = op_pair(setting)[1]
@@ -301,7 +301,7 @@ def test_hadamard(block, inverse):
         expected = ops.hadamard(x.double(), signs, inverse)
         ops.set_backend("triton")
         out = ops.hadamard(x.to(DEVICE), signs.to(DEVICE), inverse).cpu()
-        # Rounded once, with twice the error of bfloat16 where the interpreter cuts off; float32 adds those of the sums.
+        # Rounded once; twice the error for bfloat16, which the interpreter truncates; float32 adds that of the sums.
         assert relative_error(out, expected) < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
 
 

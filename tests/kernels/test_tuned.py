@@ -1,4 +1,4 @@
-"""The file of measured launch configs: written, read, chosen from, and ignored with a warning where it does not fit."""
+"""The file of measured launch configs: written, read, chosen from, and ignored with a warning if unusable."""
 
 import json
 import warnings
@@ -60,15 +60,15 @@ def product(**fields):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (changed(format=0), "it is of format 0"),
-        (changed(triton="2.0.0"), "and Triton 2.0.0, needed are"),
-        (changed(products=[{"shape": {}}]), "not laid out as expected"),
+        (changed(format=0), "it has format 0"),
+        (changed(triton="2.0.0"), "and Triton 2.0.0, expected"),
+        (changed(products=[{"shape": {}}]), "structure is not as expected"),
         (
             product(config={"block_n": 3, "num_warps": 1, "split_k": 1}),
-            r"LaunchConfig\(block_n=3, num_warps=1, split_k=1\) is no config of",
+            r"LaunchConfig\(block_n=3, num_warps=1, split_k=1\) is not a launch config for",
         ),
-        (product(shape={"format": "qtip-2", "tokens": 1, "rows": 8, "columns": 64}), "there is no product like"),
-        (lambda content: [], "not laid out as expected"),
+        (product(shape={"format": "qtip-2", "tokens": 1, "rows": 8, "columns": 64}), "no kernel supports"),
+        (lambda content: [], "structure is not as expected"),
     ],
 )
 def test_a_file_that_does_not_fit_is_ignored_with_one_warning(written, change, reason):

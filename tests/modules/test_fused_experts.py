@@ -1,4 +1,4 @@
-"""Models with fused experts: packed while they load, saved, loaded, dequantized."""
+"""Models with fused experts: packed while loading, saved, loaded, dequantized."""
 
 from types import SimpleNamespace
 
@@ -47,14 +47,14 @@ def test_every_expert_is_packed_and_the_router_is_not(dense_dir):
     for stack in ("gate_up_proj", "down_proj"):
         decoded, original = layer.decoded(stack, torch.float32), getattr(dense, stack)
         errors = (decoded - original).square().sum((1, 2)) / original.square().sum((1, 2))
-        assert len(errors) == EXPERTS and errors.max() < 0.08  # 0.069 is what 2.25 bits leave of normal weights
+        assert len(errors) == EXPERTS and errors.max() < 0.08  # 0.069 is the error of 2.25 bits on normal weights
     router = packed.get_submodule(EXPERT_LAYER.replace("experts", "gate"))
     assert torch.equal(router.weight, load(dense_dir).get_submodule(EXPERT_LAYER.replace("experts", "gate")).weight)
     assert isinstance(packed.model.layers[1].self_attn.o_proj, QuantLinear)
 
 
 def test_packed_while_loading_is_what_packing_a_loaded_model_gives(dense_dir):
-    """One expert at a time as the files have them, against the stacks that the model has in memory."""
+    """One expert at a time, as stored in the files, against the stacks of the model in memory."""
     packed = load(dense_dir, PcdvqConfig()).get_submodule(EXPERT_LAYER)
     dense = load(dense_dir).get_submodule(EXPERT_LAYER)
     for stack in ("gate_up_proj", "down_proj"):
@@ -73,7 +73,7 @@ def test_two_rounds_of_saving_are_identical_and_consistent(dense_dir, tmp_path):
     assert torch.equal(logits(load(tmp_path / "second")), logits(packed))
     stored = [key for key in first if ".1." in key and ".experts." in key]
     assert set(stored) == {key for key in packed.state_dict() if key.startswith(EXPERT_LAYER)}
-    assert len(stored) == 4 and all(len(first[key]) == EXPERTS for key in stored)  # stacks, none cut into experts
+    assert len(stored) == 4 and all(len(first[key]) == EXPERTS for key in stored)  # stacks, not split into experts
     count = count_folder(tmp_path / "first")
     (layer,) = (layer for layer in count.layers if "layers.1." in layer.name and ".experts.down" in layer.name)
     assert (layer.experts, layer.out_features, layer.in_features) == (EXPERTS, 64, 96)
@@ -167,7 +167,7 @@ def test_a_missing_expert_is_an_error(missing, tmp_path):
 def test_overrides_choose_a_setting_by_the_name_of_the_module(tmp_path):
     ernie(num_hidden_layers=3).save_pretrained(tmp_path / "dense")
     overrides = {r"layers\.1\.mlp\.experts": "ccq-2.75", r"layers\.2\.mlp\.experts": None, "self_attn|shared": "int8"}
-    # 96 inputs are not a multiple of 64, so that the second stack of ccq-2.75 cannot be packed.
+    # 96 inputs are not a multiple of 64, so the second stack cannot be packed as ccq-2.75.
     packed = load(tmp_path / "dense", CcqConfig(layout="stream", overrides=overrides))
     left = packed.config.quantization_config.left_unpacked
     assert "not a multiple of 64" in left["model.layers.*.mlp.experts.down_proj"]

@@ -1,4 +1,4 @@
-"""`QuantLinear` as a module: what people do to layers."""
+"""`QuantLinear` as a module: what users do with layers."""
 
 import copy
 import pickle
@@ -109,8 +109,8 @@ def test_is_a_linear_layer_with_frozen_codes(layer):
 def test_memory_is_packed(layer, codec):
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layer.packed.values())
     scales = 14 if codec.bits == 2.0625 else 4
-    codes = 2 if codec.bits == 2.0625 else codec.bits  # its group scales are counted with the others
-    rows = 64 if codec.bits == 3.0 else 50  # the stream layout fills up periods of 32 channels
+    codes = 2 if codec.bits == 2.0625 else codec.bits  # its group scales are counted as scales
+    rows = 64 if codec.bits == 3.0 else 50  # the stream layout pads to periods of 32 channels
     assert stored == rows * 192 * codes / 8 + 50 * scales
 
 

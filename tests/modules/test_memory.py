@@ -1,4 +1,4 @@
-"""How much memory loading takes: one expert at a time is packed, whatever the size of the stack."""
+"""Memory use while loading: experts are packed one at a time, whatever the size of the stack."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-# What the process owns, without the pages of files, which the system takes back when it needs memory.
+# The process's own memory, without file-backed pages, which the system reclaims when needed.
 LOADER = """
 import json, sys, threading, time
 import torch
@@ -47,7 +47,7 @@ def test_half_a_gigabyte_of_experts_is_packed_in_little_more_than_it_takes_packe
     assert sum(tensor.nbytes for tensor in experts.parameters()) > 0.5e9
     model.save_pretrained(tmp_path)
     del model, experts
-    # Quickest to encode, and what takes most when packed.
+    # Fastest to encode, and largest when packed.
     code = LOADER.replace("CONFIG", 'PcdvqConfig(overrides={"experts": "int8"})')
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

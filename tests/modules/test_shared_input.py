@@ -1,4 +1,4 @@
-"""Layers that get the same tensor prepare it once. On a GPU, or in Triton's interpreter like `kernels/test_triton.py`."""
+"""Layers with the same input prepare it once. On a GPU, or in Triton's interpreter like `kernels/test_triton.py`."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ def triton():
 
 
 class Attention(nn.Module):
-    """Four layers with as many inputs, three of which get the same."""
+    """Four layers with the same number of inputs, three of which receive the same tensor."""
 
     def __init__(self, codec):
         super().__init__()
@@ -89,7 +89,7 @@ def test_the_same_input_is_prepared_once_and_computes_the_same(codec):
     with torch.no_grad():
         expected = attention(x)
         share_inputs(attention)
-        share_inputs(attention)  # changes nothing more
+        share_inputs(attention)  # has no further effect
         with Prepared() as prepared:
             out = attention(x)
     assert prepared.count == 2 and torch.equal(out, expected)
@@ -111,7 +111,7 @@ def test_nothing_is_kept_between_calls(attention):
         with Prepared() as prepared:
             attention.k(x)
             attention.v(x)
-    assert prepared.count == 0  # outside the module that calls them, each layer does it inside its product
+    assert prepared.count == 0  # outside the calling module, each layer prepares its input inside its product
     alive = weakref.ref(x)
     del x
     gc.collect()
@@ -119,7 +119,7 @@ def test_nothing_is_kept_between_calls(attention):
 
 
 def test_nothing_is_kept_after_an_exception(attention):
-    """By which checkpointing, too, ends what it computes again."""
+    """Checkpointing, too, uses an exception to stop recomputation."""
     share_inputs(attention)
     attention.o.register_forward_pre_hook(lambda module, args: 1 / 0)
     x = activations(2, 128)
@@ -151,7 +151,7 @@ def test_copies_share_among_themselves(attention):
 
 
 def test_lists_and_single_layers_share_nothing(attention):
-    """Members of a list are called by others, and a list has no call that would end the sharing."""
+    """Members of a list are called by other modules, and a list has no forward call that would end the sharing."""
     layers = nn.ModuleList([attention.q, attention.k])
     share_inputs(layers)
     assert attention.q.shared_input is None
@@ -161,7 +161,7 @@ def test_lists_and_single_layers_share_nothing(attention):
 
 
 def test_compiled_it_is_prepared_once_too(attention):
-    """In one graph, which hands out nothing but its result."""
+    """In one graph, which returns nothing but its result."""
     model = nn.Sequential(attention)
     share_inputs(model)
     graphs = []

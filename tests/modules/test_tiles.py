@@ -1,4 +1,4 @@
-"""Experts as the GPU runs them: pairs of tokens and experts arranged in tiles, one product for all experts."""
+"""Experts as run on a GPU: (token, expert) pairs arranged in tiles, one product for all experts."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(index, number
     assert experts.dtype == torch.int32 and len(set(place.tolist())) == len(index)
     assert 0 <= place.min() and place.max() < len(experts) * size
     assert torch.equal(experts[place // size], torch.where(index < number, index, -1).to(torch.int32))
-    # The number of tiles follows from sizes alone, so that nothing has to be asked of the device.
+    # The number of tiles depends on sizes alone, so no synchronization with the device is needed.
     assert len(experts) == len(tiles_of_tokens(torch.zeros_like(index), number)[0])
 
 
@@ -50,7 +50,7 @@ def test_in_tiles_and_expert_by_expert_are_the_same(codec, tokens):
     weights = torch.rand(tokens, 3, generator=generator)
     expected = experts(hidden, index, weights)
     out = experts._forward_in_tiles(hidden, index, weights)
-    # The sums of three experts' bfloat16 results, in another order.
+    # The sums of three experts' bfloat16 results, in a different order.
     assert (out - expected).float().norm() <= 4e-3 * expected.float().norm()
 
 

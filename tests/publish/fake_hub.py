@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub: real HTTP on 127.0.0.1, repositories in memory, faults on request.
 
-It knows what `huggingface_hub` 2 and Transformers 5 ask when a model is pushed and loaded, answers like the Hub does,
-and speaks neither Xet nor multipart uploads. Large files go either with the commit or, with `lfs=True` (for which the
-client needs `HF_HUB_DISABLE_XET`), through the LFS protocol.
+It handles the requests that `huggingface_hub` 2 and Transformers 5 send when pushing and loading a model, and
+responds like the Hub, but supports neither Xet nor multipart uploads. Large files are sent with the commit or, with
+`lfs=True` (for which the client needs `HF_HUB_DISABLE_XET`), through the LFS protocol.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _YAML = re.compile(r"^---\n(.*?)\n---\n", re.DOTALL)
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of this method whose path matches, after `skip` of them.
+    """A failure of the next `times` requests with this method and a matching path, after `skip` of them.
 
-    `status` is answered in place of the real answer; None cuts the connection in the middle of the request's body.
+    `status` is returned in place of the real response; None drops the connection in the middle of the request's body.
     """
 
     method: str
@@ -72,7 +72,7 @@ class FakeHub:
     def __init__(self, lfs: bool = False):
         self.lfs = lfs
         self.repos: dict[str, Repo] = {}
-        self.blobs: dict[str, bytes] = {}  # LFS objects that have been uploaded whole, by SHA-256
+        self.blobs: dict[str, bytes] = {}  # fully uploaded LFS objects, by SHA-256
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -93,7 +93,7 @@ class FakeHub:
         return repo
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """The fault that this request meets, used up by it."""
+        """The fault that applies to this request, which consumes it."""
         for fault in self.faults:
             if fault.times > 0 and fault.method == method and re.search(fault.path, path):
                 if fault.skip:
@@ -166,10 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":  # a body there would be taken for the next answer
+        if self.command != "HEAD":  # a body would be read as the next response
             self.wfile.write(raw)
 
-    # -------------------------------------------------------------------------------------------------- who, and what
+    # -------------------------------------------------------------------------------------- authentication and lookup
 
     def require_write(self) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid
 
-    # ------------------------------------------------------------------------------------------------------- answers
+    # ----------------------------------------------------------------------------------------------------- responses
 
     def create_repo(self, body: bytes) -> None:
         self.require_write()
@@ -324,7 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(content: bytes, mode: str) -> str:
-    """How the Hub names the contents of a file: SHA-256 in LFS, otherwise as git does."""
+    """The Hub's id for the contents of a file: SHA-256 in LFS, otherwise the git blob id."""
     if mode == "lfs":
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

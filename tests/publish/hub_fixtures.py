@@ -1,4 +1,4 @@
-"""A packed model with everything that a push may send, and the stand-in for the Hub."""
+"""A packed model with everything that a push can send, and the stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = "the river rises in a mountain and falls slowly down to the sea. " * 40
 
 @pytest.fixture(scope="session")
 def calibrated(tiny_model_dir):
-    """A calibrated model in memory, with its tokenizer. Shared by all tests: do not change it."""
+    """A calibrated model in memory, with its tokenizer. Shared by all tests: do not modify it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     config = PcdvqConfig(calibration=Calibration(samples=4, length=32, holdout=2))
@@ -33,7 +33,7 @@ def calibrated(tiny_model_dir):
 
 @pytest.fixture(scope="session")
 def evaluated_once(calibrated, tiny_model_dir, tmp_path_factory) -> Path:
-    """The calibrated model in several shards, with report and evaluation. Shared by all tests: do not change it."""
+    """The calibrated model in several shards, with report and evaluation. Shared by all tests: do not modify it."""
     folder = tmp_path_factory.mktemp("push") / "packed"
     model, tokenizer = calibrated
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -61,13 +61,13 @@ def evaluated_once(calibrated, tiny_model_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def packed(evaluated_once, tmp_path) -> Path:
-    """A copy of the model that the test may change."""
+    """A copy of the model that the test may modify."""
     return shutil.copytree(evaluated_once, tmp_path / "packed")
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The stand-in, to which this process speaks in place of the Hub, without Xet and without waiting between retries."""
+    """The stand-in, which this process contacts instead of the Hub, without Xet or delays between retries."""
     with FakeHub(lfs=True) as fake:
         template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
@@ -80,7 +80,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_with(tmp_path):
-    """Runs a program in a new process that knows this stand-in as the Hub, with an empty cache; gives what it printed."""
+    """Runs a program in a new process with this stand-in as the Hub and an empty cache; returns its output."""
 
     def run(hub: FakeHub, program: str, *arguments: object) -> str:
         environment = {

@@ -1,4 +1,4 @@
-"""The model card: what it says, where that comes from, and what it leaves out."""
+"""The model card: its contents, their sources, and what it omits."""
 
 import json
 import re
@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "model_cards/examples"
 
 
 def written(folder, **options):
-    """The card as the Hub gets it, read back."""
+    """The card as sent to the Hub, read back."""
     return ModelCard(str(model_card(count_folder(folder), REPO, **options)))
 
 
@@ -92,7 +92,7 @@ def test_speed_is_stated_once_it_was_measured(packed):
     stated = f"{record['tokens_per_second']:.1f} tokens per second on {record['device']}"
     text = written(packed).text
     assert stated in result.stdout and f"{stated}: one sequence, 4 new tokens" in text
-    assert "bfloat16, backend reference." in text  # what ran, not what was asked for
+    assert "bfloat16, backend reference." in text  # what ran, not what was requested
     edit(packed, "speed.json", lambda record: record.update(tokens_per_second=0.0))
     with pytest.raises(ValueError, match="has no valid speed"):
         model_card(count_folder(packed), REPO)
@@ -102,7 +102,7 @@ def test_speed_is_stated_once_it_was_measured(packed):
 
 
 def test_wikitext_and_large_figures_are_named_as_they_are(packed):
-    """What `hf-pcdvq eval` calls its default text is no path, and a task's perplexity is no share."""
+    """The name of `hf-pcdvq eval`'s default text is not a path, and a task's perplexity is not a percentage."""
     record = read_record(packed)
     replace(record, text=WIKITEXT2, tasks=[TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200)]).write(
         packed
@@ -201,7 +201,7 @@ def test_card_command_writes_the_file_whole(packed, tmp_path):
     arguments = ["card", str(packed), REPO, "--license", "mit", "--language", "en", "--out", str(out)]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert ModelCard.load(out).data.language == ["en"]
-    shutil.copy(out, packed / "README.md")  # one that was generated is written anew
+    shutil.copy(out, packed / "README.md")  # a generated card is regenerated
     printed = CliRunner().invoke(main, ["card", str(packed), "me/other"]).stdout
     assert 'from_pretrained("me/other"' in printed and "license: mit" not in printed
 
@@ -214,9 +214,9 @@ def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path, monkeypa
     card = written(tmp_path / "packed")
     assert (card.data.license, card.data.language) == ("mit", ["en"])
     assert f"hf-pcdvq quantize '{dense}' --no-calibration --out {tmp_path}/packed" in card.text
-    assert "base_model" not in card.data.to_dict()  # a folder of this machine is no name on the Hub
+    assert "base_model" not in card.data.to_dict()  # a local folder is not a name on the Hub
     assert "99.9" not in card.text and "Every weight was rounded to the nearest code" in card.text
-    # Nor is one that could be such a name, where the card is written from another folder.
+    # Nor is one that could be such a name, even if the card is written from another folder.
     shutil.copytree(dense, tmp_path / "org" / "dense")
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(main, ["quantize", "org/dense", "--no-calibration", "--out", "again"]).exit_code == 0

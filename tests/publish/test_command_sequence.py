@@ -1,4 +1,4 @@
-"""The commands in the order of docs/quickstart.md: each reads what those before it have written."""
+"""The commands in the order of docs/quickstart.md: each reads what the previous ones wrote."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every damage to a packed folder is found and named."""
+"""Every kind of damage to a packed folder is detected and named."""
 
 import json
 
@@ -21,7 +21,7 @@ def shard_of(folder, name):
 
 
 def change(folder, name, edit):
-    """Rewrite the shard that holds a tensor, after `edit` has changed its dictionary of tensors."""
+    """Apply `edit` to the dictionary of tensors in the shard that holds a tensor, and rewrite the shard."""
     file = shard_of(folder, name)
     tensors = load_file(file)
     edit(tensors)

@@ -1,4 +1,4 @@
-"""What a push sends, what it refuses, and how failures of the Hub, the network and the disk end."""
+"""What a push sends and rejects, and how it handles failures of the Hub, the network and the disk."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ REPO = "me/tiny-2bit"
 
 
 def same_logits(folder, files, tmp_path):
-    """Whether a repository's files are the model in a folder."""
+    """Whether a repository's files contain the same model as a folder."""
     (tmp_path / "there").mkdir()
     for name, content in files.items():
         (tmp_path / "there" / name).write_bytes(content)
@@ -87,7 +87,7 @@ def test_packed_model_that_was_loaded_again_keeps_its_original(packed, hub, tmp_
 
 @pytest.mark.parametrize("xet", [False, True])
 def test_pull_request_and_branch_leave_main_as_it_is(packed, hub, monkeypatch, xet):
-    """Both ways in which huggingface_hub uploads a folder; with Xet, what the stand-in takes are commits only."""
+    """Both ways in which huggingface_hub uploads a folder; with Xet, the stand-in receives commits only."""
     hub.lfs = not xet
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", not xet)
     hub.create(REPO)
@@ -100,7 +100,7 @@ def test_pull_request_and_branch_leave_main_as_it_is(packed, hub, monkeypatch, x
 
 
 def test_second_push_replaces_everything_of_the_first(packed, hub, tmp_path):
-    """Shards and measurements of the model before would otherwise lie beside the new one."""
+    """Otherwise shards and measurements of the previous model would remain next to the new one."""
     push_folder(packed, REPO)
     assert "model.safetensors.index.json" in hub.repos[REPO].files()
     again = tmp_path / "again"
@@ -115,12 +115,12 @@ def test_second_push_replaces_everything_of_the_first(packed, hub, tmp_path):
     assert len(hub.repos[REPO].commits) == 3  # nothing has changed
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------------- what is rejected
 
 
 @pytest.fixture
 def other(tiny_model_dir, tmp_path):
-    """Makes packed variations of the tiny model."""
+    """Creates packed variants of the tiny model."""
 
     def make(config=None, **sizes):
         dense = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -216,7 +216,7 @@ def test_wrong_names_and_options_are_refused_at_once(packed, calibrated, hub, tm
 
 
 def test_upload_that_is_cut_leaves_nothing_half_and_the_next_push_completes_it(packed, hub, tmp_path):
-    # The first file gets through, the next is cut as often as it is tried again.
+    # The first file gets through, the next is interrupted on every retry.
     hub.faults = [Fault("PUT", "/lfs/", None, times=99, skip=1)]
     result = run("push", packed, REPO)
     assert result.exit_code == 1
@@ -296,7 +296,7 @@ def test_unreachable_hub(packed, hub):
 
 @pytest.mark.parametrize("kilobytes", [1, 40])  # at config.json, and in the middle of a shard
 def test_full_disk_ends_in_one_clear_message_and_leaves_nothing(calibrated, hub, tmp_path, kilobytes):
-    """A limit on the size of a file fails like a full disk, with an error of write(), and needs no privileges."""
+    """A file size limit fails like a full disk, with an error from write(), and needs no privileges."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
     try:

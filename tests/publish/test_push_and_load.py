@@ -1,4 +1,4 @@
-"""A whole push by HTTP, and loading what it made in new processes with empty caches."""
+"""A complete push over HTTP, and loading the result in new processes with empty caches."""
 
 import re
 
@@ -76,7 +76,7 @@ def test_pushed_model_loads_in_a_new_process_bit_identically(evaluated_once, run
 
 
 def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_model_dir, hub, run_with, tmp_path):
-    """With a mixture of experts, whose weights Transformers would not rename for a class of custom code."""
+    """With a mixture of experts, whose weights Transformers would not rename for a custom-code class."""
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 64}
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The report on the compiled kernels, on two small ones."""
+"""The report on compiled kernels, for two small ones."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def test_table_and_file_hold_the_same_figures(tmp_path):
     names = ["ccq-2.5, 1 tokens", "ccq-2.5, 1 tokens of experts", "rotation"]
     assert [(row["kernel"], row["target"]) for row in rows] == [(name, "sm_90") for name in names]
     product, _, rotation = rows
-    # The test of the compiled kernels holds the product at 3.5; a loop that was not found would count next to nothing.
+    # test_compiled.py limits the product to 3.5; if the loop were not found, the count would be near zero.
     assert 2 < product["instructions"] < 3.5 and rotation["instructions"] is None
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in rows)
     assert f"{product['instructions']:.2f}" in done.stdout and "sm_90" in done.stdout
@@ -36,7 +36,7 @@ def test_wrong_names_are_refused_before_anything_is_compiled(tmp_path, monkeypat
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import kernel_report
 
-    monkeypatch.setattr(kernel_report.compiled, "measure_all", None)  # would end in an error of another kind
+    monkeypatch.setattr(kernel_report.compiled, "measure_all", None)  # calling it would raise a different error
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--kernel", "qtip"])
     with pytest.raises(SystemExit, match=r"no kernel has a name like \['qtip'\]; there are: pcdvq-2.0, 1 tokens;"):
         kernel_report.main()

@@ -1,6 +1,6 @@
-"""What a user does with a format, done with the toy one. Runs in a process of its own, with Triton's interpreter.
+"""Everything that users do with a format, with the toy one. Runs in a separate process with Triton's interpreter.
 
-python check.py <folder of a dense model> <folder to work in>
+python check.py <folder of a dense model> <working folder>
 """
 
 import sys
@@ -39,16 +39,16 @@ def close(a, b, tolerance):
     return (a - b).norm() < tolerance * b.norm()
 
 
-# It quantizes while a model loads, saves, loads and decodes: as the format of a config, and for some modules.
+# Quantizes on load, saves, loads and decodes: as the format of a config, and for some modules only.
 for name, config in (("whole", CcqConfig(layout="toy")), ("some", PcdvqConfig(overrides={"mlp": "toy-4.0"}))):
     model = load(DENSE, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(WORK / name)
     assert load_file(WORK / name / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
     assert torch.equal(logits(load(WORK / name)), logits(model))
     dense = load(WORK / name, quantization_config=type(config)(dequantize=True))
-    assert close(logits(dense), logits(model), 1e-5)  # products with decoded weights are summed in another order
+    assert close(logits(dense), logits(model), 1e-5)  # products with decoded weights are summed in a different order
 
-# It calibrates: closer to the original than rounding is.
+# Calibrates: the result is closer to the original than with rounding.
 model, rounded = (load(folder, dtype=torch.float32) for folder in (DENSE, WORK / "whole"))
 before = logits(model)
 windows = torch.randint(2, 200, (34, 64), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ calibration = Calibration(samples=32, length=64, holdout=2)
 quantize_model(model, None, CcqConfig(layout="toy", calibration=calibration), windows, progress=False)
 assert (logits(model) - before).norm() < 0.9 * (logits(rounded) - before).norm()
 
-# It multiplies, in the reference and as a kernel, one weight and a stack of them.
+# Multiplies, in the reference and as a kernel, with one weight and with a stack.
 packed = random_packed("toy-4.0", 9, 192)
 exact = ops.dequantize("toy", packed, torch.float64)
 torch.library.opcheck(torch.ops.hf_pcdvq_kernels.toy_matmul, (torch.randn(3, 192, requires_grad=True), *packed))
@@ -74,7 +74,7 @@ for backend in ("reference", "triton"):
 assert ops.prepare(x, None, "toy-4.0") is not None
 ops.set_backend("auto")
 
-# It prints.
+# Is shown by `inspect`.
 assert "toy-4.0" in run("inspect", WORK / "whole")
 assert "toy-4.0" in run("inspect", WORK / "some")
 out = WORK / "command"

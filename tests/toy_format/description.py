@@ -1,4 +1,4 @@
-"""A toy: four bits, rounded to integers times a scale per output channel."""
+"""The toy format: four bits, rounded to integers times a scale per output channel."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def matmul_kernel(
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
     for block in range(begin, stop):
-        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
+        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for pair in tl.static_range(16):
             byte = tl.load(p_weight + (row * units + o_unit) * 16 + pair).to(tl.int32)

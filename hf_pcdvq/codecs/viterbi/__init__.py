@@ -1,14 +1,15 @@
-"""The rings of bits of the stream layout that leave nearly the least squared error: a Viterbi search over their windows.
+"""Tail-biting Viterbi search over windows: finds rings of the stream layout with nearly the least squared error.
 
-A window of `L` bits moves on by the `k` new bits of the next weight. What two neighbouring windows share are `L - k`
-bits, the trellis state between them; a window `w` leads from state `w >> k` to state `w mod 2^(L - k')`, where `k'` are
-the new bits of the weight after it. For every state the search keeps the least error of all paths that lead there.
+From one weight to the next, a window of `L` bits advances by the `k` new bits of the next weight. Adjacent windows
+share `L - k` bits, the trellis state between them; a window `w` leads from state `w >> k` to state
+`w mod 2^(L - k')`, where `k'` is the number of new bits of the weight after it. For every state the search keeps the
+least error of all paths to it.
 
-In a ring the path has to end in the state in which it began. That state is found first, by a search without the
-condition over a stretch of `OVERLAP` weights on either side of the ring's border; the search over the whole ring is
-exact, given that state. (Trying all states would take a search for each.)
+In a ring, the path has to end in the state in which it began. That state is found first, by an unconstrained search
+over a stretch of `OVERLAP` weights on either side of the ring's boundary; given that state, the search over the whole
+ring is exact. (Trying all states would take one search for each.)
 
-`search` chooses the implementation: `triton.py` on a GPU, on a CPU the loops that Numba compiles (`numba.py`) where it is
+`search` chooses the implementation: `triton.py` on a GPU; on a CPU, loops compiled by Numba (`numba.py`) if it is
 installed, otherwise PyTorch operations (`reference.py`), which are the reference for both.
 """
 
@@ -27,21 +28,21 @@ __all__ = ["OVERLAP", "search"]
 
 
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) -> Tensor:
-    """Windows of nearly the least `sum of cost * (value of the window - target)^2` over every ring.
+    """Windows with nearly the least `sum of cost * (value of the window - target)^2` over every ring.
 
-    Which implementation runs, `hf_pcdvq_kernels.set_backend` says, as for the ops.
+    `hf_pcdvq_kernels.set_backend` selects the implementation, as for the ops.
 
     Args:
-        targets: float32 `[C, N]`, `N` a multiple of the layout's period; rings of 256 run along the second dimension,
+        targets: float32 `[C, N]`, `N` a multiple of the layout's period; rings of 256 run along the second dimension;
             the last one may be shorter.
-        cost: float32 `[N]`, not negative.
-        values: float32 `[2^L]`, of all windows.
+        cost: float32 `[N]`, non-negative.
+        values: float32 `[2^L]`, the values of all windows.
 
     Returns:
-        int32 `[C, N]`; in every ring each window continues the one before it, and the first one the last.
+        int32 `[C, N]`; in every ring each window continues the previous one, and the first one continues the last.
 
     Raises:
-        RuntimeError: the backend is set to `"triton"`, and there is no Triton for this device.
+        RuntimeError: the backend is `"triton"`, and Triton does not support this device.
     """
     if use_triton(targets.device, targets.dtype):
         from . import triton

@@ -1,4 +1,4 @@
-"""The search of `reference.py` as loops that Numba compiles for the CPU. Same arguments, same scheme, same errors to rounding."""
+"""The search of `reference.py` as CPU loops compiled by Numba. Same arguments and algorithm, equal up to rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reference import FORBIDDEN
 
 
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, overlap: int) -> Tensor:
-    """See `viterbi.search`; `overlap` weights on either side of a ring's border decide the state there."""
+    """See `viterbi.search`; `overlap` weights on either side of a ring's boundary determine the state there."""
     columns, rows = targets.shape
     strides = np.resize(np.array(layout.strides), min(rows, STREAM_RING))
     found = np.empty((columns, rows), np.int32)
@@ -20,7 +20,7 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
     tables = tuple(by_code.get(stride, np.empty((0, 0), np.float32)) for stride in (2, 3, 4))
     most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it at run time
-    threads = torch.get_num_threads()  # which Numba's OpenMP layer sets to all cores when it starts its own
+    threads = torch.get_num_threads()  # Numba's OpenMP layer sets it to all cores when it starts its own
     before = get_num_threads()
     set_num_threads(min(threads, most))
     try:
@@ -50,7 +50,7 @@ def _ring(trellis, overlap, found):  # pragma: no cover
     target, _, _, _, strides, window, errors = trellis
     length = len(target)
     errors[0] = 0
-    before = length - overlap % length  # where the stretch round the border begins
+    before = length - overlap % length  # start of the stretch around the boundary
     _forward(trellis, before, 2 * overlap)
     states = 1 << (window - strides[overlap % length])
     windows = np.empty(2 * overlap, np.int32)
@@ -64,27 +64,29 @@ def _ring(trellis, overlap, found):  # pragma: no cover
 
 @njit
 def _forward(trellis, first, count):  # pragma: no cover
-    """Least errors of the paths to every state, from `errors[0]` over `count` weights, round the ring."""
+    """Least errors of the paths to every state, from `errors[0]` over `count` weights, wrapping around the ring."""
     target, cost, _, tables, strides, window, errors = trellis
     length = len(target)
     scratch = np.empty((16, 1 << (window - 4)), np.float32)
     for i in range(count):
         row = (first + i) % length
-        stride, behind = strides[row], strides[(row + 1) % length]
-        _step(errors[i], errors[i + 1], scratch, tables[stride - 2], target[row], cost[row], window, stride, behind)
+        stride, next_stride = strides[row], strides[(row + 1) % length]
+        _step(
+            errors[i], errors[i + 1], scratch, tables[stride - 2], target[row], cost[row], window, stride, next_stride
+        )
 
 
 @njit(fastmath=True)
-def _step(before, after, scratch, table, target, cost, window, stride, behind):  # pragma: no cover
-    """One weight. `table[c]` holds the values of the windows whose new bits are `c`, by the state that they come from.
+def _step(before, after, scratch, table, target, cost, window, stride, next_stride):  # pragma: no cover
+    """Advance by one weight. `table[c]` holds the values of the windows whose new bits are `c`, by preceding state.
 
-    The loops run along states that lie side by side and take four paths, then four codes, at a time (strides are at
-    least 2), which the compiler turns into vector instructions.
+    The loops run along adjacent states and take four paths, then four codes, at a time (strides are at least 2),
+    which the compiler vectorizes.
     """
-    merged = 1 << (window - stride - behind)
+    merged = 1 << (window - stride - next_stride)
     for code in range(1 << stride):
         least = scratch[code, :merged]
-        for high in range(0, 1 << behind, 4):
+        for high in range(0, 1 << next_stride, 4):
             path, value = before[high * merged :], table[code, high * merged :]
             path_0, path_1, path_2, path_3 = path, path[merged:], path[2 * merged :], path[3 * merged :]
             value_0, value_1, value_2, value_3 = value, value[merged:], value[2 * merged :], value[3 * merged :]
@@ -112,15 +114,15 @@ def _step(before, after, scratch, table, target, cost, window, stride, behind): 
 
 @njit
 def _back(trellis, first, count, stop, state, windows):  # pragma: no cover
-    """The best path to `state`, back to the weight number `stop`: fills `windows`, returns the state before it."""
+    """Trace the best path to `state` back to weight `stop`: fills `windows`, returns the state before that weight."""
     target, cost, values, _, strides, window, errors = trellis
     length = len(target)
     for i in range(count - 1, stop - 1, -1):
         row = (first + i) % length
-        stride, behind = strides[row], strides[(row + 1) % length]
+        stride, next_stride = strides[row], strides[(row + 1) % length]
         best, least = 0, np.float32(np.inf)
-        for high in range(1 << behind):
-            candidate = high << (window - behind) | state
+        for high in range(1 << next_stride):
+            candidate = high << (window - next_stride) | state
             difference = values[candidate] - target[row]
             error = errors[i, candidate >> stride] + cost[row] * difference * difference
             if error < least:

@@ -1,4 +1,4 @@
-"""The search of `viterbi.search` in PyTorch operations, on any device: the reference of the other implementations."""
+"""`viterbi.search` in PyTorch operations, on any device: the reference for the other implementations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
 from torch import Tensor
 
-# Weights on either side of a ring's border that decide the state there. At 2 bits and windows of 12 the squared error is
-# 0.4 % above that of an endless stream with 48 of them, 0.1 % with 96.
+# Weights on either side of a ring's boundary that determine the state there. At 2 bits and windows of 12 bits, the
+# squared error is 0.4 % above that of an endless stream with 48 of them, 0.1 % with 96.
 OVERLAP = 96
-# Larger than any error, and still finite in float32: the errors of paths that must not be taken.
+# The error of forbidden paths: larger than any real error, yet finite in float32.
 FORBIDDEN = 1e30
-# Floats that the reference keeps for the windows of one weight, over all rings that it searches at a time.
+# Floats held for the windows of one weight, over all rings searched at a time.
 _ELEMENTS = {"cpu": 1 << 18}
 _ELEMENTS_ACCELERATOR = 1 << 22
 
@@ -34,7 +34,7 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) 
 
 
 class _Ring:
-    """The same ring of several inputs: `targets` `[C, R]`."""
+    """One ring of `R` weights for `C` inputs: `targets` `[C, R]`."""
 
     def __init__(self, targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout):
         self.targets, self.cost, self.values, self.layout = targets, cost, values, layout
@@ -60,11 +60,11 @@ class _Ring:
         return 1 << (self.layout.window_bits - self._stride(row))
 
     def _errors(self, row: int) -> Tensor:
-        """The weighted squared error of every window at a row, `[C, 2^L]`."""
+        """The weighted squared error of every window for a row, `[C, 2^L]`."""
         return (self.values - self.targets[:, row, None]).square_().mul_(self.cost[row])
 
     def _forward(self, rows: list[int], start: Tensor) -> list[Tensor]:
-        """Least errors of the paths to every state, `[C, states]`: before the first row, ..., behind the last one."""
+        """Least errors of the paths to every state, `[C, states]`: before the first row, ..., after the last one."""
         errors = [start]
         for row in rows:
             error = self._errors(row)
@@ -73,11 +73,11 @@ class _Ring:
         return errors
 
     def _back(self, rows: list[int], errors: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-        """The best path to `state` `[C]` behind the last row: its windows int32 `[C, rows]`, and where it began."""
+        """The best path to `state` `[C]` after the last row: its windows int32 `[C, rows]`, and its initial state."""
         windows = state.new_empty(len(state), len(rows), dtype=torch.int32)
         for i in reversed(range(len(rows))):
-            stride, behind = self._stride(rows[i]), self._stride(rows[i] + 1)
-            high = torch.arange(1 << behind, device=state.device) << (self.layout.window_bits - behind)
+            stride, next_stride = self._stride(rows[i]), self._stride(rows[i] + 1)
+            high = torch.arange(1 << next_stride, device=state.device) << (self.layout.window_bits - next_stride)
             candidates = high | state[:, None]
             error = (self.values[candidates] - self.targets[:, rows[i], None]).square() * self.cost[rows[i]]
             error += errors[i].gather(1, candidates >> stride)

@@ -1,6 +1,6 @@
-"""The search of `reference.py` as a Triton kernel. Same arguments, same scheme, same errors to rounding.
+"""The search of `reference.py` as a Triton kernel. Same arguments and algorithm, equal errors up to rounding.
 
-One program searches one ring. What lies between two weights, the least errors of all states, goes through a buffer in
+One program searches one ring. From weight to weight, the least errors of all states are passed through a buffer in
 global memory, which stays in the caches; a barrier separates the weights.
 """
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from .reference import FORBIDDEN
 
 WARPS = 8
-# States that a program works on at a time: eight per thread, so that registers suffice.
+# States that a program processes at a time: eight per thread, so that they fit in registers.
 _BLOCK = 2048
-# Bytes of the buffer of a launch that takes several columns at once; one column takes what its rings need.
+# Bytes of the buffer for a launch over several columns; a single column may take more if its rings need it.
 _BUFFER = 1 << 30
 
 
 def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, overlap: int) -> Tensor:
-    """See `viterbi.search`; `overlap` weights on either side of a ring's border decide the state there."""
+    """See `viterbi.search`; `overlap` weights on either side of a ring's boundary determine the state there."""
     columns, rows = targets.shape
     targets, cost = targets.contiguous(), cost.contiguous()
     found = torch.empty(columns, rows, dtype=torch.int32, device=targets.device)
@@ -34,7 +34,7 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     steps, states = constant["STEPS"], constant["STATES"]
     chunk = max(1, _BUFFER // (4 * steps * states * rings))
     errors = torch.empty(min(chunk, columns) * rings, steps, states, dtype=torch.float32, device=targets.device)
-    # Triton launches on the current device, whichever the tensors are on.
+    # Triton launches on the current device, not on that of the tensors.
     here = (
         torch.get_device_module(targets.device).device(targets.device)
         if targets.device.type != "cpu"
@@ -50,7 +50,7 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
 
 
 def constants(layout: StreamLayout, overlap: int) -> dict[str, Any]:
-    """The kernel's arguments that it is compiled for."""
+    """The compile-time constants of the kernel."""
     states = 1 << (layout.window_bits - min(layout.strides))
     return {
         "STRIDES": sum(layout.strides[i % len(layout.strides)] << 4 * i for i in range(4)),
@@ -73,7 +73,7 @@ def search_kernel(
     p_errors,  # float32 [programs, STEPS, STATES]
     p_found,  # int32 [C, N]
     rows,  # N
-    STRIDES: tl.constexpr,  # new bits of weights 0, 1, 2, 3, and again: four bits each, from the lowest
+    STRIDES: tl.constexpr,  # new bits of weights 0, 1, 2, 3, repeating: four bits each, from the lowest
     WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
     RING: tl.constexpr,
@@ -91,7 +91,7 @@ def search_kernel(
     p_errors += (column * tl.num_programs(1) + ring) * STEPS * STATES
     o_state = tl.arange(0, STATES)
 
-    # The state at the ring's border: the best path over the weights around it, free at both ends.
+    # The state at the ring's boundary: from the best path over the weights around it, free at both ends.
     before = length - OVERLAP % length
     tl.store(p_errors + o_state, tl.zeros([STATES], tl.float32))
     for i in range(2 * OVERLAP):
@@ -119,7 +119,7 @@ def search_kernel(
         )
         state = window >> _stride((before + i) % length, STRIDES)
 
-    # The best path through the ring that begins and ends in that state.
+    # The best path around the ring that begins and ends in that state.
     tl.debug_barrier()
     tl.store(p_errors + o_state, tl.where(o_state == state, 0.0, FORBIDDEN))
     for i in range(length):
@@ -157,17 +157,17 @@ def _step(
     CANDIDATES: tl.constexpr,
     FORBIDDEN: tl.constexpr,
 ):
-    """From the least errors before weight `first + i` of the ring to those behind it."""
+    """Advance the least errors from before weight `first + i` of the ring to after it."""
     row = (first + i) % length
-    stride, behind = _stride(row, STRIDES), _stride((row + 1) % length, STRIDES)
+    stride, next_stride = _stride(row, STRIDES), _stride((row + 1) % length, STRIDES)
     target, cost = tl.load(p_targets + row), tl.load(p_cost + row)
-    tl.debug_barrier()  # the errors before were written by other threads
+    tl.debug_barrier()  # the previous errors were written by other threads
     for start in range(0, STATES, BLOCK):
         o_state = start + tl.arange(0, BLOCK)
-        exists = o_state < (1 << (WINDOW - behind))
+        exists = o_state < (1 << (WINDOW - next_stride))
         least = tl.full([BLOCK], FORBIDDEN, tl.float32)
         for high in tl.static_range(CANDIDATES):
-            window = (high << (WINDOW - behind)) | o_state
+            window = (high << (WINDOW - next_stride)) | o_state
             valid = exists & (window < (1 << WINDOW))
             difference = tl.load(p_values + window, mask=valid, other=0.0) - target
             path = tl.load(p_errors + i * STATES + (window >> stride), mask=valid, other=FORBIDDEN)
@@ -190,14 +190,14 @@ def _back(
     STATES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """The window at weight `first + i` of the best path that has `state` behind it."""
+    """The window at weight `first + i` of the best path that is in `state` after it."""
     row = (first + i) % length
-    stride, behind = _stride(row, STRIDES), _stride((row + 1) % length, STRIDES)
+    stride, next_stride = _stride(row, STRIDES), _stride((row + 1) % length, STRIDES)
     target, cost = tl.load(p_targets + row), tl.load(p_cost + row)
     o_high = tl.arange(0, CANDIDATES)
-    window = (o_high << (WINDOW - behind)) | state
+    window = (o_high << (WINDOW - next_stride)) | state
     valid = window < (1 << WINDOW)
     difference = tl.load(p_values + window, mask=valid, other=0.0) - target
     path = tl.load(p_errors + i * STATES + (window >> stride), mask=valid, other=float("inf"))
     best = tl.argmin(path + cost * difference * difference, 0)
-    return (best << (WINDOW - behind)) | state
+    return (best << (WINDOW - next_stride)) | state

@@ -1,4 +1,4 @@
-"""Decoding ops of packed weights. Needs torch only; knows nothing of Transformers or of the plugin."""
+"""Ops on packed weights: decoding and matrix products. Depends on torch only, not on Transformers or the plugin."""
 
 from .backend import get_backend, set_backend
 from .formats import FAMILIES, FORMATS, family_of

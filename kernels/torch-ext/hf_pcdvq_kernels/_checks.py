@@ -15,7 +15,7 @@ def check_float(op: str, name: str, dtype: torch.dtype) -> None:
 def check_tensor(
     op: str, name: str, tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    """A packed tensor or table: exact dtype and shape, contiguous, on the device of the others."""
+    """Check a packed tensor or table: exact dtype and shape, contiguous, on the same device as the others."""
     if tensor is None:
         raise ValueError(f"{op}: {name} is required, got None")
     if tensor.dtype != dtype:
@@ -53,12 +53,12 @@ def check_input(op: str, x: torch.Tensor, weight: torch.Tensor, rows: int, colum
 
 
 def check_stack(op: str, stack: list[torch.Tensor | None]) -> None:
-    """Packed tensors of several weights: one more dimension, the same number of weights in each."""
+    """Check stacks of packed tensors: an extra leading dimension, of the same size in all of them."""
     experts = stack[0].shape[0] if stack[0].ndim == 3 else 0
     for tensor in stack:
         if tensor is not None and (not experts or tensor.shape[:1] != (experts,) or not tensor.is_contiguous()):
             raise ValueError(
-                f"{op}: packed tensors must be contiguous stacks of as many weights, weight [E, N, words] and so on, got "
+                f"{op}: packed tensors must be contiguous stacks of equal length (weight [E, N, words] etc.), got "
                 f"{list(stack[0].shape)} and {list(tensor.shape)}"
             )
 
@@ -70,13 +70,13 @@ def check_groups(op: str, x: torch.Tensor, experts: torch.Tensor, columns: int) 
 
 
 def check_signs(op: str, signs: torch.Tensor, columns: int, device: torch.device) -> None:
-    """Signs of a rotation of `columns` numbers."""
+    """Check the signs of a rotation of `columns` values."""
     block = signs.numel()
     if block == 0 or block & (block - 1):
         raise ValueError(f"{op}: signs must have a power-of-two length, got {block}")
     check_tensor(op, "signs", signs, torch.float32, (block,), device)
     if columns % block:
-        raise ValueError(f"{op}: {columns} numbers cannot be rotated in blocks of {block}, the length of signs")
+        raise ValueError(f"{op}: {columns} values cannot be rotated in blocks of {block}, the length of signs")
 
 
 def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
@@ -93,11 +93,11 @@ def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"prepare: x must be float16 or bfloat16, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"prepare: x must be [..., K] and hold something, got {list(x.shape)}")
+        raise ValueError(f"prepare: x must be [..., K] and not empty, got {list(x.shape)}")
     if signs is not None:
         check_signs("prepare", signs, x.shape[-1], x.device)
 
 
 def check_prepared(op: str, prepared: torch.Tensor, words: int, device: torch.device) -> None:
-    """Activations prepared for another product than this are most often of another size."""
+    """Check the size of prepared activations: those prepared for a different product usually differ in size."""
     check_tensor(op, "prepared", prepared, torch.int32, (words,), device)

@@ -1,8 +1,8 @@
-"""Every op, declared once: schema, fake implementation, implementation, derivative.
+"""Every op, declared once: schema, fake implementation, implementation, gradient.
 
-An implementation validates its arguments and runs as Triton kernels or as the PyTorch reference, whichever
-`backend.use_triton` says; `prepare` exists for Triton only. The ops of a family of formats follow from its description
-in `formats/`. `functional.py` holds the public functions with their documentation.
+An implementation validates its arguments, then runs Triton kernels or the PyTorch reference, as `backend.use_triton`
+decides; `prepare` exists for Triton only. The ops of a family of formats are derived from its description in
+`formats/`. `functional.py` has the public functions and their documentation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .formats import FAMILIES, PackedWeight
 from .reference import products
 from .reference.hadamard import hadamard as reference_hadamard
 
-# The package's own name: copies that Hugging Face's `kernels` loads under names of their own live beside each other.
+# The package's own name, so that copies which Hugging Face's `kernels` loads under other names can coexist.
 NAMESPACE = __package__.replace(".", "_")
 OPS = getattr(torch.ops, NAMESPACE)
 
@@ -80,11 +80,11 @@ def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
     return product.prepare(x, signs, format)
 
 
-# ------------------------------------------------------------------------------------ what every family of formats has
+# ---------------------------------------------------------------------------------- the ops of every family of formats
 
 
 def _schema(family: type[PackedWeight]) -> str:
-    """The arguments that a family's ops have in common."""
+    """The part of the schema that all ops of a family share."""
     return ", ".join(f"{argument.type} {argument.name}" for argument in family.arguments)
 
 
@@ -129,10 +129,10 @@ def _define_matmul(family: type[PackedWeight]) -> None:
     name = f"{family.family}_matmul"
     schema = f"Tensor x, {_schema(family)}, bool transposed=False, Tensor? signs=None, Tensor? prepared=None"
     torch.library.define(f"{NAMESPACE}::{name}", f"({schema}) -> Tensor")
-    count = len(family.arguments)  # without x and the last three, which may be left out
+    count = len(family.arguments)  # excluding x and the last three, which are optional
 
     def check(x, packed, last):
-        # PyTorch hands over the last three by position, by name or, with their default values, not at all.
+        # PyTorch passes the last three by position, by name or, if they have their default values, not at all.
         packed, positional = packed[:count], packed[count:]
         given = {**last, **dict(zip(("transposed", "signs", "prepared"), positional))}
         transposed, signs, prepared = given.get("transposed", False), given.get("signs"), given.get("prepared")
@@ -160,7 +160,7 @@ def _define_matmul(family: type[PackedWeight]) -> None:
 
 
 def _register_matmul_autograd(name: str) -> None:
-    """The derivative in `x` of `x @ W.T` is `grad @ W`, which is the same op transposed; codes have none."""
+    """The gradient of `x @ W.T` with respect to `x` is `grad @ W`, the same op transposed; codes have no gradient."""
     op = getattr(OPS, name)
 
     def setup_context(ctx, inputs, output):

@@ -9,11 +9,11 @@ from functools import cache
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+_DEVICES = ("cuda", "xpu")  # ROCm devices are also of type cuda
 
 
 class _Choice:
-    """What the user asked for, for the whole process: threads that generate text must see it too."""
+    """The user's choice, process-wide: threads that generate text must see it too."""
 
     backend = "auto"
 
@@ -27,7 +27,7 @@ def set_backend(backend: str) -> None:
             PyTorch whatever is chosen. The search that encodes the stream layout obeys the choice too.
 
     Raises:
-        ValueError: another name.
+        ValueError: unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -35,15 +35,15 @@ def set_backend(backend: str) -> None:
 
 
 def get_backend() -> str:
-    """The implementation chosen with `set_backend`; `"auto"` unless it was called."""
+    """The backend chosen with `set_backend`; `"auto"` by default."""
     return _Choice.backend
 
 
 def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an op on this device, with activations or a result of this dtype, runs as Triton kernels.
+    """Whether an op on this device, with activations or a result of this dtype, runs on Triton kernels.
 
     Raises:
-        RuntimeError: Triton was asked for and cannot do it.
+        RuntimeError: the backend is `"triton"`, and Triton cannot run the op.
     """
     if _Choice.backend == "reference" or (_Choice.backend == "auto" and device.type not in _DEVICES):
         return False

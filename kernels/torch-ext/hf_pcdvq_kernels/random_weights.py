@@ -1,4 +1,4 @@
-"""Packed tensors of random bits, for whatever needs a weight and no model: tests, tuning, benchmarks."""
+"""Packed tensors of random bits, for code that needs a weight but no model: tests, tuning, benchmarks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .formats import PackedWeight, family_of
 def random_packed(
     format: str, rows: int, columns: int, seed: int = 0, device: str | torch.device = "cpu", **parameters: Any
 ) -> list[Any]:
-    """The arguments of a weight of random codes: every bit pattern is one.
+    """The op arguments of a weight with random codes: every bit pattern is a valid code.
 
     Args:
-        format: by name.
-        rows, columns: of the weight; `columns` as the format allows.
-        seed: of the codes.
-        device: where to make them.
-        parameters: arguments that are no tensors, in place of the format's default ones (`window_bits` of stream).
+        format: name of the format.
+        rows, columns: size of the weight; `columns` must suit the format.
+        seed: seed of the codes.
+        device: where to create them.
+        parameters: non-tensor arguments that override the format's defaults (`window_bits` of stream).
 
     Raises:
         ValueError: there is no such format. TypeError: it has no such parameter.
@@ -49,6 +49,6 @@ def random_packed(
 def random_weight(
     format: str, rows: int, columns: int, seed: int = 0, device: str | torch.device = "cpu", **parameters: Any
 ) -> PackedWeight:
-    """The same as a validated weight."""
+    """The same, as a validated weight."""
     packed = random_packed(format, rows, columns, seed, device, **parameters)
     return family_of(format).checked("random_weight", *packed)

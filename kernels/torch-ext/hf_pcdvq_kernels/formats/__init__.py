@@ -1,7 +1,7 @@
-"""Every packed format, in one table: a family of formats is described by its class, in the file of its name.
+"""Every packed format, in one table. Each family of formats is described by a class, in the file named after it.
 
-The formats themselves are described in words, with their decode formulas, in the codecs that write them
-(`hf_pcdvq/codecs/`). The descriptions are here because the decoders may not import the plugin.
+The codecs that write the formats (`hf_pcdvq/codecs/`) document them in prose, with their decode formulas. The classes
+are here because the decoders may not import the plugin.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ FORMATS: dict[str, type[PackedWeight]] = {name: family for family in FAMILIES.va
 
 
 def family_of(name: str) -> type[PackedWeight]:
-    """The description of a format's family, by the name of the format.
+    """The description of the family that a format belongs to, by the name of the format.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: unknown format.
     """
     return _entry(FORMATS, "format", name)
 
 
 def family_named(family: str) -> type[PackedWeight]:
-    """The description of a family.
+    """The description of a family, by its name.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: unknown family.
     """
     return _entry(FAMILIES, "family of formats", family)
 
 
 def _entry(table: dict[str, type[PackedWeight]], kind: str, name: str) -> type[PackedWeight]:
     if name not in table:
-        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(table)}")
+        raise ValueError(f"unknown {kind} {name!r}; expected one of {', '.join(table)}")
     return table[name]
 
 

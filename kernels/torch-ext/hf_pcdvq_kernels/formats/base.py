@@ -1,4 +1,4 @@
-"""What a packed format is to the ops: the arguments that they take, the shapes of its tensors, its implementations."""
+"""What the ops know of a packed format: their arguments, the shapes of its tensors, its implementations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .. import _checks as checks
 if TYPE_CHECKING:
     from ..triton.format_kernels import FormatKernels
 
-# `decode(start, stop)` gives the rows from `start` to `stop` of a weight.
+# `decode(start, stop)` returns rows `start` to `stop` (exclusive) of a weight.
 Decode = Callable[[int, int], Tensor]
-# Shape and dtype of tensors, by the name of their argument.
+# Shape and dtype of tensors, by argument name.
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -29,7 +29,7 @@ class Argument:
     Attributes:
         name: as in the op's schema and in `Specs`.
         type: as in the op's schema: `"Tensor"`, `"Tensor?"`, `"str"`, `"float"`, `"int"`.
-        stacked: whether it belongs to one weight, so that a stack of weights has a stack of it.
+        stacked: whether each weight has its own, so that a stack of weights has a stack of them.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Argument:
 
 @dataclass(frozen=True)
 class PackedWeight(ABC):
-    """The packed tensors of one weight `[N, K]`, of one family of formats. A subclass is the description of its family.
+    """The packed tensors of one weight `[N, K]`. A subclass describes one family of formats.
 
-    Its fields are the arguments of the ops, in their order, `scale` `[N]` among them; everything else that the ops need is derived from what is
-    declared here. `checked` makes validated ones.
+    Its fields are the arguments of the ops, in order; `scale` `[N]` must be among them. Everything else that the ops need
+    is derived from what is declared here. `checked` creates validated instances.
 
     Attributes:
-        family: begins the names of the ops: `<family>_dequantize`, `<family>_matmul`, `<family>_grouped_matmul`.
-        names: the formats of the family by name, `"<family>-<bits>"` as a rule.
-        arguments: the packed tensors, tables and numbers that the ops take.
-        row_multiple: slices of rows begin at multiples of this.
-        has_kernels: whether there are Triton kernels, which `kernels` imports.
+        family: prefix of the names of the ops: `<family>_dequantize`, `<family>_matmul`, `<family>_grouped_matmul`.
+        names: names of the family's formats, usually `"<family>-<bits>"`.
+        arguments: the packed tensors, tables and scalars that the ops take.
+        row_multiple: slices of rows must start at multiples of this.
+        has_kernels: whether the family has Triton kernels, which `kernels` imports.
     """
 
     weight: Tensor
@@ -65,21 +65,21 @@ class PackedWeight(ABC):
     @classmethod
     @abstractmethod
     def multiple(cls, name: str) -> int:
-        """The number of inputs of a weight in this format is a multiple of this."""
+        """The number of inputs of a weight in this format must be a multiple of this."""
 
     @classmethod
     @abstractmethod
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
-        """Shape and dtype of the packed tensors of a weight `[rows, columns]`, those that the format lacks left out."""
+        """Shape and dtype of the packed tensors of a weight `[rows, columns]`, except those that the format lacks."""
 
     @classmethod
     def table_specs(cls, name: str) -> Specs:
-        """Shape and dtype of the tables that all weights share; none unless the format has a codebook."""
+        """Shape and dtype of the tables that all weights share; empty unless the format has a codebook."""
         return {}
 
     @classmethod
     def parameters(cls, name: str) -> dict[str, Any]:
-        """The arguments that are no tensors, with default values where the name leaves a choice."""
+        """The non-tensor arguments, with default values for what the format's name does not determine."""
         return {}
 
     @classmethod
@@ -89,7 +89,7 @@ class PackedWeight(ABC):
 
     @classmethod
     def random_scales(cls, name: str) -> dict[str, float]:
-        """What uniform random numbers of about 1 are multiplied by, by argument; 1 where it is left out."""
+        """Factors for uniform random numbers of about 1, by argument; 1 for those not listed."""
         return {}
 
     # ---------------------------------------------------------------------------------------------- one weight
@@ -97,7 +97,7 @@ class PackedWeight(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The format of this weight. Raises ValueError if there is no such format."""
+        """The name of this weight's format. Raises ValueError if its arguments match no format."""
 
     @property
     def rows(self) -> int:
@@ -113,15 +113,15 @@ class PackedWeight(ABC):
     @classmethod
     @cache
     def _unit_words(cls, name: str) -> int:
-        """Words along the inputs, for `multiple` of them."""
+        """Number of words along the inputs that hold `multiple` of them."""
         return cls.specs(name, cls.row_multiple, cls.multiple(name))["weight"][0][1]
 
     @classmethod
     def checked(cls, op: str, *arguments: Any) -> Self:
-        """A weight of the op's arguments.
+        """Create a weight from an op's arguments.
 
         Raises:
-            TypeError, ValueError: in the name of `op`, for tensors that do not belong together.
+            TypeError, ValueError: the arguments do not fit together; the message names `op`.
         """
         made = cls(*arguments)
         try:
@@ -146,19 +146,19 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def reference_rows(self, dtype: torch.dtype) -> Decode:
-        """Decodes slices of rows in plain PyTorch: float32 inside, rounded once to `dtype`."""
+        """A function that decodes slices of rows in plain PyTorch: computes in float32, rounds once to `dtype`."""
 
     def reference_matmul(self, x: Tensor, transposed: bool) -> Tensor:
-        """`x @ W.T`, or `x @ W` where `transposed`, in plain PyTorch; `x` is rotated already."""
+        """`x @ W.T`, or `x @ W` if `transposed`, in plain PyTorch; `x` is already rotated."""
         from ..reference.products import decoded_matmul
 
         return decoded_matmul(x, self, transposed)
 
     @classmethod
     def kernels(cls) -> FormatKernels:
-        """The Triton kernels of the family, imported when they are asked for.
+        """The Triton kernels of the family, imported on demand.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the family has none.
         """
         raise ValueError(f"formats of the family {cls.family!r} have no Triton kernels")

@@ -1,4 +1,4 @@
-"""The published CCQ layouts. The formats are described in words in `hf_pcdvq/codecs/convolutional.py`."""
+"""The published CCQ layouts. The formats are documented in `hf_pcdvq/codecs/convolutional.py`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ GROUP = 64  # consecutive inputs of one output channel that share a group scale
 class CcqLayout:
     """How one published CCQ layout cuts a code word into overlapping windows.
 
-    Weight `i` of a group of 64 lies in code word `i // len(shifts)`, as the `window_bits` bits above
-    `shifts[i % len(shifts)]`; its integer value is that window minus `offset`.
+    Weight `i` of a group of 64 is in code word `i // len(shifts)`, in the `window_bits` bits from bit
+    `shifts[i % len(shifts)]` up; its integer value is that window minus `offset`.
     """
 
     name: str
     bits: float  # nominal bits per weight
-    storage: torch.dtype  # dtype of one stored word, whose bit pattern is what counts
+    storage: torch.dtype  # dtype of one stored word; only its bit pattern matters
     words: int  # stored words per group of 64 weights
     shifts: tuple[int, ...]
     window_bits: int
-    scale_bits: int  # group-scale bits in the low end of the last word; 0: scales lie in a tensor of their own
+    scale_bits: int  # group-scale bits at the low end of the last word; 0: scales are in a separate tensor
 
     @property
     def offset(self) -> int:
@@ -39,12 +39,12 @@ class CcqLayout:
 
     @property
     def clustered(self) -> bool:
-        """True where a stored byte is mapped linearly to the code word ("code cluster")."""
+        """Whether a stored byte is mapped linearly to the code word ("code cluster")."""
         return self.scale_bits == 0
 
     @property
     def code_bits(self) -> int:
-        """Length of a code word: the windows laid over each other."""
+        """Length of a code word: the span of its overlapping windows."""
         return self.shifts[0] + self.window_bits
 
     @property
@@ -64,10 +64,10 @@ CCQ_LAYOUTS: dict[str, CcqLayout] = {
 
 
 def ccq_layout(name: str) -> CcqLayout:
-    """The published layout of a name.
+    """The published layout of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: unknown layout.
     """
     if name not in CCQ_LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, CCQ_LAYOUTS))}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Eight bits. The format is described in words in `hf_pcdvq/codecs/scalar.py`. It has no Triton kernels."""
+"""Eight bits. The format is documented in `hf_pcdvq/codecs/scalar.py`. It has no Triton kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Int8Weight(PackedWeight):
     """Signed bytes with a scale per output channel.
 
     Args:
-        weight: int32 `[N, K/4]`, four weights a word.
+        weight: int32 `[N, K/4]`, four weights per word.
         scale: float32 `[N]`.
     """
 

@@ -1,4 +1,4 @@
-"""PCDVQ. The format is described in words, with its decode formula, in `hf_pcdvq/codecs/polar.py`."""
+"""PCDVQ. The format is documented, with its decode formula, in `hf_pcdvq/codecs/polar.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PcdvqWeight(PackedWeight):
 
     Args:
         weight: int16 `[N, K/8]`, one word per 8-vector.
-        magnitude: uint8 `[N, K/32]`, the 2-bit magnitudes of four vectors a byte, or None where the words hold them (2.0).
+        magnitude: uint8 `[N, K/32]`, 2-bit magnitudes of four vectors per byte; None for 2.0, whose words hold them.
         scale: float32 `[N]`, standard deviation of each rotated row.
         patterns: int8 `[512, 8]` with `magnitude`, `[128, 8]` without; non-negative, of norm about 127.
         levels: float32 `[4]`, magnitudes divided by 127, in units of the row's standard deviation.

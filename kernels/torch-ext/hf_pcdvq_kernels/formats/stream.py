@@ -1,4 +1,4 @@
-"""CCQ's `stream` layout. The format is described in words, with its decode formula, in `hf_pcdvq/codecs/stream.py`."""
+"""CCQ's `stream` layout. The format is documented, with its decode formula, in `hf_pcdvq/codecs/stream.py`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .base import Argument, Decode, PackedWeight, Specs
 if TYPE_CHECKING:
     from ..triton.format_kernels import FormatKernels
 
-STREAM_RING = 256  # output channels whose bits, for one input, form a ring
-STREAM_MULTIPLIER = 0x8A7050F1  # of the hash, the winner of `tools/search_stream_hash.py`
+STREAM_RING = 256  # output channels whose bits, for one input, form a tail-biting ring
+STREAM_MULTIPLIER = 0x8A7050F1  # of the hash, found by `tools/search_stream_hash.py`
 _STRIDES = {2.0: (2,), 2.25: (2, 2, 2, 3), 2.5: (2, 3), 3.0: (3,), 4.0: (4,)}
 STREAM_BITS = tuple(_STRIDES)
 STREAM_WINDOW_BITS = (12, 13, 14, 15, 16)
@@ -25,10 +25,10 @@ STREAM_WINDOW_BITS = (12, 13, 14, 15, 16)
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """How the `stream` layout lays its windows over a ring of bits.
+    """How the `stream` layout places its windows on a ring of bits.
 
-    Output channels are coded in turn, each with the next of the `strides` new bits. A `period` is the least number of
-    channels after which the strides and the borders of the 32-bit words repeat.
+    Output channels are coded in order, each adding as many new bits as the next of the `strides`. A `period` is the
+    smallest number of channels after which the strides and the boundaries of the 32-bit words repeat.
     """
 
     bits: float  # bits per weight, the mean of the strides
@@ -42,25 +42,25 @@ class StreamLayout:
 
     @property
     def period_words(self) -> int:
-        """Words that a period takes."""
+        """Words per period."""
         return math.lcm(sum(self.strides), 32) // 32
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """For every channel of a period the bit position after its window."""
+        """For every channel of a period, the bit position after its window."""
         return tuple(accumulate(islice(cycle(self.strides), self.period)))
 
     def words(self, rows: int) -> int:
-        """Words per input for a number of output channels, which is filled up to whole periods."""
+        """Words per input for `rows` output channels, padded to whole periods."""
         return -(-rows // self.period) * self.period_words
 
 
 @cache
 def stream_layout(bits: float, window_bits: int) -> StreamLayout:
-    """The stream layout of these parameters.
+    """The stream layout with these parameters.
 
     Raises:
-        ValueError: there is none.
+        ValueError: unsupported `bits` or `window_bits`.
     """
     if bits not in STREAM_BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, STREAM_BITS))}, got {bits!r}")
@@ -75,9 +75,9 @@ class StreamWeight(PackedWeight):
     """CCQ in the `stream` layout.
 
     Args:
-        weight: int32 `[words, K]`, the bits of the output channels for every input.
-        scale: float32 `[N]`, of each output channel.
-        bits: 2.0, 2.25, 2.5, 3.0 or 4.0 per weight.
+        weight: int32 `[words, K]`, for every input the bits of all output channels.
+        scale: float32 `[N]`, per output channel.
+        bits: 2.0, 2.25, 2.5, 3.0 or 4.0 bits per weight.
         window_bits: 12 to 16.
     """
 

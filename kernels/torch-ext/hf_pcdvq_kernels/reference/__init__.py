@@ -1,1 +1,1 @@
-"""Plain PyTorch implementations of every op: the oracle of the tests and the fallback on any device."""
+"""Plain PyTorch implementations of every op: the oracle for the tests and the fallback on any device."""

@@ -1,4 +1,4 @@
-"""Decoding of the published CCQ layouts. The formats are described in `hf_pcdvq/codecs/convolutional.py`."""
+"""Decoding of the published CCQ layouts. The formats are documented in `hf_pcdvq/codecs/convolutional.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..formats.ccq import GROUP, CcqLayout
 
 
 def windows(words: torch.Tensor, layout: CcqLayout) -> torch.Tensor:
-    """Integer weights in code words: int32 `[..., words]` -> int32 `[..., words * len(shifts)]`."""
+    """The integer weights in code words: int32 `[..., words]` -> int32 `[..., words * len(shifts)]`."""
     shifts = torch.tensor(layout.shifts, device=words.device, dtype=torch.int32)
     values = (words[..., None] >> shifts) & ((1 << layout.window_bits) - 1)
     return values.flatten(-2) - layout.offset

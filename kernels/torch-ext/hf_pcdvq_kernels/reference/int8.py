@@ -1,4 +1,4 @@
-"""Decoding of signed bytes. The format is described in `hf_pcdvq/codecs/scalar.py`."""
+"""Decoding of signed bytes. The format is documented in `hf_pcdvq/codecs/scalar.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding of PCDVQ codes. The format is described in `hf_pcdvq/codecs/polar.py`."""
+"""Decoding of PCDVQ codes. The format is documented in `hf_pcdvq/codecs/polar.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 
 def sign_table(device: torch.device) -> torch.Tensor:
-    """The eight signs that every value of sign bits 0-6 stands for: +-1, float32 `[128, 8]`."""
+    """The eight signs for every value of sign bits 0-6: +-1, float32 `[128, 8]`."""
     negative = _bits(torch.arange(1 << SIGN_BITS, device=device, dtype=torch.int32), 1, SIGN_BITS)
     parity = negative.sum(-1, keepdim=True, dtype=torch.int32) & 1
     return (1 - 2 * torch.cat([negative, parity], -1)).float()
@@ -38,7 +38,7 @@ def dequantize(
         level = _bits(magnitude.to(torch.int32), MAGNITUDE_BITS, 4).reshape(rows, -1)
 
     factor = scale.float()[:, None] * levels.float()[level]
-    # Both lookups are rows of small tables, many times as fast on a CPU as unpacking every sign bit of every vector.
+    # Both lookups take rows of small tables, on a CPU many times as fast as unpacking every sign bit of every vector.
     vector = patterns.float().index_select(0, index.flatten())
     vector *= sign_table(weight.device).index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
     vector *= factor.reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""The whole weight, and products with it, in plain PyTorch."""
+"""Decoding of whole weights, and products with them, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .sliced import sliced_dequantize, sliced_matmul
 if TYPE_CHECKING:
     from ..formats import PackedWeight
 
-# Weights decoded at a time, unless a layout's rows cannot be cut so finely. Decoding needs about 20 bytes of temporaries
-# a weight, so a slice stays near 20 MiB however large the layer is, and is still large enough to keep a CPU's matrix
-# product busy.
+# Weights decoded at a time, unless the layout's row multiple forces larger slices. Decoding needs about 20 bytes of
+# temporaries per weight, so a slice stays near 20 MiB however large the layer is, yet is large enough to keep a CPU's
+# matrix product busy.
 SLICE = 1 << 20
 
 
@@ -26,6 +26,6 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def decoded_matmul(x: Tensor, weight: PackedWeight, transposed: bool) -> Tensor:
-    """`x @ W.T`, or `x @ W` where `transposed`, with the weight decoded in the dtype of `x`, slice by slice."""
+    """`x @ W.T`, or `x @ W` if `transposed`, with the weight decoded to the dtype of `x`, slice by slice."""
     decode = weight.reference_rows(x.dtype)
     return sliced_matmul(x, weight.rows, weight.columns, decode, transposed, weight.row_multiple, SLICE)

@@ -21,9 +21,9 @@ def sliced_dequantize(
     multiple: int,
     limit: int,
 ) -> torch.Tensor:
-    """The whole weight `[rows, columns]` of which `decode(start, stop)` gives rows.
+    """The whole weight `[rows, columns]`, whose rows `decode(start, stop)` returns.
 
-    At most `limit` weights are decoded at a time, as far as `start` must be a multiple of `multiple`.
+    Decodes at most `limit` weights at a time, but at least `multiple` rows: `start` must be a multiple of `multiple`.
     """
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     for start, stop in _slices(rows, columns, multiple, limit):
@@ -40,9 +40,9 @@ def sliced_matmul(
     multiple: int,
     limit: int,
 ) -> torch.Tensor:
-    """`x @ W.T` (or `x @ W` where `transposed`) for a `W` `[rows, columns]` of which `decode(start, stop)` gives rows.
+    """`x @ W.T` (or `x @ W` if `transposed`) for a `W` `[rows, columns]` whose rows `decode(start, stop)` returns.
 
-    `multiple` and `limit` are those of `sliced_dequantize`.
+    `multiple` and `limit` are as in `sliced_dequantize`.
     The transposed product sums over slices in float32, whatever the dtype of `x`.
     """
     flat = x.reshape(-1, x.shape[-1])

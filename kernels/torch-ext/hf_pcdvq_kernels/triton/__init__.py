@@ -1,1 +1,1 @@
-"""Triton kernels. Imported only where they run, so that the ops import without Triton."""
+"""Triton kernels. Imported only when they run, so that the ops can be imported without Triton."""

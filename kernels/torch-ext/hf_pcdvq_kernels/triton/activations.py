@@ -1,17 +1,17 @@
-"""The rotation of activations, by itself and on the way into the order in which a product reads them.
+"""The rotation of activations, alone or combined with reordering them into the layout that a product reads.
 
-The threads of a product take one *unit* of inputs at a time: 32 inputs (PCDVQ), a group of 64 (CCQ), a span of 1024
+Each thread of a product takes one *unit* of inputs at a time: 32 inputs (PCDVQ), a group of 64 (CCQ), a span of 1024
 (`stream`). `prepare_kernel` therefore rotates the activations and stores them in blocks of UNITS units as
 
-    int64 [T, blocks, QUADS, UNITS]     four 16-bit floats: inputs that a thread needs one after the other
-    float32 [T, blocks UNITS]           where SCALE: what each unit was divided by
+    int64 [T, blocks, QUADS, UNITS]     four 16-bit floats: inputs that a thread needs in succession
+    float32 [T, blocks UNITS]           if SCALE: the divisor of each unit
 
-so that neighbouring threads read neighbouring words. For products of float16 pairs (SCALE) every unit is divided by a
-power of two that brings its largest to between 2^13 and 2^14, so that any activation fits float16.
+so that adjacent threads read adjacent words. For products of float16 pairs (SCALE) every unit is divided by a power
+of two that brings its largest magnitude to between 2^13 and 2^14, so that any activation fits float16.
 
-Input r of a unit belongs to code word r // SLOTS and is weight r % SLOTS of it. Two words lie side by side in an int32, and
-so do their activations: pair (word // 2) * SLOTS + slot, half word % 2; two pairs are a quad. With one slot this is the
-natural order. Places without an input hold zero.
+Input r of a unit belongs to code word r // SLOTS and is weight r % SLOTS in it. Two words are packed side by side in
+an int32, and so are their activations: pair (word // 2) * SLOTS + slot, half word % 2; two pairs form a quad. With
+one slot this is the natural order. Unused places hold zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TILE = 1024  # inputs per program
 
 @dataclass(frozen=True)
 class Order:
-    """How a product reads its activations."""
+    """The order in which a product reads its activations."""
 
     unit: int  # inputs per unit, a divisor of TILE
     slots: int  # weights per code word
@@ -34,7 +34,7 @@ class Order:
 
     @property
     def places(self) -> int:
-        """Places of a unit: its inputs, and zeros where the last pair of words is not full."""
+        """Places per unit: its inputs, plus zeros to complete the last pair of words."""
         return -(-self.unit // (2 * self.slots)) * 2 * self.slots
 
     @property
@@ -43,18 +43,18 @@ class Order:
         return -(-self.places // 4)
 
     def blocks(self, columns: int) -> int:
-        """Blocks that hold this many inputs."""
+        """Number of blocks that hold `columns` inputs."""
         return -(-columns // (self.unit * self.units))
 
     def words(self, columns: int) -> int:
-        """Int64 words of one token."""
+        """Int64 words per token."""
         return self.blocks(columns) * self.quads * self.units
 
 
 @triton.jit
 def _rotate(x, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Hadamard transforms, in Sylvester's order, of every `BLOCK` of `TILE` numbers, times 1 / sqrt(BLOCK)."""
-    for step in tl.static_range(16):  # as many as any block needs
+    """Hadamard transform, in Sylvester's order, of every `BLOCK` of `TILE` values, times 1 / sqrt(BLOCK)."""
+    for step in tl.static_range(16):  # enough for any block
         if (1 << step) < BLOCK:
             pairs = tl.reshape(x, [TILE // (2 << step), 2, 1 << step])
             first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
@@ -87,8 +87,8 @@ def hadamard_kernel(
 def prepare_kernel(
     p_x,  # floating [T, K]
     p_signs,  # float32 [BLOCK], unless BLOCK is 1
-    p_out,  # [T, blocks, QUADS, UNITS, 4], float16 where SCALE, else like x
-    p_scale,  # float32 [T, blocks UNITS], written where SCALE
+    p_out,  # [T, blocks, QUADS, UNITS, 4], float16 if SCALE, else like x
+    p_scale,  # float32 [T, blocks UNITS], written if SCALE
     columns,  # K
     blocks,
     BLOCK: tl.constexpr,  # of the rotation
@@ -110,7 +110,7 @@ def prepare_kernel(
     o_unit = tl.program_id(1) * (TILE // UNIT) + tl.arange(0, TILE // UNIT)
     exists = o_unit < blocks * UNITS
     if SCALE:
-        # The exponent of the largest, as it stands in a float32.
+        # The biased exponent of the largest magnitude, as stored in a float32.
         exponent = tl.maximum(tl.max(tl.abs(unit), 1).to(tl.int32, bitcast=True) >> 23, 14)
         unit = unit * ((267 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
         p_scale += token * blocks * UNITS + o_unit
@@ -128,7 +128,7 @@ def prepare_kernel(
 
 @triton.jit
 def _place(unit, r, SLOTS: tl.constexpr, QUADS: tl.constexpr, UNITS: tl.constexpr):
-    """Where input `r` of a unit goes."""
+    """The offset at which input `r` of a unit is stored."""
     word, slot = r // SLOTS, r % SLOTS
     pair = word // 2 * SLOTS + slot
     quad = (unit // UNITS * QUADS + pair // 2) * UNITS + unit % UNITS

@@ -1,4 +1,4 @@
-"""Decoding of the published CCQ layouts in Triton. The formats are described in `hf_pcdvq/codecs/convolutional.py`."""
+"""Decoding of the published CCQ layouts in Triton. Formats are documented in `hf_pcdvq/codecs/convolutional.py`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .format_kernels import FormatKernels, given
 def decode(
     p_weight,  # uint8 or int16 [N, U WORDS]
     p_scale,  # float32 [N]
-    p_local,  # uint8 [N, ceil(U / 2)], where SCALE_BITS is 0
-    p_code_scale,  # float32 [N], where SCALE_BITS is 0
-    p_code_zero,  # float32 [N], where SCALE_BITS is 0
-    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    p_local,  # uint8 [N, ceil(U / 2)], if SCALE_BITS is 0
+    p_code_scale,  # float32 [N], if SCALE_BITS is 0
+    p_code_zero,  # float32 [N], if SCALE_BITS is 0
+    row,  # int32 [ROWS, 1, 1], valid rows of the weight
     start,  # first column, a multiple of 64
     columns,  # K
     COLUMNS: tl.constexpr,
@@ -31,7 +31,7 @@ def decode(
     WORDS: tl.constexpr,
     SCALE_BITS: tl.constexpr,
 ):
-    """Weights as float32 [ROWS, COLUMNS / 64, 64]; columns beyond the last repeat others."""
+    """Weights as float32 [ROWS, COLUMNS / 64, 64]; columns past the end repeat the last ones."""
     units = columns // 64
     o_unit = tl.minimum(start // 64 + tl.arange(0, COLUMNS // 64), units - 1)[None, :, None]
     o_weight = tl.arange(0, 64)[None, None, :]
@@ -42,7 +42,7 @@ def decode(
         code = tl.floor(code).to(tl.int32)
         byte = tl.load(p_local + row.to(tl.int64) * ((units + 1) // 2) + o_unit // 2).to(tl.int32)
         group_scale = (byte >> (4 - 4 * (o_unit % 2))) & 15
-    else:  # in the low end of the last code word
+    else:  # at the low end of the last code word
         group_scale = tl.load(p_group + (WORDS - 1)).to(tl.int32) & ((1 << SCALE_BITS) - 1)
     value = ((code >> ((SHIFTS >> (o_weight % SLOTS * 4)) & 15)) & ((1 << WINDOW) - 1)) - (1 << (WINDOW - 1))
     return (group_scale.to(tl.float32) * tl.load(p_scale + row)) * value.to(tl.float32)
@@ -56,8 +56,8 @@ def dequantize_kernel(
     p_local,
     p_code_scale,
     p_code_zero,
-    first,  # row to begin with
-    stop,  # row to end before
+    first,  # first row
+    stop,  # row after the last
     columns,  # K
     WINDOW: tl.constexpr,
     SHIFTS: tl.constexpr,
@@ -79,15 +79,15 @@ def dequantize_kernel(
 @triton.jit
 def matmul_kernel(
     p_x,  # int64 [G T, U / UNITS, QUADS, UNITS], see `activations.py`
-    p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; not read if DOT
     p_weight,  # packed [N, ...]
     p_scale,  # float32 [N]
-    p_local,  # uint8 [N, ceil(U / 2)], where SCALE_BITS is 0
-    p_code_scale,  # float32 [N], where SCALE_BITS is 0
-    p_code_zero,  # float32 [N], where SCALE_BITS is 0
-    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_local,  # uint8 [N, ceil(U / 2)], if SCALE_BITS is 0
+    p_code_scale,  # float32 [N], if SCALE_BITS is 0
+    p_code_zero,  # float32 [N], if SCALE_BITS is 0
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
     p_out,  # floating [SPLIT, G, T, N]
-    tokens,  # of a group
+    tokens,  # per group
     rows,  # N
     units,  # U = K / 64 groups
     span,  # blocks of UNITS groups per split
@@ -99,13 +99,13 @@ def matmul_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
-    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
+    DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
-    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
+    GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
     CLUSTERED: tl.constexpr = SCALE_BITS == 0
-    # Bits that a thread loads at once: what the size of a group is a multiple of.
+    # Bits per load: the size of a group is a multiple of it.
     LOAD: tl.constexpr = 64 if CLUSTERED else (32 if SLOTS == 7 else 16)
     LOADS: tl.constexpr = WORDS * (16 if SLOTS == 7 else 8) // LOAD
     LOADED: tl.constexpr = 4 if CLUSTERED else 1  # pairs of code words per load
@@ -115,7 +115,7 @@ def matmul_kernel(
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
-    # One at a time: a thread that took several neighbours would hold them in another order than the sums.
+    # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
     p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, QUADS, T, UNITS, DOT)
@@ -132,10 +132,10 @@ def matmul_kernel(
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
     for block in range(begin, stop):
-        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
+        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         if CLUSTERED:
             group_scale = (tl.load(p_local + o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15
-        else:  # in the low end of the last code word
+        else:  # at the low end of the last code word
             group_scale = tl.load(p_words + o_unit * LOADS + (LOADS - 1)).to(tl.int32) >> (LOAD // 2)
             group_scale &= (1 << SCALE_BITS) - 1
         factor = group_scale.to(tl.float32) * (scale * 1024)
@@ -177,9 +177,9 @@ def matmul_kernel(
 
 @triton.jit
 def _weight_pair(pair, SHIFT: tl.constexpr, WINDOW: tl.constexpr, PTX: tl.constexpr):
-    """The weights whose windows lie `SHIFT` up in the two code words of `pair`, as float16, divided by 1024."""
-    # A float16 of 1024 + m has m in its low ten bits. Windows that reach above them are shifted down, by as much as the
-    # others can be, so that they share the shift.
+    """The weights whose windows start at bit `SHIFT` of the two code words in `pair`, as float16, divided by 1024."""
+    # The float16 1024 + m has m in its low ten bits. Windows that reach above those are shifted down, by the same
+    # amount wherever possible, so that they share the shift.
     DOWN: tl.constexpr = 0 if SHIFT + WINDOW <= 10 else (9 if WINDOW == 3 else 6)
     UP: tl.constexpr = SHIFT - DOWN
     MASK: tl.constexpr = ((1 << WINDOW) - 1) << UP
@@ -198,7 +198,7 @@ def _cluster_pair(bytes, i: tl.constexpr, code_scale, code_zero, PTX: tl.constex
 
 
 class CcqKernels(FormatKernels[CcqWeight]):
-    """A lane takes a group of 64 inputs at a time."""
+    """Each lane takes a group of 64 inputs at a time."""
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 64

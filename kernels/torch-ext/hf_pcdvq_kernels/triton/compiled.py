@@ -1,4 +1,4 @@
-"""Compiles every kernel for devices that need not be there, and counts what the compiler made of it."""
+"""Compiles every kernel for devices that need not be present, and reports the resources of the compiled code."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# A large layer, so that the config is that of a device with much to do.
+# A large layer, so that the launch config is that of a fully occupied device.
 ROWS, COLUMNS, PROCESSORS = 8192, 8192, 132
 
 
 class Variant(NamedTuple):
-    """One kernel as it is launched."""
+    """One kernel, specialized as for a launch."""
 
     name: str
     kernel: Any
-    types: dict[str, str]  # of its arguments, by their names
+    types: dict[str, str]  # of its arguments, by name
     constants: dict[str, Any]
     warps: int
-    weights: float  # per thread and turn of the main loop; 0: not counted
+    weights: float  # per thread and iteration of the main loop; 0: not counted
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiler made of a kernel for one device."""
+    """Resources of a kernel compiled for one device."""
 
     registers: int
     spills: int  # bytes per thread on NVIDIA, registers on AMD
@@ -58,7 +58,7 @@ class Figures:
 
 
 def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
-    """The kernels of products, bfloat16, with their default configs."""
+    """The product kernels for bfloat16, with their default configs."""
     for name in KERNEL_FORMATS:
         for count in tokens:
             shape = Shape(name, count, ROWS, COLUMNS)
@@ -66,7 +66,7 @@ def products(tokens: tuple[int, ...] = (1, 8, 16, 64)) -> Iterator[Variant]:
 
 
 def grouped_products() -> Iterator[Variant]:
-    """The kernels of products with weights of a stack, of one token each and of many."""
+    """The kernels of grouped products, for one token per group and for many."""
     for name in KERNEL_FORMATS:
         for count in (1, 16, 64):
             shape = Shape(name, count, ROWS, COLUMNS)
@@ -74,7 +74,7 @@ def grouped_products() -> Iterator[Variant]:
 
 
 def product(shape: Shape, config: LaunchConfig, grouped: bool = False) -> Variant:
-    """The kernel of a product of bfloat16."""
+    """The product kernel for bfloat16."""
     weight, kernels = _example(shape.format), kernels_of(shape.format)
     units = shape.units(config.num_warps)
     types = {
@@ -112,7 +112,7 @@ def dequantizations() -> Iterator[Variant]:
 
 
 def others() -> Iterator[Variant]:
-    """The kernels that no format has to itself."""
+    """The kernels that are not specific to a format."""
     types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*bf16", "numbers": "i32"}
     constants = {"INVERSE": False, "BLOCK": 128, "TILE": activations.TILE}
     yield Variant("rotation", activations.hadamard_kernel, types, constants, 4, 0)
@@ -130,12 +130,12 @@ def others() -> Iterator[Variant]:
 
 @cache
 def variants() -> dict[str, Variant]:
-    """Every kernel as it is launched by default, by its name."""
+    """Every kernel as it is launched by default, by name."""
     return {variant.name: variant for variant in (*products(), *grouped_products(), *dequantizations(), *others())}
 
 
 def measure_all(pairs: Iterable[tuple[str, str]], jobs: int) -> Iterator[tuple[tuple[str, str], Figures]]:
-    """Compile kernels for devices, both by name, in `jobs` processes; each pair with its figures when it is done."""
+    """Compile (kernel, device) pairs, by name, in `jobs` processes; yields each with its figures as it completes."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(_measure_named, *pair): pair for pair in pairs}
         try:
@@ -150,7 +150,7 @@ def _measure_named(name: str, target: str) -> Figures:
 
 
 def measure(variant: Variant, target: GPUTarget) -> Figures:
-    """Compile a kernel for a device, and count."""
+    """Compile a kernel for a device and collect its figures."""
     constants = dict(variant.constants)
     if target.backend != "cuda" and "PTX" in constants:
         constants["PTX"] = False
@@ -181,7 +181,7 @@ def measure(variant: Variant, target: GPUTarget) -> Figures:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the first loop that is at least half as long as the longest."""
+    """Instructions of the first loop that is at least half as long as the longest one."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -203,7 +203,7 @@ def main_loop(sass: str) -> list[str]:
 
 @cache
 def _example(name: str) -> PackedWeight:
-    """A weight of a format, which tells the dtypes of its tensors; its size does not matter."""
+    """A weight in a format, for the dtypes of its tensors; its size does not matter."""
     return random_weight(name, 256, 256)
 
 
@@ -212,14 +212,14 @@ def _operand_types(kernels: FormatKernels, weight: PackedWeight) -> dict[str, st
 
 
 def _pointer(dtype: torch.dtype) -> str:
-    """What Triton calls a pointer to values of a dtype."""
+    """Triton's name for the type of a pointer to values of a dtype."""
     if dtype.is_floating_point:
         return f"*fp{8 * dtype.itemsize}"
     return f"*{'i' if dtype.is_signed else 'u'}{8 * dtype.itemsize}"
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
-    """What one of the tools in Triton's wheel prints about a compiled kernel."""
+    """The output of one of the tools in Triton's wheel for a compiled kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -1,4 +1,4 @@
-"""What every launch needs to know of the device and of Triton."""
+"""What every kernel launch needs to know about the device and Triton."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import tiles
 
 INTERPRETED = isinstance(tiles.sum_kernel, InterpretedFunction)
-# No kernel lets the compiler fuse multiplications and additions: code words must be rounded as the reference rounds them.
-# Where a fused operation is wanted, the kernels say so.
-# Loads are not pipelined through shared memory either: it would take more of that than there is.
+# The compiler may not fuse multiplications and additions: code words must be rounded exactly as in the reference.
+# Where a fused operation is wanted, the kernels use one explicitly.
+# Loads are not pipelined through shared memory either: that would take more shared memory than is available.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 
@@ -22,5 +22,5 @@ def has_ptx(device: torch.device) -> bool:
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """Makes a device the current one: Triton launches there, whichever the tensors are on."""
+    """Makes a device current: Triton launches on the current device, not on that of the tensors."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -1,4 +1,4 @@
-"""What the launcher needs to know of the Triton kernels of one family of formats."""
+"""What the launcher needs to know about the Triton kernels of one family of formats."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Packed = TypeVar("Packed", bound=PackedWeight)
 
 
 class FormatKernels(ABC, Generic[Packed]):
-    """The kernels of a family, and how they are launched. A subclass stands beside the kernels, in the file of the family.
+    """The kernels of a family and how to launch them. Each subclass is defined next to its kernels.
 
-    Their arguments are, by name:
+    The kernels' arguments are, by name:
 
         matmul_kernel       p_x, p_x_scale, the operands, p_experts, p_out, tokens, rows, the matmul sizes, span,
                             the matmul constants, T, BLOCK_N, UNITS, DOT, BF16, PTX, GROUPED
         dequantize_kernel   p_out, the operands, first, stop, the dequantize sizes, the constants, ROWS, COLUMNS, PTX
 
     Attributes:
-        lane_inputs: inputs that a lane takes at a time.
-        column_multiple: products have a kernel where the number of inputs is a multiple of this: several words of a row
-            are read at once.
-        activation_dtype: as which the product reads what was prepared.
+        lane_inputs: inputs that each lane takes at a time.
+        column_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words
+            of a row are read at once.
+        activation_dtype: the dtype as which the product reads prepared activations.
     """
 
     matmul_kernel: ClassVar[Any]
@@ -38,18 +38,18 @@ class FormatKernels(ABC, Generic[Packed]):
 
     @abstractmethod
     def operands(self, weight: Packed) -> dict[str, Tensor]:
-        """The packed tensors, by the names of the kernels' arguments."""
+        """The packed tensors, by the names of the kernel arguments."""
 
     @abstractmethod
     def constants(self, weight: Packed) -> dict[str, Any]:
-        """What the kernels are compiled for."""
+        """The compile-time constants of the kernels."""
 
     def matmul_constants(self, weight: Packed, block_n: int, dot: bool) -> dict[str, Any]:
-        """The same for products: `block_n` output channels a program, of matrices where `dot`."""
+        """The same for products of `block_n` output channels per program, which use `tl.dot` if `dot`."""
         return self.constants(weight)
 
     def matmul_sizes(self, weight: Packed) -> dict[str, int]:
-        """Sizes that `matmul_kernel` takes besides tokens and rows."""
+        """Sizes that `matmul_kernel` takes in addition to tokens and rows."""
         return {"units": weight.columns // self.lane_inputs}
 
     def dequantize_sizes(self, weight: Packed) -> dict[str, int]:
@@ -57,24 +57,24 @@ class FormatKernels(ABC, Generic[Packed]):
         return {"columns": weight.columns}
 
     def order(self, name: str, units: int) -> Order:
-        """How products with a format read their activations when a program takes `units` units at a time."""
+        """The order in which products read their activations if a program takes `units` units at a time."""
         return Order(self.lane_inputs, 1, units)
 
     @abstractmethod
     def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
-        """Output channels per program that the kernel can take without spilling registers; the default first.
+        """Numbers of output channels per program that do not spill registers; the default first.
 
         Args:
-            name: of the format.
-            tokens: 1, 2, 4 or 8; products of more tokens multiply matrices, of 64 output channels.
+            name: name of the format.
+            tokens: 1, 2, 4 or 8; products of more tokens use `tl.dot`, with 64 output channels.
         """
 
 
 def aligned(table: Tensor) -> Tensor:
-    """A table that may be read eight bytes at a time."""
+    """The table, copied if it is not aligned for reads of eight bytes."""
     return table if table.data_ptr() % 8 == 0 else table.clone()
 
 
 def given(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Kernels take no None; what a format lacks they do not read."""
+    """`tensor`, or `stand_in` if None: kernels cannot take None, and do not read what a format lacks."""
     return stand_in if tensor is None else tensor

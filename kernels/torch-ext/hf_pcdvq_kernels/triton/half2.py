@@ -1,8 +1,8 @@
-"""Arithmetic on pairs of float16 that an int32 holds, low half first.
+"""Arithmetic on pairs of float16 held in an int32, low half first.
 
-NVIDIA GPUs multiply and add such a pair in one instruction, which Triton has no name for, so with `PTX` set these
-functions are one PTX instruction each. Without it they are plain Triton, for every other device and for the interpreter,
-and compute the same to the last bit, except that a multiply-add may round twice.
+NVIDIA GPUs multiply and add such a pair in one instruction that Triton does not expose, so with `PTX` set these
+functions are one PTX instruction each. Without it they are plain Triton, for all other devices and the interpreter,
+and compute bit-identical results, except that a multiply-add may round twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def high(pair):
 
 @triton.jit
 def join(a, b):
-    """The pair of two float16."""
+    """Pack two float16 into a pair, `a` low."""
     return (a.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (b.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
@@ -57,7 +57,7 @@ def add2(a, b, PTX: tl.constexpr):
 
 @triton.jit
 def constant2(value: tl.constexpr):
-    """A pair of the same number, exact in float16; broadcasts against anything."""
+    """A pair holding `value` twice, which must be exact in float16; broadcasts against anything."""
     number = tl.full([1, 1, 1], value, tl.float16)
     return join(number, number)
 
@@ -72,8 +72,8 @@ def sum2(pair):
 def dot2(acc, weight, factor, x, BF16: tl.constexpr):
     """`acc` [BLOCK_N, T] plus `weight` times `factor` times `x`, summed over pairs.
 
-    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 that broadcast against them, pairs of activations
-    [UNITS, T] float16 or, with `BF16`, bfloat16. Weights are rounded to the dtype of the activations once.
+    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 broadcast against them, pairs of
+    activations float16 or, with `BF16`, bfloat16 [UNITS, T]. Weights are rounded once, to the activations' dtype.
     """
     X: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     BLOCK_N: tl.constexpr = weight.shape[1]
@@ -89,7 +89,7 @@ def dot2(acc, weight, factor, x, BF16: tl.constexpr):
 
 @triton.jit
 def permute_bytes(a, b, SELECT: tl.constexpr, PTX: tl.constexpr):
-    """Four of the eight bytes of `a` (bytes 0 to 3) and `b` (4 to 7); nibble i of `SELECT` names byte i."""
+    """Four of the eight bytes of `a` (bytes 0 to 3) and `b` (4 to 7); nibble i of `SELECT` selects byte i."""
     if PTX:
         out = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;",
@@ -108,14 +108,14 @@ def permute_bytes(a, b, SELECT: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _byte(a, b, INDEX: tl.constexpr):
-    # The sum with zero gives both cases the shape that `a` and `b` have together.
+    # Adding zero gives both cases the broadcast shape of `a` and `b`.
     byte = (a >> (8 * INDEX)) + b * 0 if INDEX < 4 else a * 0 + (b >> (8 * (INDEX - 4)))
     return byte & 0xFF
 
 
 @triton.jit
 def select_bytes(a, select, PTX: tl.constexpr):
-    """Byte i of the result is the byte of `a` that nibble i of `select`, 0 to 3, names."""
+    """Byte i of the result is the byte of `a` that nibble i of `select` (0 to 3) selects."""
     if PTX:
         out = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $1, $2;", "=r,r,r", [a, select], dtype=tl.int32, is_pure=True, pack=1
@@ -147,7 +147,7 @@ def select_half(a, b, index, PTX: tl.constexpr):
 
 @triton.jit
 def parity(x, PTX: tl.constexpr):
-    """An int32 whose lowest bit is the number of one bits of `x`, 7 bits wide, mod 2."""
+    """An int32 whose lowest bit is the parity of the 7-bit integer `x`."""
     if PTX:
         out = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     else:
@@ -157,7 +157,7 @@ def parity(x, PTX: tl.constexpr):
 
 @triton.jit
 def sum_bytes(x, start: tl.constexpr, PTX: tl.constexpr):
-    """`start` plus the four bytes of `x`, each a signed integer."""
+    """`start` plus the four bytes of `x`, each as a signed integer."""
     if PTX:
         out = tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;",
@@ -176,7 +176,8 @@ def sum_bytes(x, start: tl.constexpr, PTX: tl.constexpr):
 def floor_bits(x, PTX: tl.constexpr):
     """An int32 whose low 16 bits are those of floor(`x`), for |`x`| < 2^22."""
     if PTX:
-        # 1.5 * 2^23: the unit of such a number is 1, so that adding, rounded down, leaves the floor in the low bits.
+        # 1.5 * 2^23: floats of this size have a unit in the last place of 1, so adding it, rounding down, leaves the
+        # floor in the low bits.
         out = tl.inline_asm_elementwise(
             "add.rm.f32 $0, $1, 0f4B400000;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -187,7 +188,7 @@ def floor_bits(x, PTX: tl.constexpr):
 
 @triton.jit
 def table_entry(p_table, index, PTX: tl.constexpr):
-    """Entry `index` of a table of int64 that nobody writes to."""
+    """Entry `index` of a read-only int64 table."""
     if PTX:
         # One multiply-add for the address; the compiler would mask, shift and add with carry.
         out = tl.inline_asm_elementwise(
@@ -205,13 +206,13 @@ def table_entry(p_table, index, PTX: tl.constexpr):
 
 @triton.jit
 def per_lane_zero(like, PTX: tl.constexpr):
-    """Zeros in the shape of an int32, which the compiler takes to differ from lane to lane.
+    """Int32 zeros in the shape of `like`, which the compiler assumes to differ between lanes.
 
-    What depends on it stays in ordinary registers. A value that is the same in all lanes goes to a uniform register, and
-    is copied back every time a byte permutation or a 64-bit multiply-add uses it.
+    Values that depend on it stay in ordinary registers. A value known to be the same in all lanes goes to a uniform
+    register, and is copied back every time a byte permutation or a 64-bit multiply-add uses it.
     """
     if PTX:
-        # Bit 31 of the mask of the lanes below is set in none.
+        # Bit 31 of %lanemask_lt, the mask of lower lanes, is zero in every lane.
         out = tl.inline_asm_elementwise(
             "{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; and.b32 $0, m, $1; }",
             "=r,r",
@@ -227,13 +228,13 @@ def per_lane_zero(like, PTX: tl.constexpr):
 
 @triton.jit
 def group_token(tokens, T: tl.constexpr):
-    """Numbers of the tokens of this program's group, [T]; beyond the last it repeats."""
+    """Indices of the tokens of this program's group, [T]; past the end, the last one repeats."""
     return tl.program_id(2) * tokens + tl.minimum(tl.arange(0, T), tokens - 1)
 
 
 @triton.jit
 def group_expert(p_experts, GROUPED: tl.constexpr):
-    """The weight of a stack that this program's group takes, and whether there is one: the first, if there is no stack."""
+    """Index of this program's weight in the stack, and whether its group has one; without a stack, 0 and true."""
     if GROUPED:
         expert = tl.load(p_experts + tl.program_id(2))
     else:
@@ -245,8 +246,8 @@ def group_expert(p_experts, GROUPED: tl.constexpr):
 def activation_pointers(
     p_x, p_x_scale, tokens, blocks, QUADS: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr
 ):
-    """To the first quads of this group's tokens and to their scales: [T, 1, UNITS], or [UNITS, T] where `DOT`."""
-    # One at a time: a thread that took several neighbours would hold them in another order than the weights.
+    """Pointers to the first quads of this group's tokens and to their scales: [T, 1, UNITS]; if `DOT`, [UNITS, T]."""
+    # One element per thread: threads holding several adjacent ones would have a different layout than the weights.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
     o_token = group_token(tokens, T)
     if DOT:

@@ -1,6 +1,6 @@
-"""What the ops call: allocates results, chooses kernels, launches them. Every shape takes the same path every time.
+"""What the ops call: allocates results, chooses kernels and launches them. A given shape always takes the same path.
 
-Nothing here waits for the device, so that a product can be captured in a CUDA graph.
+Nothing here synchronizes with the device, so a product can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .device import OPTIONS, current, has_ptx
 from .launch_config import kernels_of
 from .product import has_kernel, product
 
-# Weights decoded at a time where PyTorch multiplies: 128 MiB of 16-bit floats, and enough for a GPU's matrix product.
+# Weights decoded at a time when PyTorch multiplies: 128 MiB of 16-bit floats, enough for a GPU's matrix product.
 SLICE = 1 << 26
 TILE_ROWS, TILE_COLUMNS = 16, 128
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight `[N, K]`, bit for bit that of the reference."""
+    """The weight `[N, K]`, bit-identical to the reference."""
     decode = _rows(weight, dtype)
     return sliced_dequantize(
         weight.rows, weight.columns, decode, dtype, weight.weight.device, weight.row_multiple, SLICE
@@ -32,9 +32,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def matmul(
     x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None, prepared: Tensor | None = None
 ) -> Tensor:
-    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` where `transposed`; without `signs` nothing is rotated.
+    """`hadamard(x) @ W.T`, or `hadamard(x @ W, inverse=True)` if `transposed`; without `signs` nothing is rotated.
 
-    `prepared` is what `prepare` made of `x`; a product without a kernel does not read it.
+    `prepared` is the result of `prepare` for `x`; a product without a kernel does not read it.
     """
     flat = x.reshape(-1, x.shape[-1])
     if not transposed and has_kernel(weight, len(flat), x.dtype):
@@ -48,12 +48,12 @@ def matmul(
 
 
 def grouped_matmul(x: Tensor, experts: Tensor, first: PackedWeight, signs: Tensor | None) -> Tensor | None:
-    """The product of every `x[g]` with weight `experts[g]` of a stack; None if there is no kernel for it.
+    """The product of every `x[g]` with weight `experts[g]` of a stack; None if no kernel supports it.
 
     Args:
         x: `[G, T, K]`.
-        experts: int32 `[G]`; the product is zero where it is negative.
-        first: the first weight of the stack, where its tensors begin.
+        experts: int32 `[G]`; the product is zero if negative.
+        first: the first weight of the stack; its tensors start where those of the stack do.
     """
     if not has_kernel(first, x.shape[1], x.dtype):
         return None

@@ -1,7 +1,7 @@
-"""How a product is cut into programs, from its shape alone.
+"""How a product is divided into programs, from its shape alone.
 
-Nothing is measured while a model runs, so that a product may be captured in a CUDA graph; `tuned.py` has what was measured
-before.
+Nothing is measured while a model runs, so that a product can be captured in a CUDA graph; `tuned.py` holds configs
+that were measured beforehand.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from ..formats import family_of
 from .format_kernels import FormatKernels
 
-DOT_TOKENS = 64  # products of more tokens decode the weight and leave the product to PyTorch
-VECTOR_TOKENS = 8  # products of more tokens multiply matrices, instead of adding up products of float16 pairs
+DOT_TOKENS = 64  # for more tokens, the weight is decoded and PyTorch multiplies
+VECTOR_TOKENS = 8  # for more tokens, kernels use tl.dot instead of accumulating products of float16 pairs
 DOT_BLOCK_N = 64
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is launched."""
+    """The launch parameters of a product."""
 
     block_n: int  # output channels per program
     num_warps: int
-    split_k: int  # programs that share the inputs of a channel
+    split_k: int  # programs that the inputs of a channel are divided among
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch config depends on."""
+    """The properties of a product that its launch config depends on."""
 
     format: str  # "pcdvq-2.25", "ccq-2.5", "stream-2.0"
     tokens: int  # a power of two
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def dot(self) -> bool:
-        """Whether the product is one of matrices."""
+        """Whether the kernel uses `tl.dot`."""
         return self.tokens > VECTOR_TOKENS
 
     @property
@@ -51,7 +51,7 @@ class Shape:
         return 32 if self.dot else 32 * num_warps
 
     def block_inputs(self, num_warps: int) -> int:
-        """Inputs that a program takes at a time; splits lie at multiples of it."""
+        """Inputs that a program takes at a time; splits are at multiples of it."""
         return self.units(num_warps) * self.lane_inputs
 
 
@@ -59,19 +59,19 @@ def kernels_of(name: str) -> FormatKernels:
     """The kernels of a format.
 
     Raises:
-        ValueError: there is no such format, or it has no kernels.
+        ValueError: unknown format, or one without kernels.
     """
     return family_of(name).kernels()
 
 
 def tokens_per_program(tokens: int) -> int:
-    """The number of tokens that a kernel is compiled for: a power of two, at least 16 for matrix units."""
+    """The number of tokens that a kernel is compiled for: a power of two, at least 16 if it uses `tl.dot`."""
     power = 1 << (tokens - 1).bit_length()
     return power if tokens <= VECTOR_TOKENS else max(power, 16)
 
 
 def unit_warps(shape: Shape) -> int:
-    """Warps that a block of inputs can occupy, a power of two."""
+    """Number of warps that a block of inputs can occupy, a power of two."""
     if shape.dot:
         return 8
     blocks = max(1, shape.columns // (32 * shape.lane_inputs))
@@ -79,12 +79,12 @@ def unit_warps(shape: Shape) -> int:
 
 
 def block_n_choices(shape: Shape) -> tuple[int, ...]:
-    """Output channels per program that a kernel can take without spilling registers; the default first."""
+    """Numbers of output channels per program that do not spill registers; the default first."""
     return (DOT_BLOCK_N,) if shape.dot else kernels_of(shape.format).block_n(shape.format, shape.tokens)
 
 
 def candidates(shape: Shape) -> list[LaunchConfig]:
-    """Every config that makes sense."""
+    """Every config worth measuring."""
     found = []
     for block_n in block_n_choices(shape):
         for num_warps in (8,) if shape.dot else (1, 2, 4):
@@ -97,10 +97,10 @@ def candidates(shape: Shape) -> list[LaunchConfig]:
 
 @cache
 def default(shape: Shape, processors: int) -> LaunchConfig:
-    """A config that keeps this many multiprocessors busy, without measuring."""
+    """An unmeasured config that keeps this many multiprocessors busy."""
     block_n = block_n_choices(shape)[0]
     num_warps = unit_warps(shape)
-    # Twice what fits at some 190 registers a thread: 16 warps on every multiprocessor.
+    # Twice what fits at some 190 registers per thread: 16 warps on every multiprocessor.
     wanted = -(-16 * processors // (num_warps * -(-shape.rows // block_n)))
     split_k = max(1, min(wanted, -(-shape.columns // shape.block_inputs(num_warps))))
     return LaunchConfig(block_n, num_warps, split_k)
@@ -108,7 +108,7 @@ def default(shape: Shape, processors: int) -> LaunchConfig:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device, or what comes next to them."""
+    """Number of multiprocessors of a device, or of its closest equivalent."""
     if device.type == "cpu":
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)

@@ -1,8 +1,8 @@
-"""Decoding of PCDVQ codes in Triton. The format is described in `hf_pcdvq/codecs/polar.py`.
+"""Decoding of PCDVQ codes in Triton. The format is documented in `hf_pcdvq/codecs/polar.py`.
 
-The signs of a vector cost two multiplications: bit i of the word, times 2^(7 + 7i), lands on the top bit of byte i, and no
-two products meet, so that no carry disturbs them. A byte of the pattern under a byte with only its top bit set or none
-is then a float16: the pattern's value, times 2^-24, with its sign.
+The signs of a vector take two multiplications: bit i of the word, times 2^(7 + 7i), lands on the top bit of byte i,
+and the products do not overlap, so there are no carries. A byte of the pattern below a byte in which at most the top
+bit is set is then a float16: the pattern's value, times 2^-24, with its sign.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ TOPS = tl.constexpr(0x80808080 - (1 << 32))  # the top bit of every byte, as int
 @triton.jit
 def decode(
     p_weight,  # int16 [N, K / 8]
-    p_magnitude,  # uint8 [N, K / 32], where PATTERNS is 512
+    p_magnitude,  # uint8 [N, K / 32], if PATTERNS is 512
     p_scale,  # float32 [N]
     p_patterns,  # int8 [PATTERNS, 8]
     p_levels,  # float32 [4]
-    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    row,  # int32 [ROWS, 1, 1], valid rows of the weight
     start,  # first column, a multiple of 64
     columns,  # K
     COLUMNS: tl.constexpr,
     PATTERNS: tl.constexpr,
 ):
-    """Weights as float32 [ROWS, COLUMNS / 8, 8]; columns beyond the last repeat others."""
+    """Weights as float32 [ROWS, COLUMNS / 8, 8]; columns past the end repeat the last ones."""
     vectors = columns // 8
     o_vector = tl.minimum(start // 8 + tl.arange(0, COLUMNS // 8), vectors - 1)[None, :, None]
     o_entry = tl.arange(0, 8)[None, None, :]
@@ -59,8 +59,8 @@ def dequantize_kernel(
     p_scale,
     p_patterns,
     p_levels,
-    first,  # row to begin with
-    stop,  # row to end before
+    first,  # first row
+    stop,  # row after the last
     columns,  # K
     PATTERNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -75,15 +75,15 @@ def dequantize_kernel(
 @triton.jit
 def matmul_kernel(
     p_x,  # int64 [G T, U / UNITS, 8, UNITS], see `activations.py`
-    p_x_scale,  # float32 [G T, U], U filled up to a multiple of UNITS; not read where DOT
+    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; not read if DOT
     p_weight,  # int16 [N, 4 U]
-    p_magnitude,  # uint8 [N, U], where PATTERNS is 512
+    p_magnitude,  # uint8 [N, U], if PATTERNS is 512
     p_scale,  # float32 [N]
     p_patterns,  # int8 [PATTERNS, 8]
     p_levels,  # float32 [4]
-    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
     p_out,  # floating [SPLIT, G, T, N]
-    tokens,  # of a group
+    tokens,  # per group
     rows,  # N
     units,  # U = K / 32, four vectors each
     span,  # blocks of UNITS units per split
@@ -91,15 +91,15 @@ def matmul_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
-    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs
+    DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
-    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
+    GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
-    # One at a time: a thread that took several neighbours would hold them in another order than the sums.
+    # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
     p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, 8, T, UNITS, DOT)
@@ -109,7 +109,7 @@ def matmul_kernel(
     p_magnitude += row * units + zero
     p_levels += zero
     scale = tl.load(p_scale + row)
-    # Levels times 64 are near one, which suits float16. As pairs, and as low and as high bytes.
+    # Levels times 64 are near one, which suits float16. Both as pairs and split into low and high bytes.
     level01 = half2.join((tl.load(p_levels) * 64).to(tl.float16), (tl.load(p_levels + 1) * 64).to(tl.float16))
     level23 = half2.join((tl.load(p_levels + 2) * 64).to(tl.float16), (tl.load(p_levels + 3) * 64).to(tl.float16))
     level_low = half2.permute_bytes(level01, level23, 0x6420, PTX)
@@ -121,13 +121,13 @@ def matmul_kernel(
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
     for block in range(begin, stop):
-        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # beyond the end, activations are zero
+        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         p_block = p_x + block * (8 * UNITS)
         words = tl.load(p_words + o_unit)
         if PATTERNS == 512:
             magnitudes = tl.load(p_magnitude + o_unit).to(tl.int32)
-            # The four magnitudes of a byte become the four nibbles of a byte selector, for the low bytes of their levels
-            # and for the high ones.
+            # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low
+            # bytes and the high bytes of their levels.
             select = (magnitudes | (magnitudes << 4)) & 0x0F0F
             select = (select | (select << 2)) & 0x3333
             low_bytes = half2.select_bytes(level_low, select, PTX)
@@ -170,12 +170,12 @@ def matmul_kernel(
     else:
         out = tl.sum(acc, 2) * tl.reshape(
             scale * (1 << 18), [1, BLOCK_N]
-        )  # 2^24 of the patterns over 64 of the levels
+        )  # 2^24 from the patterns over 64 from the levels
     half2.store_product(p_out, out, o_row, tokens, rows, T)
 
 
 class PcdvqKernels(FormatKernels[PcdvqWeight]):
-    """A lane takes 32 inputs at a time: four vectors, whose words are one 64-bit load."""
+    """Each lane takes 32 inputs at a time: four vectors, whose words are one 64-bit load."""
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 32

@@ -1,4 +1,4 @@
-"""Products that have kernels: activations are prepared, the kernel runs as its launch config says, the parts are summed."""
+"""Products with kernels: prepare the activations, launch the kernel with its config, sum the split-k parts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .launch_config import LaunchConfig, Shape, kernels_of
 
 
 def reads_prepared(format: str, tokens: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether products of this size have kernels, which begin with `prepare`."""
+    """Whether products of this size run as kernels, which read prepared activations."""
     whole = columns % kernels_of(format).column_multiple == 0
-    # Triton's interpreter multiplies matrices of bfloat16 as if their bits were integers.
+    # Triton's interpreter treats the bits of bfloat16 matrices as integers in tl.dot.
     most = launch_config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else launch_config.DOT_TOKENS
     return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= most
 
 
 def has_kernel(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a product with this weight has a kernel."""
+    """Whether a product with this weight runs as a kernel."""
     aligned = weight.weight.data_ptr() % 8 == 0
     return aligned and reads_prepared(weight.name, tokens, weight.columns, dtype)
 
 
 def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
-    """What products with a weight of a format make of x `[..., K]` first, in one int32 buffer."""
+    """Prepare `x` `[..., K]` for products with weights in a format; returns one int32 buffer."""
     flat = x.reshape(-1, x.shape[-1])
     order, scaled = _default_order(format, *flat.shape)
     with current(x.device):
@@ -37,7 +37,7 @@ def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
 
 
 def prepared_words(format: str, tokens: int, columns: int) -> int:
-    """The length of what `prepare` returns."""
+    """The length of the buffer that `prepare` returns."""
     return _buffer_words(*_default_order(format, tokens, columns), tokens, columns)
 
 
@@ -52,9 +52,9 @@ def product(
     """`hadamard(x) @ W.T` for 16-bit `x` `[G, T, K]` of up to `DOT_TOKENS` rows; G is 1 without `experts`.
 
     Args:
-        config: how it is cut into programs; None takes the tuned or the default one.
+        config: the launch config; None takes the tuned or the default one.
         experts: see `launch.grouped_matmul`.
-        prepared: see `launch.matmul`; comes without the two others.
+        prepared: see `launch.matmul`; not combined with `config` or `experts`.
     """
     groups, tokens, columns = x.shape
     kernels = kernels_of(weight.name)
@@ -100,12 +100,12 @@ def product(
 
 
 def _config(shape: Shape, device: torch.device, tokens: int, groups: int | None, prepared: bool) -> LaunchConfig:
-    """The launch config of a product; `groups` is the number of groups of tokens if their weights are of a stack."""
+    """The launch config of a product; `groups` is the number of token groups of a grouped product, else None."""
     processors = launch_config.processors(device)
-    if groups is not None:  # groups keep the device busy, so that there is less to split
+    if groups is not None:  # groups keep the device busy, so less splitting is needed
         return launch_config.default(shape, -(-processors // groups))
     config = tuned.choose(shape, device)
-    # What is prepared lies in the order of the default config, which other warps may not read.
+    # Prepared activations are in the order of the default config; another number of warps may need a different order.
     default, _ = _default_order(shape.format, tokens, shape.columns)
     if prepared and kernels_of(shape.format).order(shape.format, shape.units(config.num_warps)) != default:
         config = launch_config.default(shape, processors)
@@ -122,13 +122,13 @@ def _default_order(format: str, tokens: int, columns: int) -> tuple[Order, bool]
 
 
 def _buffer_words(order: Order, scaled: bool, tokens: int, columns: int) -> int:
-    """Int32 words of what is prepared: two for each of `order.words`, and one per scale."""
+    """Size of the buffer in int32 words: two for each of `order.words`, and one per scale."""
     scales = tokens * order.blocks(columns) * order.units if scaled else 0
     return 2 * tokens * order.words(columns) + scales
 
 
 def _parts(prepared: Tensor, order: Order, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Of a buffer, the quads and the scales that follow them."""
+    """The two parts of a buffer: the quads, and the scales that follow them."""
     words = 2 * tokens * order.words(columns)
     return prepared[:words].view(torch.int64), prepared[words:].view(torch.float32)
 

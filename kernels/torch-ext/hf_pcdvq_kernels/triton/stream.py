@@ -1,7 +1,7 @@
-"""Decoding of the CCQ `stream` layout in Triton. The format is described in `hf_pcdvq/codecs/stream.py`.
+"""Decoding of the CCQ `stream` layout in Triton. The format is documented in `hf_pcdvq/codecs/stream.py`.
 
-`matmul_kernel` takes pairs of inputs, and for each of them the bits of 8 or 16 output channels as one 64-bit value, so
-that all windows lie at shifts which are known when it is compiled.
+`matmul_kernel` takes pairs of inputs, and for each input the bits of 8 or 16 output channels as one 64-bit value, so
+that the shifts of all windows are compile-time constants.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from . import half2, tiles
 from .activations import Order
 from .format_kernels import FormatKernels
 
-# Pairs of inputs that a thread adds up in float16 before it goes on in float32.
+# Pairs of inputs that a thread accumulates in float16 before adding to a float32 sum.
 CHAIN = tl.constexpr(16)
-SPAN = tl.constexpr(32 * 16)  # pairs of inputs whose activations have a scale in common
+SPAN = tl.constexpr(32 * 16)  # pairs of inputs whose activations share a scale
 
 
 @triton.jit
 def decode(
     p_weight,  # int32 [words, K]
     p_scale,  # float32 [N]
-    row,  # int32 [ROWS, 1, 1], all of them rows of the weight
+    row,  # int32 [ROWS, 1, 1], valid rows of the weight
     start,  # first column, a multiple of 64
     columns,  # K
     words,
@@ -40,7 +40,7 @@ def decode(
     RING: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Weights as float32 [ROWS, COLUMNS, 1]; columns beyond the last repeat others."""
+    """Weights as float32 [ROWS, COLUMNS, 1]; columns past the end repeat the last ones."""
     RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
     o_column = tl.minimum(start + tl.arange(0, COLUMNS), columns - 1)[None, :, None]
     channel = row % RING
@@ -60,8 +60,8 @@ def dequantize_kernel(
     p_out,  # floating [stop - first, K]
     p_weight,
     p_scale,
-    first,  # row to begin with
-    stop,  # row to end before
+    first,  # first row
+    stop,  # row after the last
     columns,  # K
     words,
     WINDOW: tl.constexpr,
@@ -83,13 +83,13 @@ def dequantize_kernel(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int32 [G T, S SPAN], pairs of activations in their order, filled up to whole spans
-    p_x_scale,  # float32 [G T, S]; not read where DOT
+    p_x,  # int32 [G T, S SPAN], pairs of activations in natural order, padded to whole spans
+    p_x_scale,  # float32 [G T, S]; not read if DOT
     p_weight,  # int32 [words, K]
     p_scale,  # float32 [N]
-    p_experts,  # int32 [G], where GROUPED: weights of a stack, which the packed tensors then are; none if negative
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
     p_out,  # floating [SPLIT, G, T, N]
-    tokens,  # of a group
+    tokens,  # per group
     rows,  # N
     columns,  # K
     words,
@@ -102,19 +102,19 @@ def matmul_kernel(
     RING: tl.constexpr,
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHANNELS: tl.constexpr,  # output channels whose bits fit a 64-bit value; BLOCK_N where not DOT
+    CHANNELS: tl.constexpr,  # output channels whose bits fit a 64-bit value; BLOCK_N if not DOT
     UNITS: tl.constexpr,
-    DOT: tl.constexpr,  # multiply matrices, instead of adding up products of float16 pairs; wants UNITS 32
+    DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs; requires UNITS 32
     BF16: tl.constexpr,
     PTX: tl.constexpr,
-    GROUPED: tl.constexpr,  # a product for each of G weights of a stack, along the third axis of the grid
+    GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
     BITS: tl.constexpr = CHANNELS // CYCLE * CYCLE_BITS  # new bits of the channels
     RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
     o_channel = tl.arange(0, CHANNELS)[None, :, None]
     shift = BITS - o_channel // CYCLE * CYCLE_BITS - ((ENDS >> (o_channel % CYCLE * 8)) & 255)
 
-    # For every set of channels the word in which they end, and the two before it in their ring.
+    # For every set of channels, the word in which their bits end and the two before it in the ring.
     start = (tl.program_id(0) * BLOCK_N + CHANNELS * tl.arange(0, BLOCK_N // CHANNELS))[:, None, None]
     start = tl.minimum(start, (rows - 1) // CHANNELS * CHANNELS)
     ring = start // RING
@@ -145,7 +145,7 @@ def matmul_kernel(
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
     full = tl.minimum(stop, pairs // (UNITS * CHAIN))
-    # Blocks that are all there need no care at the border.
+    # Full blocks need no masks.
     for block in range(begin, full):
         acc = _add_block(
             acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down, scale,
@@ -188,9 +188,9 @@ def _add_block(
     BF16: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """`acc` plus the products of `UNITS * CHAIN` pairs of inputs, all of which exist where `FULL`."""
-    # One at a time: a thread that took several neighbours would hold them in another order than the sums. A warp covers
-    # whole spans of activations, which have one scale.
+    """`acc` plus the products of `UNITS * CHAIN` pairs of inputs, all of which exist if `FULL`."""
+    # One element per thread: threads holding several adjacent ones would have a different layout than the sums. A
+    # warp covers whole spans of activations, each with one scale.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
     o_span = block * (UNITS // 32) + o_lane // 32
     o_first = o_span * SPAN + o_lane % 32
@@ -201,7 +201,7 @@ def _add_block(
         o_pair = o_first + i * 32
         if FULL:
             x = tl.load(p_x + (o_x + i * 32))
-        else:  # the weights beyond the end repeat the last ones, and meet activations of zero
+        else:  # weights past the end repeat the last ones, and meet activations of zero
             x = tl.load(p_x + (o_x + i * 32), mask=o_x + i * 32 < pairs, other=0)
             o_pair = tl.minimum(o_pair, pairs - 1)
         word0, word1 = tl.load(p_word0 + o_pair), tl.load(p_word1 + o_pair)
@@ -240,7 +240,8 @@ def _values(
 ):
     """Int32 whose low halves are the float16 of 1536 plus the values of the windows.
 
-    They lie `shift` up in the bits that end `down` up in `word0` and begin in `word1` or `word2`, the words before.
+    The windows start at bit `shift` of the bit string whose lowest bit is bit `down` of `word0` and which continues
+    in `word1` and `word2`, the preceding words.
     """
     if BITS == 32:
         low, high = word0, word1
@@ -252,13 +253,13 @@ def _values(
 
 @triton.jit
 def _funnel(high, low, down):
-    """The low 32 bits of `high` above `low`, shifted down."""
+    """The low 32 bits of the 64-bit value `high:low` shifted right by `down`."""
     both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     return (both >> down).to(tl.int32)
 
 
 class StreamKernels(FormatKernels[StreamWeight]):
-    """A lane takes CHAIN pairs of inputs at a time, which are not loaded together."""
+    """Each lane takes CHAIN pairs of inputs at a time, which are not loaded together."""
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 2 * CHAIN.value
@@ -275,15 +276,13 @@ class StreamKernels(FormatKernels[StreamWeight]):
             "WINDOW": layout.window_bits,
             "CYCLE": cycle,  # channels after which the strides repeat
             "CYCLE_BITS": sum(layout.strides),
-            "ENDS": sum(
-                end << 8 * i for i, end in enumerate(layout.ends[:cycle])
-            ),  # of their windows, eight bits each
+            "ENDS": sum(end << 8 * i for i, end in enumerate(layout.ends[:cycle])),  # of the windows, eight bits each
             "MULTIPLIER": STREAM_MULTIPLIER - (1 << 32),  # as int32
             "RING": STREAM_RING,
         }
 
     def matmul_constants(self, weight: StreamWeight, block_n: int, dot: bool) -> dict[str, Any]:
-        # As many output channels as have their windows in a 64-bit value.
+        # As many output channels as fit their windows in a 64-bit value.
         channels = 16 if weight.bits <= 3 else 8
         return {**self.constants(weight), "CHANNELS": channels if dot else block_n}
 
@@ -294,7 +293,7 @@ class StreamKernels(FormatKernels[StreamWeight]):
         return {"columns": weight.columns, "words": len(weight.weight)}
 
     def order(self, name: str, units: int) -> Order:
-        return Order(2 * SPAN.value, 1, 1)  # a span is the same for any number of lanes
+        return Order(2 * SPAN.value, 1, 1)  # spans do not depend on the number of lanes
 
     def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
         if tokens == 8:

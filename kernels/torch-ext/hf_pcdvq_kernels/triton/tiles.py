@@ -1,4 +1,4 @@
-"""Tiles of a decoded weight, which the `dequantize_kernel` of every format stores alike, and the sum of a product's parts."""
+"""Tiles of a decoded weight, shared by the `dequantize_kernel` of every format, and the sum over split-k parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_rows(first, stop, ROWS: tl.constexpr):
-    """The rows of this program's tile as int32 [ROWS, 1, 1]; rows beyond the last repeat it."""
+    """The rows of this program's tile as int32 [ROWS, 1, 1]; past the end, the last row repeats."""
     return tl.minimum(first + tl.program_id(0) * ROWS + tl.arange(0, ROWS), stop - 1)[:, None, None]
 
 
@@ -36,7 +36,7 @@ def sum_kernel(
     splits,
     TILE: tl.constexpr,
 ):
-    """The parts of a product, added up in their order."""
+    """The sum of the split-k parts of a product, in order."""
     o = tl.program_id(0) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
     for i in range(splits):

@@ -1,4 +1,4 @@
-"""Time of a call on a device, with weights that come from memory and not from a cache."""
+"""Time per call on a device, with weights read from memory rather than a cache."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-COLD = 1 << 29  # bytes of weights between two uses of the same one: ten times the second-level cache of an H200
+COLD = 1 << 29  # bytes of weights read between two uses of the same one: ten times the L2 cache of an H200
 MOST_COPIES = 256
 REPLAYS = 10
-LEAST_CALLS = 16  # timed together on a GPU, whose events and starts of graphs take microseconds themselves
+LEAST_CALLS = 16  # timed together on a GPU, where events and graph launches take microseconds themselves
 COPIED = 1 << 30  # bytes
 
 
 def copies(nbytes: int) -> int:
-    """How many copies of a weight of this size to go through in turn."""
+    """Number of copies of a weight of this size to cycle through."""
     return max(1, min(MOST_COPIES, -(-COLD // nbytes)))
 
 
 def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Median time of one of `calls`, which run one after the other, each on a weight of its own.
+    """Median time of one of `calls`, which run in sequence, each on its own weight.
 
-    On NVIDIA and AMD all of them are captured in one CUDA graph, so that launching from Python does not count; on a CPU
-    it is wall-clock time.
+    On NVIDIA and AMD all of them are captured in one CUDA graph, so that launch overhead in Python does not count; on
+    a CPU it is wall-clock time.
     """
     if device.type == "cpu":
         calls[0]()
@@ -34,9 +34,9 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device
     with module.device(device):
         run = _captured(calls) if device.type == "cuda" else lambda: [call() for call in calls]
         times = []
-        for _ in range(REPLAYS + 2):  # the first ones warm up
+        for _ in range(REPLAYS + 2):  # the first two warm up
             start, stop = module.Event(enable_timing=True), module.Event(enable_timing=True)
-            run()  # keeps the device busy while the host starts the run that is timed
+            run()  # keeps the device busy while the host launches the timed run
             start.record()
             run()
             stop.record()
@@ -46,7 +46,7 @@ def seconds_per_call(calls: Sequence[Callable[[], object]], device: torch.device
 
 
 def copy_rate(device: torch.device, nbytes: int = COPIED) -> float:
-    """Bytes per second, read and written ones together, of a copy within the memory of a device."""
+    """Bytes per second, read plus written, of a copy within the memory of a device."""
     source = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / seconds_per_call([lambda: target.copy_(source)], device)

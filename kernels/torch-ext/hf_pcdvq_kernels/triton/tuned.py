@@ -1,7 +1,7 @@
-"""Launch configs that were measured on a device: the file that holds them, and the choice of one for a product.
+"""Launch configs measured on a device: the file that holds them, and the choice of one for a product.
 
-One file per kind of device, `<user's cache folder>/hf_pcdvq/<device>.json`, written by `tuning.py` and read once per
-process. Without it, or after it was deleted, the defaults of `launch_config.py` hold.
+One file per device model, `<user's cache folder>/hf_pcdvq/<device>.json`, written by `tuning.py` and read once per
+process. Without it, the defaults of `launch_config.py` apply.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 from . import launch_config
 from .launch_config import LaunchConfig, Shape
 
-FORMAT = 2  # raised with every change to the kernels that makes old measurements worthless
+FORMAT = 2  # increased whenever a change to the kernels invalidates old measurements
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class TunedConfig:
 
     config: LaunchConfig
     seconds: float
-    default_seconds: float  # of the config that holds without measuring
+    default_seconds: float  # of the default config
 
 
 def choose(shape: Shape, device: torch.device) -> LaunchConfig:
-    """The measured config for a product on a device, or else the default one."""
+    """The tuned config for a product on a device, or else the default one."""
     measured = load(device).get(shape)
     return launch_config.default(shape, launch_config.processors(device)) if measured is None else measured.config
 
 
 @cache
 def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
-    """What was measured for this kind of device; nothing, with a warning, where the file cannot be used."""
+    """The tuned configs for this device model; empty, with a warning, if the file cannot be used."""
     file = file_of(device)
     if not file.is_file():
         return {}
@@ -57,7 +57,7 @@ def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
 
 
 def file_of(device: torch.device) -> Path:
-    """Where the configs measured on this kind of device are."""
+    """The path of the file with the configs measured on this device model."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return folder / "hf_pcdvq" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name(device)).strip('-')}.json"
 
@@ -71,31 +71,31 @@ def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
     """The configs in a file.
 
     Raises:
-        ValueError: it is damaged, of another format or Triton, or has a config that the kernels do not take.
+        ValueError: it is damaged, from another format or Triton version, or has an unsupported config.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))  # its error is a ValueError
+    content = json.loads(file.read_text(encoding="utf-8"))  # raises a ValueError
     try:
         versions = content["format"], content["triton"]
         if versions != (FORMAT, triton.__version__):
             raise ValueError(
-                f"it is of format {versions[0]} and Triton {versions[1]}, needed are {FORMAT} and {triton.__version__}"
+                f"it has format {versions[0]} and Triton {versions[1]}, expected {FORMAT} and {triton.__version__}"
             )
         rows = [(Shape(**row["shape"]), LaunchConfig(**row["config"]), row) for row in content["products"]]
         found = {shape: TunedConfig(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"it is not laid out as expected ({type(error).__name__}: {error})") from None
+        raise ValueError(f"its structure is not as expected ({type(error).__name__}: {error})") from None
     for shape, measured in found.items():
         try:
             known = {*launch_config.candidates(shape), launch_config.default(shape, processors)}
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"there is no product like {shape}") from None
+            raise ValueError(f"no kernel supports {shape}") from None
         if measured.config not in known:
-            raise ValueError(f"{measured.config} is no config of {shape}")
+            raise ValueError(f"{measured.config} is not a launch config for {shape}")
     return found
 
 
 def write(file: Path, device: str, measured: Mapping[Shape, TunedConfig]) -> None:
-    """Write the file whole or not at all; products that run later in this process use it."""
+    """Write the file atomically; later products in this process use it."""
     products = [
         {
             "shape": asdict(shape),

@@ -1,4 +1,4 @@
-"""Measures which launch config is fastest on a device. Called by `hf-pcdvq tune`, never while a model runs."""
+"""Measures which launch config is fastest on a device. Run by `hf-pcdvq tune`, never while a model runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .tuned import TunedConfig
 
 
 def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape, TunedConfig]]:
-    """Measure one product after the other, and add each to the device's file when it is done.
+    """Measure products in turn, and add each to the device's file when it is done.
 
     Raises:
-        RuntimeError: the device is no GPU.
+        RuntimeError: the device is not a GPU.
     """
     if device.type == "cpu":
         raise RuntimeError("launch configs are measured on a GPU, and PyTorch finds none here")
@@ -29,7 +29,7 @@ def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape,
 
 
 def measure(shape: Shape, device: torch.device) -> TunedConfig:
-    """The fastest config of a product of bfloat16, with a rotation of its activations as layers have it."""
+    """The fastest config of a bfloat16 product, with activations rotated as in a layer."""
     first = random_weight(shape.format, shape.rows, shape.columns, device=device)
     nbytes = first.weight.numel() * first.weight.element_size()
     seeds = range(1, timing.copies(nbytes))
