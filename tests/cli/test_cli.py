@@ -263,7 +263,7 @@ def test_inspect_json_adds_up_to_the_file(packed_once):
 
 def test_inspect_shows_layers_and_what_was_left(packed_once):
     shown = succeed("inspect", packed_once).stdout
-    assert "pcdvq, bits 2.25" in shown
+    assert "pcdvq-2.25" in shown
     assert "2.500" in shown  # bits for a row of 128: 2.25, plus a float32 scale
     assert "lm_head.weight" in shown
 

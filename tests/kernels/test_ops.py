@@ -71,7 +71,7 @@ def test_signs_rotate_the_weight_back(setting):
     # that of the decoded weight to float32
     tolerance = 1e-7 if setting == "int8" else 1e-12
     assert relative_error(matmul(x, *packed, signs=signs), x @ weight.T) < tolerance
-    assert relative_error(matmul(grad, *packed, transposed=True, signs=signs), grad @ weight) < 1e-12
+    assert relative_error(matmul(grad, *packed, transposed=True, signs=signs), grad @ weight) < tolerance
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -140,7 +140,7 @@ CLUSTER = random_packed("ccq-2.0625", 4, 64)
 STREAM = random_packed("stream-2.0", 4, 64)
 BAD_PACKED = [
     ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
-    ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must be"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must have two dimensions"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :7], ValueError, "multiple of 4"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0].T.contiguous().T, ValueError, "weight must be contiguous"),
     ("pcdvq", PCDVQ, 1, PCDVQ[1][:3], ValueError, "magnitude must have shape"),
@@ -158,7 +158,7 @@ BAD_PACKED = [
     ("ccq", random_packed("ccq-2.5", 4, 64), 2, CLUSTER[2], ValueError, "local_scale must be None"),
     ("stream", STREAM, 0, STREAM[0].long(), TypeError, "weight must be torch.int32"),
     ("stream", STREAM, 0, STREAM[0].repeat(2, 1), ValueError, r"weight must have shape \[1, 64\]"),
-    ("stream", STREAM, 0, STREAM[0][0], ValueError, "weight must be"),
+    ("stream", STREAM, 0, STREAM[0][0], ValueError, "weight must have two dimensions"),
     ("stream", STREAM, 1, STREAM[1][None], ValueError, r"scale must be \[N\]"),
     ("stream", STREAM, 2, 2.1, ValueError, "bits must be one of 2.0, 2.25, 2.5, 3.0, 4.0, got 2.1"),
     ("stream", STREAM, 3, 11, ValueError, "window_bits must be one of"),
