@@ -9,7 +9,7 @@ Needs only PyTorch and Triton. Takes some minutes, most of them for compiling. T
 layer with one number of tokens); groups in the file are not measured again, so an interrupted run can be resumed.
 
     PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py
-    PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py --models Llama-3-70B --tokens 1 8 --codecs "ccq-2.5"
+    PYTHONPATH=kernels/torch-ext python benchmarks/bench_kernels.py --models Llama-3-70B --tokens 1 8 --formats "ccq-2.5"
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hf_pcdvq_kernels.random_weights import random_packed
 from hf_pcdvq_kernels.triton import timing, tuned
 from torch.nn.functional import linear
 
-CODECS = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0")
+FORMATS = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0")
 TOKENS = (1, 2, 4, 8, 16, 64, 2048)
 SMOKE_TOKENS = (1, 4)
 ROTATION = 128  # the largest block of the rotation, as configs have it by default
@@ -48,12 +48,12 @@ def dense(outputs: int, inputs: int, seed: int, device: torch.device) -> Product
     return Product(partial(linear, weight=weight), weight.nbytes)
 
 
-def packed(codec: str, outputs: int, inputs: int, seed: int, device: torch.device) -> Product:
+def packed(format: str, outputs: int, inputs: int, seed: int, device: torch.device) -> Product:
     """A product of ours, called as the layers of a model call it."""
-    weight = random_packed(codec, outputs, inputs, seed, device)
+    weight = random_packed(format, outputs, inputs, seed, device)
     signs = torch.ones(min(ROTATION, inputs & -inputs), device=device)
     nbytes = sum(tensor.nbytes for tensor in weight if isinstance(tensor, torch.Tensor))
-    family = ops.family_of(codec).family
+    family = ops.family_of(format).family
     return Product(lambda x: ops.matmul(family, x, weight, signs=signs), nbytes)
 
 
@@ -129,14 +129,14 @@ def unmeasured(
         yield from ((layer, number) for number in tokens if not set(wanted) <= set(results.times(layer, number)))
 
 
-def compile_all(groups: list[tuple[Layer, int]], codecs: list[str], device: torch.device, jobs: int) -> None:
+def compile_all(groups: list[tuple[Layer, int]], formats: list[str], device: torch.device, jobs: int) -> None:
     """Run every product once, in several processes, so that Triton keeps all kernels before one of them is timed."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         tasks = {}
         for layer, tokens in groups:
-            for codec in codecs:
-                task = pool.submit(run_once, codec, layer.outputs, layer.inputs, tokens, device)
-                tasks[task] = f"{codec}, {layer.outputs} x {layer.inputs}, {tokens} tokens"
+            for format in formats:
+                task = pool.submit(run_once, format, layer.outputs, layer.inputs, tokens, device)
+                tasks[task] = f"{format}, {layer.outputs} x {layer.inputs}, {tokens} tokens"
         try:
             for number, task in enumerate(as_completed(tasks), 1):
                 error = task.result()
@@ -148,11 +148,11 @@ def compile_all(groups: list[tuple[Layer, int]], codecs: list[str], device: torc
             pool.shutdown(cancel_futures=True)
 
 
-def run_once(codec: str, outputs: int, inputs: int, tokens: int, device: torch.device) -> str | None:
+def run_once(format: str, outputs: int, inputs: int, tokens: int, device: torch.device) -> str | None:
     """Run a product; returns its error, if any, as text: not every exception can be passed between processes."""
     choose_backend(device)
     try:  # .item() waits for the device, so its errors are raised here
-        packed(codec, outputs, inputs, 0, device).run(activations(tokens, inputs, device)).sum().item()
+        packed(format, outputs, inputs, 0, device).run(activations(tokens, inputs, device)).sum().item()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -241,7 +241,9 @@ def arguments() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME", help=", ".join(models))
     parser.add_argument("--tokens", nargs="+", type=int, help=f"default: {' '.join(map(str, TOKENS))}")
-    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=CODECS, metavar="NAME", help=", ".join(CODECS))
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="NAME", help=", ".join(FORMATS)
+    )
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME", help=f"{', '.join(PEERS)}; or none"
     )
@@ -269,11 +271,11 @@ def run(results: Results, args: argparse.Namespace) -> None:
     choose_backend(args.device)
     peers, results.unavailable = usable_peers(args.peers, args.device)
     layers = SMOKE_LAYERS if args.smoke else [layer for layer in LAYERS if layer.model in args.models]
-    wanted = [DENSE, *args.codecs, *peers]
+    wanted = [DENSE, *args.formats, *peers]
     groups = list(unmeasured(results, layers, args.tokens, wanted))
     print(f"{len(groups)} layers and numbers of tokens to measure, into {args.out}", flush=True)
     if groups and args.jobs:
-        compile_all(groups, args.codecs, args.device, args.jobs)
+        compile_all(groups, args.formats, args.device, args.jobs)
     measure_all(results, groups, wanted, args)
 
 

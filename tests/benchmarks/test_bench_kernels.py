@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
-CODECS = ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0"]
+FORMATS = ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0"]
 
 
 def rows_of(file):
@@ -63,7 +63,7 @@ def main(modules, monkeypatch):
 def test_ratios_and_rates_are_quotients_of_the_times(smoke):
     file, output = smoke
     rows, copy_rate = rows_of(file), json.loads(file.read_text())["copy_rate"]
-    wanted = {(name, tokens, w) for name in ("up", "down") for tokens in (1, 4) for w in ["bf16", *CODECS]}
+    wanted = {(name, tokens, w) for name in ("up", "down") for tokens in (1, 4) for w in ["bf16", *FORMATS]}
     assert set(rows) == wanted
     for (layer, tokens, _), row in rows.items():
         assert row["ratio"] == rows[layer, tokens, "bf16"]["seconds"] / row["seconds"] > 0
@@ -79,7 +79,7 @@ def test_ratios_and_rates_are_quotients_of_the_times(smoke):
         return 2 * rows["up", 4, weight]["seconds"] + rows["down", 4, weight]["seconds"]
 
     (line,) = (line for line in output.splitlines() if line.startswith("ccq-2.5 "))
-    assert line.split()[3] == f"{block('bf16') / block('ccq-2.5'):.2f}"
+    assert line.split()[2] == f"{block('bf16') / block('ccq-2.5'):.2f}"
 
 
 def test_nothing_is_measured_twice(copied, main, capsys):
@@ -95,13 +95,13 @@ def test_a_group_that_lacks_a_row_is_measured_again_with_all_its_rows(copied, ma
     content["rows"] = [row for row in content["rows"] if (row["layer"], row["tokens"], row["weight"]) != gone]
     copied.write_text(json.dumps(content))
     before = rows_of(copied)
-    main("--smoke", "--peers", "--codecs", "ccq-2.5", "--jobs", "1", "--out", copied)
+    main("--smoke", "--peers", "--formats", "ccq-2.5", "--jobs", "1", "--out", copied)
     output = capsys.readouterr().out
     assert "1 layers and numbers of tokens to measure" in output and "compiled 1 of 1 products" in output
     after = rows_of(copied)
     assert set(after) == set(before) | {gone}
     changed = {key for key in after if before.get(key) != after[key]}
-    assert changed == {("down", 4, weight) for weight in ["bf16", *CODECS]}
+    assert changed == {("down", 4, weight) for weight in ["bf16", *FORMATS]}
 
 
 def test_results_of_another_device_are_refused(copied, main):
@@ -180,7 +180,7 @@ def test_an_interrupted_run_keeps_what_was_measured(modules, main, monkeypatch, 
 
     monkeypatch.setattr(bench_kernels.timing, "seconds_per_call", seconds_per_call)
     with pytest.raises(SystemExit, match="results.json keeps what was measured"):
-        main("--smoke", "--peers", "--codecs", "ccq-2.5", "--out", tmp_path / "results.json")
+        main("--smoke", "--peers", "--formats", "ccq-2.5", "--out", tmp_path / "results.json")
     rows = bench_results.Results.read(tmp_path / "results.json").rows
     assert [(row.tokens, row.weight) for row in rows] == [(1, "bf16"), (1, "ccq-2.5")]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
@@ -200,7 +200,7 @@ def test_what_fails_is_noted_and_the_rest_is_measured(modules, main, monkeypatch
     monkeypatch.setattr(bench_kernels, "PEERS", {"absent": absent, "small": small})
     monkeypatch.setattr(bench_kernels, "random_packed", lambda *_: [torch.zeros(2)])
     with pytest.raises(SystemExit, match="4 products of ours failed"):
-        main("--smoke", "--codecs", "ccq-2.5", "--out", tmp_path / "results.json")
+        main("--smoke", "--formats", "ccq-2.5", "--out", tmp_path / "results.json")
     results = bench_results.Results.read(tmp_path / "results.json")
     assert results.unavailable == {"absent": "ImportError: no module absent"}
     errors = {(row.layer, row.weight): row.error for row in results.rows if row.error}
