@@ -39,6 +39,10 @@ def _(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 @torch.library.impl(f"{NAMESPACE}::hadamard", "default")
 def _(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
     checks.check_hadamard(x, signs)
+    return _rotate(x, signs, inverse)
+
+
+def _rotate(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     if use_triton(x.device, x.dtype):
         from .triton import launch
 
@@ -95,9 +99,9 @@ def _runs_as_triton(weight: PackedWeight, device: torch.device, dtype: torch.dty
 def _multiply_in_pytorch(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
     """The product in PyTorch, with a rotation that may run as a kernel, which does not depend on the format."""
     if signs is not None and not transposed:
-        x = OPS.hadamard(x, signs)
+        x = _rotate(x, signs, False)
     out = weight.reference_matmul(x, transposed)
-    return OPS.hadamard(out, signs, True) if signs is not None and transposed else out
+    return _rotate(out, signs, True) if signs is not None and transposed else out
 
 
 def _define_dequantize(family: type[PackedWeight]) -> None:
