@@ -5,6 +5,8 @@ import json
 import pytest
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig
+from hf_pcdvq.codecs import SETTINGS
+from hf_pcdvq.codecs.stream import StreamCodec
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25, 2])
@@ -107,3 +109,12 @@ def test_configs_do_not_share_lists():
     config = PcdvqConfig(modules_to_not_convert=names)
     names.append("lm_head")
     assert config.modules_to_not_convert == ["mlp"]
+
+
+def test_two_codecs_may_not_claim_the_same_format_of_a_method(monkeypatch):
+    class Other(StreamCodec):
+        pass
+
+    monkeypatch.setitem(SETTINGS, "other-2.0", (Other, {"layout": "stream", "bits": 2.0}))
+    with pytest.raises(ValueError, match="layout 'stream' is claimed by two codecs of 'ccq'"):
+        CcqConfig(layout="stream")

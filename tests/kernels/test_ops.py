@@ -3,6 +3,7 @@
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
+from hf_pcdvq_kernels import random_weights
 from hf_pcdvq_kernels.reference import products
 from packing import SETTINGS as WITH_KERNELS
 from packing import family, op_pair, random_packed, random_stack, relative_error
@@ -201,6 +202,14 @@ def test_wrong_rotations_are_refused():
         ops.hadamard(torch.randn(2, 8), torch.ones(8, dtype=torch.int8))
     with pytest.raises(TypeError, match="x must be one of"):
         ops.hadamard(torch.ones(2, 8, dtype=torch.int32), torch.ones(8))
+
+
+def test_random_weights_have_the_parameters_of_their_format_only():
+    assert random_weights.random_packed("stream-2.0", 4, 64, window_bits=16)[-1] == 16
+    with pytest.raises(TypeError, match="stream-2.0 has no parameter window"):
+        random_weights.random_packed("stream-2.0", 4, 64, window=16)
+    with pytest.raises(ValueError, match="unknown format 'stream 2.0'"):
+        random_weights.random_packed("stream 2.0", 4, 64)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

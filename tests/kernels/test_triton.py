@@ -19,7 +19,7 @@ GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
 
-from hf_pcdvq_kernels.triton import launch_config, timing, tuned, tuning  # noqa: E402
+from hf_pcdvq_kernels.triton import launch, launch_config, timing, tuned, tuning  # noqa: E402
 from hf_pcdvq_kernels.triton.product import product  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -171,6 +171,21 @@ def test_activations_prepared_once(setting, tokens, dtype):
         expected = matmul(x, *packed, signs=signs)
         # The activations themselves are no longer read.
         assert torch.equal(matmul(torch.zeros_like(x), *packed, signs=signs, prepared=prepared), expected)
+
+
+def test_formats_without_kernels_are_rotated_by_one(monkeypatch):
+    """And compute what the reference does, in both directions."""
+    packed, signs, rotations = on_device(random_packed("int8", 6, 192)), SIGNS.to(DEVICE), []
+    hadamard = launch.hadamard
+    monkeypatch.setattr(launch, "hadamard", lambda *arguments: rotations.append(1) or hadamard(*arguments))
+    x, grad = activations(2, 192).half().to(DEVICE), activations(2, 6).half().to(DEVICE)
+    products = [ops.matmul("int8", x, packed, False, signs), ops.matmul("int8", grad, packed, True, signs)]
+    assert len(rotations) == 2
+    ops.set_backend("reference")
+    expected = [ops.matmul("int8", x, packed, False, signs), ops.matmul("int8", grad, packed, True, signs)]
+    assert len(rotations) == 2
+    for out, value in zip(products, expected):
+        assert relative_error(out.cpu(), value.cpu().double()) < TOLERANCE[torch.float16]
 
 
 def test_what_cannot_be_prepared():
