@@ -90,8 +90,9 @@ def check_hadamard(x: torch.Tensor, signs: torch.Tensor) -> None:
 
 
 def check_prepare(x: torch.Tensor, signs: torch.Tensor | None) -> None:
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"prepare: x must be float16 or bfloat16, got {x.dtype}")
+    allowed = (torch.float16, torch.bfloat16, *([torch.float32] if x.device.type == "cpu" else []))
+    if x.dtype not in allowed:
+        raise TypeError(f"prepare: x must be one of {', '.join(map(str, allowed))}, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"prepare: x must be [..., K] and not empty, got {list(x.shape)}")
     if signs is not None:

@@ -1,7 +1,7 @@
 """Every op, declared once: schema, fake implementation, implementation, gradient.
 
-An implementation validates its arguments, then runs Triton kernels or the PyTorch reference, as `backend.use_triton`
-decides; `prepare` exists for Triton only. The ops of a family of formats are derived from its description in
+An implementation validates its arguments, then runs Triton kernels, the library of the CPU backend or the PyTorch reference, as
+`backend` decides; `prepare` exists for the first two only. The ops of a family of formats are derived from its description in
 `formats/`. `functional.py` has the public functions and their documentation.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from .backend import use_triton
+from .backend import use_cpu, use_triton
 from .formats import FAMILIES, PackedWeight
 from .reference import products
 from .reference.hadamard import hadamard as reference_hadamard
@@ -70,17 +70,26 @@ torch.library.define(f"{NAMESPACE}::prepare", "(Tensor x, Tensor? signs, str for
 
 @torch.library.register_fake(f"{NAMESPACE}::prepare")
 def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
+    checks.check_prepare(x, signs)
+    size = x.numel() // x.shape[-1], x.shape[-1]
+    if use_cpu(x.device, x.dtype):
+        from .cpu import launch
+
+        return x.new_empty(launch.prepared_words(*size), dtype=torch.int32)
     from .triton import product
 
-    checks.check_prepare(x, signs)
-    return x.new_empty(product.prepared_words(format, x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.int32)
+    return x.new_empty(product.prepared_words(format, *size), dtype=torch.int32)
 
 
 @torch.library.impl(f"{NAMESPACE}::prepare", "default")
 def _(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
+    checks.check_prepare(x, signs)
+    if use_cpu(x.device, x.dtype):
+        from .cpu import launch
+
+        return launch.prepare(x, signs, format)
     from .triton import product
 
-    checks.check_prepare(x, signs)
     return product.prepare(x, signs, format)
 
 
@@ -94,6 +103,10 @@ def _schema(family: type[PackedWeight]) -> str:
 
 def _runs_as_triton(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> bool:
     return weight.has_kernels and use_triton(device, dtype)
+
+
+def _runs_on_cpu(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> bool:
+    return weight.on_cpu and use_cpu(device, dtype)
 
 
 def _multiply_in_pytorch(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None) -> Tensor:
@@ -123,6 +136,10 @@ def _define_dequantize(family: type[PackedWeight]) -> None:
             from .triton import launch
 
             return launch.dequantize(weight, dtype)
+        if _runs_on_cpu(weight, weight.weight.device, dtype):
+            from .cpu import launch as cpu
+
+            return cpu.dequantize(weight, dtype)
         return products.dequantize(weight, dtype)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -156,6 +173,10 @@ def _define_matmul(family: type[PackedWeight]) -> None:
             from .triton import launch
 
             return launch.matmul(x, weight, transposed, signs, prepared)
+        if _runs_on_cpu(weight, x.device, x.dtype):
+            from .cpu import launch as cpu
+
+            return cpu.matmul(x, weight, transposed, signs, prepared)
         return _multiply_in_pytorch(x, weight, transposed, signs)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)

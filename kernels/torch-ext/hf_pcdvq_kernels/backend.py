@@ -1,4 +1,4 @@
-"""Which implementation an op runs: the Triton kernels or the PyTorch reference."""
+"""Which implementation an op runs: the Triton kernels, the library of the CPU backend, or the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 _DEVICES = ("cuda", "xpu")  # ROCm devices are also of type cuda
 
 
@@ -22,9 +22,10 @@ def set_backend(backend: str) -> None:
     """Choose the implementation of all ops in this process.
 
     Args:
-        backend: `"auto"`, Triton kernels for tensors on a GPU and PyTorch for all others; `"triton"`, which raises where
-            Triton has no kernels for the device; or `"reference"`, PyTorch everywhere. Formats without kernels run in
-            PyTorch whatever is chosen. The search that encodes the stream layout obeys the choice too.
+        backend: `"auto"`, Triton kernels for tensors on a GPU, the compiled library on a CPU, and PyTorch for all others;
+            `"triton"` or `"cpu"`, only these, which raise where they have no kernels for the device or dtype; or
+            `"reference"`, PyTorch everywhere. Formats without kernels run in PyTorch whatever is chosen. The search that
+            encodes the stream layout obeys the choice too.
 
     Raises:
         ValueError: unknown backend.
@@ -45,7 +46,7 @@ def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         RuntimeError: the backend is `"triton"`, and Triton cannot run the op.
     """
-    if _Choice.backend == "reference" or (_Choice.backend == "auto" and device.type not in _DEVICES):
+    if _Choice.backend in ("reference", "cpu") or (_Choice.backend == "auto" and device.type not in _DEVICES):
         return False
     obstacle = _obstacle(device, dtype)
     if obstacle is None:
@@ -56,6 +57,36 @@ def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
         )
     _warn_once(f"hf_pcdvq decodes with PyTorch, which is slow, because {obstacle}")
     return False
+
+
+def use_cpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op on this device, with activations or a result of this dtype, runs on the library of the CPU backend.
+
+    Raises:
+        RuntimeError: the backend is `"cpu"`, and the library cannot run the op.
+    """
+    if _Choice.backend in ("reference", "triton") or (_Choice.backend == "auto" and device.type != "cpu"):
+        return False
+    obstacle = _cpu_obstacle(device, dtype)
+    if obstacle is None:
+        return True
+    if _Choice.backend == "cpu":
+        raise RuntimeError(f"the backend is set to 'cpu', but {obstacle}; set_backend('auto') runs PyTorch instead")
+    if dtype != torch.float64:  # rare, and asked for because it is exact
+        _warn_once(f"hf_pcdvq decodes with PyTorch, which is slow, because {obstacle}")
+    return False
+
+
+def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the library of the CPU backend cannot run, or None."""
+    if device.type != "cpu":
+        return f"the library has no kernels for the device {device.type!r}"
+    if dtype == torch.float64:
+        return "the kernels do not compute in float64"
+    from .cpu import library
+
+    loaded = library.load()
+    return None if isinstance(loaded, library.Library) else f"the CPU kernels are missing: {loaded}"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._ops import OPS
-from .backend import use_triton
+from .backend import use_cpu, use_triton
 from .formats import family_named, family_of
 
 # An op argument other than the activations: a packed tensor (None if the format lacks it), a table or a scalar.
@@ -54,12 +54,23 @@ def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
     Raises:
         ValueError: a wrong shape, device or stride, or an unknown format.
     """
-    if not family_of(format).has_kernels or not use_triton(x.device, x.dtype):
+    family = family_of(format)
+    if family.on_cpu and use_cpu(x.device, x.dtype):
+        return _prepare_on_cpu(x, signs, format)
+    if not family.has_kernels or not use_triton(x.device, x.dtype):
         return None
     from .triton import product
 
     columns = x.shape[-1]
     if not columns or not product.reads_prepared(format, x.numel() // columns, columns, x.dtype):
+        return None
+    return OPS.prepare(x, signs, format)
+
+
+def _prepare_on_cpu(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
+    from .cpu import launch
+
+    if not x.numel() or x.numel() // x.shape[-1] > launch.MOST_TOKENS:
         return None
     return OPS.prepare(x, signs, format)
 

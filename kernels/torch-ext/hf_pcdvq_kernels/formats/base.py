@@ -50,6 +50,7 @@ class PackedWeight(ABC):
         arguments: the packed tensors, tables and scalars that the ops take.
         row_multiple: slices of rows must start at multiples of this.
         has_kernels: whether the family has Triton kernels, which `kernels` imports.
+        on_cpu: whether the library of the CPU backend has kernels for its formats.
     """
 
     weight: Tensor
@@ -59,6 +60,7 @@ class PackedWeight(ABC):
     arguments: ClassVar[tuple[Argument, ...]]
     row_multiple: ClassVar[int] = 1
     has_kernels: ClassVar[bool] = False
+    on_cpu: ClassVar[bool] = False
 
     # ------------------------------------------------------------------------- the formats of the family, by name
 

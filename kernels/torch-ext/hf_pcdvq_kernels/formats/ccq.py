@@ -104,6 +104,7 @@ class CcqWeight(PackedWeight):
         Argument("layout", "str"),
     )
     has_kernels = True
+    on_cpu = True
 
     @cached_property
     def layout(self) -> CcqLayout:

@@ -26,6 +26,7 @@ class Int8Weight(PackedWeight):
     family = "int8"
     names = ("int8",)
     arguments = (Argument("weight", "Tensor", stacked=True), Argument("scale", "Tensor", stacked=True))
+    on_cpu = True
 
     @property
     def name(self) -> str:

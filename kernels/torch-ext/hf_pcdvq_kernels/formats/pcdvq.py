@@ -45,6 +45,7 @@ class PcdvqWeight(PackedWeight):
         Argument("levels", "Tensor"),
     )
     has_kernels = True
+    on_cpu = True
 
     @property
     def name(self) -> str:

@@ -94,6 +94,7 @@ class StreamWeight(PackedWeight):
         Argument("window_bits", "int"),
     )
     has_kernels = True
+    on_cpu = True
     row_multiple = STREAM_RING
 
     @cached_property

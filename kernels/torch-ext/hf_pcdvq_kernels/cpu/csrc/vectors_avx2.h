@@ -1,0 +1,125 @@
+// Vectors of 32 bytes: AVX2 with FMA and F16C (Haswell, Zen and later).
+#pragma once
+#include "vector_types.h"
+#include "sign_table.h"
+
+INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return (Float32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum); }
+
+// -------------------------------------------------------------------------------------------------- products
+
+// `first` plus, for every two elements, the sum of their products.
+INLINE Int32 products(Int16 a, Int16 b) { return (Int32)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
+
+// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
+INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
+    const __m256i apart = _mm256_permutevar8x32_epi32((__m256i)bytes, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
+    first = (Int16)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(apart));
+    second = (Int16)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(apart, 1));
+}
+
+// For every element the sum of its four signed bytes.
+INLINE Int32 sum_of_bytes(Int32 bytes) {
+    return (Int32)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)bytes), _mm256_set1_epi16(1));
+}
+
+// Elements of 16 bits, alternately from one vector and the other.
+INLINE Int16 interleave(Int32 even, Int32 odd) {
+    return (Int16)_mm256_blend_epi16((__m256i)even, _mm256_slli_epi32((__m256i)odd, 16), 0xAA);
+}
+
+// The low 32 bits of (high:low) >> shift.
+INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
+    return (Int32)_mm256_or_si256(_mm256_srlv_epi32((__m256i)low, _mm256_set1_epi32(shift)),
+                                  _mm256_sllv_epi32((__m256i)high, _mm256_set1_epi32(32 - shift)));
+}
+
+INLINE float sum(Float32 x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// ------------------------------------------------------------------------------------------------------- pcdvq
+
+// Entries of a table of eight bytes each.
+INLINE UInt8 lookup(const void* table, const uint32_t* index) {
+    return (UInt8)_mm256_set_epi64x(number_at<uint64_t>(table, index[3]), number_at<uint64_t>(table, index[2]), number_at<uint64_t>(table, index[1]), number_at<uint64_t>(table, index[0]));
+}
+
+// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
+INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
+    const uint32_t seven[4] = {words[2 * 0] & 127u, words[2 * 1] & 127u, words[2 * 2] & 127u, words[2 * 3] & 127u};
+    return (Int8)_mm256_sign_epi8((__m256i)weights, (__m256i)lookup(SIGN_TABLE.entries, seven));
+}
+
+// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
+INLINE Float32 levels_of(const float* levels, uint32_t index) {
+    const __m256i shifts = _mm256_set_epi32(6, 6, 4, 4, 2, 2, 0, 0);
+    __m256i chosen = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(index), shifts), _mm256_set1_epi32(3));
+    return (Float32)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(levels)), chosen);
+}
+
+// --------------------------------------------------------------------------------------------------------- ccq
+
+// The 16 bytes from which a vector's windows are taken, in both halves of the register.
+INLINE __m256i twice(const uint8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
+
+// Windows of four bits; three per byte, at bits 4, 2 and 0.
+INLINE UInt8 windows_2_75(const uint8_t* group, int part) {
+    alignas(32) static constexpr struct Tables {
+        uint8_t place[2][32], mask[2][3][32];
+        constexpr Tables() : place(), mask() {
+            for (int i = 0; i < 64; i++) {
+                place[i / 32][i % 32] = i / 3 - (i < 32 ? 0 : 6);  // the second half reads bytes 6 to 21
+                mask[i / 32][i % 3][i % 32] = 15;
+            }
+        }
+    } tables;
+    __m256i bytes = _mm256_shuffle_epi8(twice(group + 6 * part), _mm256_load_si256((const __m256i*)tables.place[part]));
+    const __m256i* mask = (const __m256i*)tables.mask[part];
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask[0]);
+    __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 2), mask[1]);
+    return (UInt8)_mm256_or_si256(_mm256_or_si256(first, second), _mm256_and_si256(bytes, mask[2]));
+}
+
+// Windows of three bits; seven per word, at bits 13, 11, 9, 6, 4, 2 and 0.
+INLINE UInt8 windows_2_5(const uint8_t* group, int part) {
+    alignas(32) static constexpr struct Tables {
+        uint8_t place[2][2][32];
+        uint16_t factor[2][2][16];
+        constexpr Tables() : place(), factor() {
+            const int shifts[7] = {13, 11, 9, 6, 4, 2, 0};
+            for (int i = 0; i < 64; i++) {
+                // Packing two vectors interleaves runs of eight.
+                const int part = i / 32, vector = i / 8 % 2, lane = i % 32 / 16 * 8 + i % 8;
+                const int byte = i / 7 * 2 - 4 * part;  // the second half reads bytes 4 to 19
+                place[part][vector][2 * lane] = byte;
+                place[part][vector][2 * lane + 1] = byte + 1;
+                factor[part][vector][lane] = 1 << (13 - shifts[i % 7]);  // shifts the window to the top
+            }
+        }
+    } tables;
+    const __m256i bytes = twice(group + 4 * part);
+    __m256i windows[2];
+    for (int v = 0; v < 2; v++) {
+        __m256i words = _mm256_shuffle_epi8(bytes, _mm256_load_si256((const __m256i*)tables.place[part][v]));
+        words = _mm256_mullo_epi16(words, _mm256_load_si256((const __m256i*)tables.factor[part][v]));
+        windows[v] = _mm256_srli_epi16(words, 13);
+    }
+    return (UInt8)_mm256_packus_epi16(windows[0], windows[1]);
+}
+
+// Windows of six bits; four per code word, at bits 9, 6, 3 and 0. A byte is mapped to its code word.
+INLINE UInt8 windows_2_0625(const uint8_t* group, int part, float code_scale, float code_zero) {
+    __m256 bytes = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(group + 8 * part))));
+    __m256 code = _mm256_add_ps(_mm256_mul_ps(bytes, _mm256_set1_ps(code_scale)), _mm256_set1_ps(code_zero));
+    code = _mm256_floor_ps(_mm256_add_ps(code, _mm256_set1_ps(0.5f)));
+    const UInt32 word = (UInt32)_mm256_cvttps_epi32(code);
+    return (UInt8)((word >> 9 & 0x3F) | (word << 2 & 0x3F00) | (word << 13 & 0x3F0000) | (word << 24 & 0x3F000000));
+}
+
+// ------------------------------------------------------------------------------------------------------ float16
+
+INLINE Float32 from_half(const uint16_t* x) { return (Float32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)); }
+INLINE void to_half(uint16_t* y, Float32 x) { _mm_storeu_si128((__m128i*)y, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }

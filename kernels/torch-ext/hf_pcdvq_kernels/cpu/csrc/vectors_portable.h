@@ -1,0 +1,119 @@
+// Vectors of 16 bytes in plain C++, for every CPU; on 64-bit ARM its instructions are NEON's.
+#pragma once
+#include "vector_types.h"
+#include "sign_table.h"
+
+INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return a * b + sum; }
+
+// -------------------------------------------------------------------------------------------------- products
+
+// For every two elements, the sum of their products.
+#if defined(__ARM_NEON)
+INLINE Int32 products(Int16 a, Int16 b) {
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return (Int32)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
+#else
+INLINE Int32 products(Int16 a, Int16 b) {
+    const Int32 x = (Int32)a, y = (Int32)b;
+    return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+}
+#endif
+INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
+
+// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
+INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
+    typedef int8_t Half __attribute__((vector_size(BYTES / 2)));
+    typedef int32_t HalfInt32 __attribute__((vector_size(BYTES / 2)));
+    const Int32 x = (Int32)bytes;
+    first = __builtin_convertvector((Half)HalfInt32{x[0], x[2]}, Int16);
+    second = __builtin_convertvector((Half)HalfInt32{x[1], x[3]}, Int16);
+}
+
+// For every element the sum of its four signed bytes.
+INLINE Int32 sum_of_bytes(Int32 bytes) { return (bytes << 24 >> 24) + (bytes << 16 >> 24) + (bytes << 8 >> 24) + (bytes >> 24); }
+
+// Elements of 16 bits, alternately from one vector and the other.
+INLINE Int16 interleave(Int32 even, Int32 odd) { return (Int16)((even & 0xFFFF) | odd << 16); }
+
+// The low 32 bits of (high:low) >> shift.
+INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
+    return (Int32)((UInt32)low >> (UInt32{} + (uint32_t)shift) | (UInt32)high << 1 << (UInt32{} + (uint32_t)(31 - shift)));
+}
+
+INLINE float sum(Float32 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+// ------------------------------------------------------------------------------------------------------- pcdvq
+
+// Entries of a table of eight bytes each.
+INLINE UInt8 lookup(const void* table, const uint32_t* index) {
+    const uint64_t entries[2] = {number_at<uint64_t>(table, index[0]), number_at<uint64_t>(table, index[1])};
+    return load<UInt8>(entries);
+}
+
+// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
+INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
+    const uint32_t seven[2] = {words[2 * 0] & 127u, words[2 * 1] & 127u};
+    return (Int8)(weights * lookup(SIGN_TABLE.entries, seven));
+}
+
+// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
+INLINE Float32 levels_of(const float* levels, uint32_t index) {
+    const float first = levels[index & 3], second = levels[index >> 2 & 3];
+    return Float32{first, first, second, second};
+}
+
+// --------------------------------------------------------------------------------------------------------- ccq
+
+// Windows of four bits; three per byte, at bits 4, 2 and 0.
+INLINE UInt8 windows_2_75(const uint8_t* group, int part) {
+    uint8_t windows[BYTES];
+    for (int i = 0; i < BYTES; i++) {
+        const int window = part * BYTES + i;
+        windows[i] = group[window / 3] >> (4 - 2 * (window % 3)) & 15;
+    }
+    return load<UInt8>(windows);
+}
+
+// Windows of three bits; seven per word, at bits 13, 11, 9, 6, 4, 2 and 0.
+INLINE UInt8 windows_2_5(const uint8_t* group, int part) {
+    static constexpr int shifts[7] = {13, 11, 9, 6, 4, 2, 0};
+    uint8_t windows[BYTES];
+    for (int i = 0; i < BYTES; i++) {
+        const int window = part * BYTES + i, word = window / 7;
+        windows[i] = (group[2 * word] | group[2 * word + 1] << 8) >> shifts[window % 7] & 7;
+    }
+    return load<UInt8>(windows);
+}
+
+// As x86 converts: values out of range become the lowest integer.
+INLINE int32_t to_int(float x) { return x >= -2147483648.0f && x < 2147483648.0f ? (int32_t)x : INT32_MIN; }
+
+// Windows of six bits; four per code word, at bits 9, 6, 3 and 0. A byte is mapped to its code word.
+INLINE UInt8 windows_2_0625(const uint8_t* group, int part, float code_scale, float code_zero) {
+    UInt32 word;
+    for (int i = 0; i < LANES; i++) {
+        const float code = (float)group[LANES * part + i] * code_scale + code_zero;
+        word[i] = (uint32_t)to_int(__builtin_floorf(code + 0.5f));
+    }
+    return (UInt8)((word >> 9 & 0x3F) | (word << 2 & 0x3F00) | (word << 13 & 0x3F0000) | (word << 24 & 0x3F000000));
+}
+
+// ------------------------------------------------------------------------------------------------------ float16
+
+INLINE Float32 from_half(const uint16_t* x) {
+    Float32 result;
+    for (int i = 0; i < LANES; i++) {
+        _Float16 half;
+        __builtin_memcpy(&half, x + i, 2);
+        result[i] = (float)half;
+    }
+    return result;
+}
+
+INLINE void to_half(uint16_t* y, Float32 x) {
+    for (int i = 0; i < LANES; i++) {
+        const _Float16 half = (_Float16)x[i];
+        __builtin_memcpy(y + i, &half, 2);
+    }
+}
