@@ -140,9 +140,9 @@ PCDVQ = random_packed("pcdvq-2.25", 4, 64)
 CLUSTER = random_packed("ccq-2.0625", 4, 64)
 STREAM = random_packed("stream-2.0", 4, 64)
 BAD_PACKED = [
-    ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.uint8"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must have two dimensions"),
-    ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :7], ValueError, "multiple of 4"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :15], ValueError, "multiple of 8"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0].T.contiguous().T, ValueError, "weight must be contiguous"),
     ("pcdvq", PCDVQ, 1, PCDVQ[1][:3], ValueError, "magnitude must have shape"),
     ("pcdvq", PCDVQ, 1, None, ValueError, "patterns must have shape"),

@@ -206,7 +206,7 @@ class CcqKernels(FormatKernels[CcqWeight]):
 
     def operands(self, weight: CcqWeight) -> dict[str, Tensor]:
         return {
-            "p_weight": weight.weight,
+            "p_weight": weight.words,
             "p_scale": weight.scale,
             "p_local": given(weight.local_scale, weight.weight),
             "p_code_scale": given(weight.code_scale, weight.scale),

@@ -183,7 +183,7 @@ class PcdvqKernels(FormatKernels[PcdvqWeight]):
 
     def operands(self, weight: PcdvqWeight) -> dict[str, Tensor]:
         return {
-            "p_weight": weight.weight,
+            "p_weight": weight.words,
             "p_magnitude": given(weight.magnitude, weight.weight),
             "p_scale": weight.scale,
             "p_patterns": aligned(weight.patterns),
