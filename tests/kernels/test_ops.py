@@ -231,5 +231,7 @@ def test_grouped_products(setting):
         ops.grouped_matmul(method, x[0], experts, stacked)
     with pytest.raises(ValueError, match="contiguous stacks"):
         ops.grouped_matmul(method, x, experts, packed[0])
+    with pytest.raises(ValueError, match=r"experts\[3\] is 3, but the stack has 3 weights"):
+        ops.grouped_matmul(method, x, torch.tensor([2, 0, 1, 3], dtype=torch.int32), stacked)
     with pytest.raises(ValueError, match="unknown family of formats 'gptq'; expected one of pcdvq, "):
         ops.grouped_matmul("gptq", x, experts, stacked)

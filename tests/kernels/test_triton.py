@@ -121,14 +121,14 @@ def test_every_config_gives_the_same_product(setting, tokens):
     "setting", ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.0625", "stream-2.0", "stream-2.25"]
 )
 def test_products_with_weights_of_a_stack(setting, tokens, dtype):
-    """Groups use experts in any order, possibly the same one; a group without an expert gets zeros."""
+    """Groups use experts in any order, possibly the same one; a group without one, or beyond the stack, gets zeros."""
     packed, stacked = random_stack(setting, 4, 9, 192)
-    experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
+    experts = torch.tensor([2, 0, -1, 3, 2, 4, 1 << 30], dtype=torch.int32)
     x = activations(len(experts), tokens, 192).to(dtype)
     out = ops.grouped_matmul(family(setting), x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE))
     assert out.shape == (len(experts), tokens, 9) and out.dtype == dtype
     for group, expert in enumerate(experts.tolist()):
-        if expert < 0:
+        if not 0 <= expert < 4:
             assert not out[group].any()
             continue
         expected = exact_rotation(x[group]) @ exact_weight(setting, packed[expert]).T
