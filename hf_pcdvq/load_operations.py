@@ -66,6 +66,17 @@ class LoadOperation(ConversionOps):
 class Quantize(LoadOperation):
     """Packs a dense weight, or a stack of them, into the packed tensors of its module."""
 
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        # One tensor of a file may feed several layers (query, key and value in one), each of which is packed or not.
+        targets = input_dict if len(input_dict) > 1 else {full_layer_name: next(iter(input_dict.values()))}
+        found: dict[str, Tensor] = {}
+        for name, tensor in targets.items():
+            needed = self.hf_quantizer.param_needs_quantization(model, name)
+            found |= super().convert({name: tensor}, name, model, **kwargs) if needed else {name: tensor}
+        return found
+
     def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
         (weight,) = tensors.values()
         packed = encode_stack(module.codec, weight)

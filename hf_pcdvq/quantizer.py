@@ -42,6 +42,7 @@ from .modules import (
     packed_type,
     parameter_name,
     share_inputs,
+    unshare_inputs,
 )
 from .select import select_layers
 from .version import FORMAT_VERSION
@@ -180,6 +181,10 @@ class PackedHfQuantizer(HfQuantizer):
         """The conversions between files and parameters, with fused experts packed one expert at a time."""
         if not self.pre_quantized:
             weight_conversions = [_one_expert_at_a_time(conversion) for conversion in weight_conversions]
+            for conversion in weight_conversions:
+                # Transformers asks only whether the first of several targets needs quantization.
+                if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
+                    conversion.quantization_operation = self.get_quantize_ops()
         # Converters that merge dense experts are kept: packed experts are stored as stacks and do not match them.
         conversions = weight_conversions + self.get_weight_conversions()
         if self.quantization_config.dequantize:
@@ -270,8 +275,7 @@ class PackedHfQuantizer(HfQuantizer):
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
         for name, layer in layers.items():
             model.set_submodule(name, layer.dequantize(dtype))
-            if getattr(layer, "shared_input", None) is not None:
-                layer.shared_input.remove()
+        unshare_inputs(model)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
 
@@ -328,5 +332,6 @@ def _changes(conversion: WeightTransform, names: list[str]) -> bool:
         return any(conversion.reverse_transform().rename_source_key(name)[0] != name for name in names)
     if isinstance(conversion.operations[0], PassThrough):
         return False
-    patterns = [re.compile(target.replace(r"\1", ".*") + "$") for target in conversion.target_patterns]
+    # A target may be a parameter or a whole module.
+    patterns = [re.compile(target.replace(r"\1", ".*") + r"(\.|$)") for target in conversion.target_patterns]
     return any(pattern.search(name) for pattern in patterns for name in names)

@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .codecs.base import Codec, counted_bits
 from .modules import dense_weights, experts_obstacle, is_fused_experts
+from .weight_readers import read_layers
 
 
 def _spellings(name: str, base_prefix: str) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ def select_layers(
     """
     packed: list[str] = []
     reasons: dict[str, str] = {}
-    routers = _routers(model)
+    routers, read = _routers(model), read_layers(model)
     for name, module in model.named_modules():
         matrices = [key for key, tensor in module.named_parameters(name, recurse=False) if tensor.ndim > 1]
         if not matrices:
@@ -62,6 +63,8 @@ def select_layers(
             reason = "tied to another weight"
         elif module in routers:
             reason = "router of experts"
+        elif module in read:
+            reason = read[module]
         else:
             reason = "left alone by overrides" if codec is None else _obstacle(module, codec)
         if reason and only and set(only).intersection(_spellings(name, base_prefix)):

@@ -123,14 +123,14 @@ def experts_config(name):
 
 
 def fingerprint(folder):
-    """For every tensor in a folder: a hash of its integers, or the sums of its floats and of their squares."""
+    """For every tensor in a folder: dtype, shape and hash of its integers, or the sums of its floats and squares."""
     found = {}
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
         if tensor.is_floating_point():
             found[name] = [list(tensor.shape), tensor.double().sum().item(), tensor.double().square().sum().item()]
         else:
-            content = f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes()
-            found[name] = hashlib.sha256(content).hexdigest()[:16]
+            content = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+            found[name] = f"{tensor.dtype} {list(tensor.shape)} {content}"
     return found
 
 

@@ -127,7 +127,7 @@ def test_the_file_says_which_format_it_holds(packed_dir):
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert file.metadata()["hf_pcdvq_format_version"] == "1"
         weight = file.get_slice("model.layers.0.mlp.up_proj.weight")
-        assert weight.get_dtype() == "I16" and weight.get_shape() == [192, 16]
+        assert weight.get_dtype() == "U8" and weight.get_shape() == [192, 32]
     saved = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert saved["quant_method"] == "pcdvq" and saved["format_version"] == 1 and len(saved["codebook_sha256"]) == 64
     assert "lm_head" in saved["modules_to_not_convert"]

@@ -255,8 +255,8 @@ class Codec(ABC):
         if not self.max_block:
             return self.decode_rotated(packed, tables, dtype)
         parts = []
-        # A stored word holds at most 8 weights along the input dimension.
-        rows = _slice_rows(8 * packed[""].shape[1], packed[""].device, self.row_multiple)
+        # An element of the packed weight holds at most 4 weights along the input dimension.
+        rows = _slice_rows(4 * packed[""].shape[1], packed[""].device, self.row_multiple)
         for start in range(0, len(packed["scale"]), rows):
             rotated = self.decode_rotated(self.rows(packed, start, start + rows), tables, torch.float32)
             parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))

@@ -10,11 +10,11 @@ Packed tensors of a weight `[N, K]`, K a multiple of 64: output channels are row
 
     layout   weight (suffix "")   "scale"       "local_scale"           "code_scale", "code_zero"
     2.75     uint8 [N, 22 G]      float32 [N]   -                       -
-    2.5      int16 [N, 10 G]      float32 [N]   -                       -
+    2.5      uint8 [N, 20 G]      float32 [N]   -                       -
     2.0625   uint8 [N, 16 G]      float32 [N]   uint8 [N, ceil(G/2)]    float32 [N] each
 
-Weight i = 0..63 of a group is a window of one of the group's words. The words of 2.5 are unsigned 16-bit patterns,
-stored as int16.
+Weight i = 0..63 of a group is a window of one of the group's words. A word of 2.5 has 16 bits and
+takes two bytes, the low one first.
 
     layout   word            window                            value         integer group scale
     2.75     b = word i//3   (b >> (4,2,0)[i%3]) & 15          window - 8    word 21 & 15
@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
+from hf_pcdvq_kernels.formats.base import bytes_from_words
 from hf_pcdvq_kernels.formats.ccq import CCQ_LAYOUTS, GROUP, CcqLayout, CcqWeight, ccq_layout
 from hf_pcdvq_kernels.reference.ccq import cluster_words, windows
 from torch import Tensor
@@ -359,5 +360,6 @@ def pack(words: Tensor, integer_scale: Tensor, scale: Tensor, layout: CcqLayout)
         packed["code_zero"] = torch.full_like(scale, CODE_ZERO)
     else:
         words = torch.cat([words[..., :-1], words[..., -1:] | integer_scale[..., None]], 2)
-    packed[""] = words.flatten(1).to(layout.storage)
+    words = words.flatten(1)
+    packed[""] = bytes_from_words(words) if layout.word_bytes == 2 else words.to(torch.uint8)
     return packed

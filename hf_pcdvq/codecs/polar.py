@@ -7,10 +7,10 @@ number of signs flipped, which gives the paper's 2^14 or 2^16 directions from a 
 Packed tensors of a weight `[N, K]`:
 
     setting   weight (suffix "")   "magnitude"          "scale"       K a multiple of
-    2.0       int16 [N, K/8]       -                    float32 [N]   8
-    2.25      int16 [N, K/8]       uint8 [N, K/32]      float32 [N]   32
+    2.0       uint8 [N, K/4]       -                    float32 [N]   8
+    2.25      uint8 [N, K/4]       uint8 [N, K/32]      float32 [N]   32
 
-The 16-bit word of a vector, lowest bit first (a bit pattern, stored as int16):
+Bytes 2v and 2v+1 of a row are the 16-bit word of vector v, the low byte first. Its bits, from the lowest:
 
     2.0       bits 0-6 signs   bits 7-13 pattern (128)   bits 14-15 magnitude
     2.25      bits 0-6 signs   bits 7-15 pattern (512)   magnitude of vector v: bits 2(v%4), 2(v%4)+1 of byte v//4
@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from hf_pcdvq_kernels.formats.base import bytes_from_words
 from hf_pcdvq_kernels.formats.pcdvq import MAGNITUDE_BITS, SIGN_BITS, VECTOR, PcdvqWeight
 from hf_pcdvq_kernels.reference.pcdvq import sign_table
 from torch import Tensor
@@ -122,7 +123,7 @@ class PolarCodec(Codec):
             packed["magnitude"] = (level.reshape(rows, -1, 4) << shifts).sum(-1).to(torch.uint8)
         else:
             words = words | level << (16 - MAGNITUDE_BITS)
-        packed[""] = words.to(torch.int16).reshape(rows, -1)
+        packed[""] = bytes_from_words(words.reshape(rows, -1))
         packed["scale"] = scale
         return packed
 

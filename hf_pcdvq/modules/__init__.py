@@ -5,6 +5,7 @@ from torch import nn
 from .experts import STACKS, QuantExperts, experts_obstacle, is_fused_experts
 from .linear import QuantLinear, share_inputs
 from .packed import PackedModule, decode_stack, encode_stack, parameter_name, stack_packed, unstack_packed
+from .shared_input import unshare_inputs
 
 
 def packed_type(module: nn.Module) -> type[QuantLinear] | type[QuantExperts]:
@@ -38,5 +39,6 @@ __all__ = [
     "parameter_name",
     "share_inputs",
     "stack_packed",
+    "unshare_inputs",
     "unstack_packed",
 ]

@@ -100,17 +100,18 @@ class QuantExperts(PackedModule):
             top_k_weights: weights of these experts, `[T, k]`.
 
         Returns:
-            `[T, H]` in the dtype of `hidden_states`. Summed in float32.
+            `[T, H]` in the dtype of `hidden_states`. Summed in float32, or in float64 if that is the dtype.
         """
         if self._has_grouped_kernels(hidden_states):
             return self._forward_in_tiles(hidden_states, top_k_index, top_k_weights)
-        out = torch.zeros_like(hidden_states, dtype=torch.float32)
+        summed = torch.promote_types(hidden_states.dtype, torch.float32)
+        out = torch.zeros_like(hidden_states, dtype=summed)
         for expert in top_k_index.unique().tolist():
             if not 0 <= expert < self._number:
                 continue
             token, place = torch.where(top_k_index == expert)
             result = self.run_expert(expert, hidden_states[token])
-            out = out.index_add(0, token, result * top_k_weights[token, place, None].float())
+            out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
         return out.to(hidden_states.dtype)
 
     @property

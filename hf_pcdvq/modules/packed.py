@@ -93,18 +93,47 @@ class PackedModule(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
         # Detached, because nn.Module changes parameters in place.
-        fixed = [name for entry in self.packed_parameters.values() for names in entry[1:] for name in names.values()]
-        before = {name: getattr(self, name).detach() for name in fixed}
+        entries = self.packed_parameters.values()
+        packed = {name: getattr(self, name).detach() for entry in entries for name in entry.tensors.values()}
+        tables = {name: getattr(self, name) for entry in entries for name in entry.tables.values()}
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
+        for name, tensor in packed.items():
             moved = getattr(self, name)
             if moved.dtype != tensor.dtype:
-                restored = tensor.to(moved.device)
-                if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(restored, requires_grad=False)
-                else:
-                    self._buffers[name] = restored
+                self._parameters[name] = nn.Parameter(tensor.to(moved.device), requires_grad=False)
+        # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
+        for name, table in tables.items():
+            moved = getattr(self, name)
+            if moved is not table and not table.is_meta:
+                self._buffers[name] = table.to(moved.device)
+        if any(table.is_meta and not getattr(self, name).is_meta for name, table in tables.items()):
+            self.reset_tables()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        entries = self.packed_parameters.items()
+        if any(getattr(self, name).is_meta for _, entry in entries for name in entry.tables.values()):
+            self.reset_tables()  # `assign=True` may have given the module its first real tensors
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Pruning registers a parameter a second time, as `<name>_orig`, and masks it: packed words do not survive that.
+        if any(param is own for own in self._parameters.values() if own is not None) and name not in self._parameters:
+            raise self._attached(next(key for key, own in self._parameters.items() if own is param))
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        # A parametrization removes the parameter that it computes with; packed words are not what it takes them for.
+        if any(name in entry.tensors.values() for entry in self.packed_parameters.values()):
+            raise self._attached(name)
+        super().__delattr__(name)
+
+    def _attached(self, name: str) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__}: {name} is packed, so no parametrization, mask or adapter can be attached to it "
+            "(PEFT attaches to parameters for target_parameters, and to experts for target_modules='all-linear' too). "
+            "Attach to whole linear layers (target_modules=['q_proj', ...]), or load the model with dequantize=True"
+        )
 
     def reset_parameters(self) -> None:
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")

@@ -32,7 +32,9 @@ class SharedInput:
         self._last: tuple[Any, ...] | None = None
         # `always_call`: also after an exception, which checkpointing uses to stop recomputation early.
         end = parent.register_forward_hook(self._end, always_call=True)
-        self._hooks = [parent.register_forward_pre_hook(self._begin), end]
+        # The handles belong to the parent, and are copied and saved with its hooks: the layers may be moved elsewhere.
+        handles = (parent.register_forward_pre_hook(self._begin), end)
+        parent._shared_input_hooks = (*getattr(parent, "_shared_input_hooks", ()), *handles)
 
     def prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
         """The result of `hf_pcdvq_kernels.prepare` for `x` `[..., K]`; None outside a call of the module."""
@@ -44,13 +46,15 @@ class SharedInput:
             last = self._last = (x, version, ops.prepare(x, signs, self._format))
         return last[2]
 
-    def remove(self) -> None:
-        """Remove the hooks from the module."""
-        for hook in self._hooks:
-            hook.remove()
-
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._last = ()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._last = None
+
+
+def unshare_inputs(model: nn.Module) -> None:
+    """Remove the hooks of all shared inputs from a model, whose layers are no longer packed."""
+    for module in model.modules():
+        for hook in module.__dict__.pop("_shared_input_hooks", ()):
+            hook.remove()

@@ -27,9 +27,13 @@ NEW_BITS = {
 }
 
 
+def words_of_two_bytes(stored):
+    return stored[:, ::2] | stored[:, 1::2].astype(np.int64) << 8
+
+
 def decode_pcdvq(config, words, scale, companions):
     book = load_file(f"{CODEBOOKS}{config['codebook']}.safetensors")
-    words = words.view(np.uint16).astype(np.int64)
+    words = words_of_two_bytes(words)
     if config["bits"] == 2.0:
         pattern, magnitude = words >> 7 & 127, words >> 14
     else:
@@ -45,7 +49,8 @@ def decode_pcdvq(config, words, scale, companions):
 def decode_ccq(config, words, scale, companions):
     layout = config["layout"]
     size, shifts, mask, offset = SHIFTS[layout]
-    words = (words.view(np.uint16) if layout == "2.5" else words).astype(np.int64).reshape(len(words), -1, size)
+    words = words_of_two_bytes(words) if layout == "2.5" else words.astype(np.int64)
+    words = words.reshape(len(words), -1, size)
     groups = np.arange(words.shape[1])
     if layout == "2.0625":
         byte = companions["local_scale"][:, groups // 2].astype(np.int64)

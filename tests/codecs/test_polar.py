@@ -42,14 +42,15 @@ def test_every_word_decodes_as_the_layout_says(bits):
     patterns, levels = tables["patterns"].tolist(), tables["levels"].tolist()
     generator = torch.Generator().manual_seed(0)
     rows, vectors = 128, 512
+    words = torch.randperm(1 << 16, generator=generator).view(rows, vectors)
     packed = {
-        "": torch.randperm(1 << 16, generator=generator).sub(1 << 15).to(torch.int16).view(rows, vectors),
+        "": torch.stack([words & 255, words >> 8], -1).flatten(1).to(torch.uint8),
         "scale": torch.rand(rows, generator=generator) + 0.01,
     }
     if bits == 2.25:
         packed["magnitude"] = torch.randint(0, 256, (rows, vectors // 4), generator=generator).to(torch.uint8)
     decoded = format_.decode_rotated(packed, tables, torch.float32).view(rows, vectors, 8).tolist()
-    words, scales = packed[""].tolist(), packed["scale"].tolist()
+    words, scales = words.tolist(), packed["scale"].tolist()
     magnitudes = packed["magnitude"].tolist() if bits == 2.25 else None
     for n in range(rows):
         for v in range(vectors):
@@ -164,8 +165,9 @@ def test_packing_keeps_every_field(pattern, signs, level, rows):
     vectors = 4
     fields = [torch.full((rows * vectors,), value, dtype=torch.int32) for value in (pattern, signs, level)]
     packed = codec(2.25).pack(*fields, torch.ones(rows))
-    assert packed[""].shape == (rows, vectors) and packed["magnitude"].shape == (rows, 1)
-    word, byte = packed[""][-1, -1].item() & 0xFFFF, packed["magnitude"][-1, 0].item()
+    assert packed[""].shape == (rows, 2 * vectors) and packed["magnitude"].shape == (rows, 1)
+    low, high = packed[""][-1, -2:].tolist()
+    word, byte = low | high << 8, packed["magnitude"][-1, 0].item()
     assert (word >> 7, word & 127) == (pattern, signs)
     assert [byte >> 2 * v & 3 for v in range(4)] == [level] * 4
 

@@ -118,7 +118,7 @@ def test_parts_add_up_to_the_file_and_parameters_to_the_model(tiny_model_dir, pa
 def test_a_layer_lists_its_tensors(packed_dir):
     record = next(layer for layer in count_folder(packed_dir).to_dict()["layers"] if layer["name"] == QUERY)
     assert record["tensors"] == [
-        {"name": f"{QUERY}.weight", "dtype": "int16", "shape": [128, 16], "bytes": 128 * 16 * 2},
+        {"name": f"{QUERY}.weight", "dtype": "uint8", "shape": [128, 32], "bytes": 128 * 32},
         {"name": f"{QUERY}.weight_magnitude", "dtype": "uint8", "shape": [128, 4], "bytes": 128 * 4},
         {"name": f"{QUERY}.weight_scale", "dtype": "float32", "shape": [128], "bytes": 128 * 4},
     ]
@@ -186,9 +186,9 @@ def test_missing_tensor_of_a_packed_layer_is_named(packed_dir, parameter):
         ("weight_scale", torch.ones(128, 1)),
         ("weight_scale", torch.ones(128, dtype=torch.bfloat16)),
         ("weight_magnitude", torch.zeros(128, 3, dtype=torch.uint8)),
-        ("weight", torch.zeros(128, 15, dtype=torch.int16)),
-        ("weight", torch.zeros(128 * 16, dtype=torch.int16)),
-        ("weight", torch.zeros(128, 16, dtype=torch.int32)),
+        ("weight", torch.zeros(128, 31, dtype=torch.uint8)),
+        ("weight", torch.zeros(128 * 32, dtype=torch.uint8)),
+        ("weight", torch.zeros(128, 32, dtype=torch.int32)),
         ("weight", torch.zeros(128, 128)),
     ],
 )
@@ -201,7 +201,7 @@ def test_tensor_of_the_wrong_shape_or_dtype_is_named(packed_dir, parameter, tens
 
 def test_scales_of_another_number_of_channels_are_refused(packed_dir):
     rewrite(packed_dir, lambda tensors: tensors.update({f"{QUERY}.weight_scale": torch.ones(127)}))
-    with pytest.raises(ValueError, match=rf"{QUERY}.weight is .*\[128, 16\], but a layer of 127 outputs"):
+    with pytest.raises(ValueError, match=rf"{QUERY}.weight is .*\[128, 32\], but a layer of 127 outputs"):
         count_folder(packed_dir)
 
 

@@ -140,9 +140,9 @@ PCDVQ = random_packed("pcdvq-2.25", 4, 64)
 CLUSTER = random_packed("ccq-2.0625", 4, 64)
 STREAM = random_packed("stream-2.0", 4, 64)
 BAD_PACKED = [
-    ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.int16"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0].int(), TypeError, "weight must be torch.uint8"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0][0], ValueError, "weight must have two dimensions"),
-    ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :7], ValueError, "multiple of 4"),
+    ("pcdvq", PCDVQ, 0, PCDVQ[0][:, :15], ValueError, "multiple of 8"),
     ("pcdvq", PCDVQ, 0, PCDVQ[0].T.contiguous().T, ValueError, "weight must be contiguous"),
     ("pcdvq", PCDVQ, 1, PCDVQ[1][:3], ValueError, "magnitude must have shape"),
     ("pcdvq", PCDVQ, 1, None, ValueError, "patterns must have shape"),
@@ -231,5 +231,7 @@ def test_grouped_products(setting):
         ops.grouped_matmul(method, x[0], experts, stacked)
     with pytest.raises(ValueError, match="contiguous stacks"):
         ops.grouped_matmul(method, x, experts, packed[0])
+    with pytest.raises(ValueError, match=r"experts\[3\] is 3, but the stack has 3 weights"):
+        ops.grouped_matmul(method, x, torch.tensor([2, 0, 1, 3], dtype=torch.int32), stacked)
     with pytest.raises(ValueError, match="unknown family of formats 'gptq'; expected one of pcdvq, "):
         ops.grouped_matmul("gptq", x, experts, stacked)

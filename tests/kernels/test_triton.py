@@ -26,7 +26,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # Against the product of the unrounded weight in float64. bfloat16: weights, rotated activations and the result are rounded
 # to 8 bits; the reference itself is off by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ,
 # are rounded to 11 bits.
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 2e-6}
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-6}
 SIGNS = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(64)])
 
 
@@ -121,14 +121,14 @@ def test_every_config_gives_the_same_product(setting, tokens):
     "setting", ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.0625", "stream-2.0", "stream-2.25"]
 )
 def test_products_with_weights_of_a_stack(setting, tokens, dtype):
-    """Groups use experts in any order, possibly the same one; a group without an expert gets zeros."""
+    """Groups use experts in any order, possibly the same one; a group without one, or beyond the stack, gets zeros."""
     packed, stacked = random_stack(setting, 4, 9, 192)
-    experts = torch.tensor([2, 0, -1, 3, 2], dtype=torch.int32)
+    experts = torch.tensor([2, 0, -1, 3, 2, 4, 1 << 30], dtype=torch.int32)
     x = activations(len(experts), tokens, 192).to(dtype)
     out = ops.grouped_matmul(family(setting), x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE))
     assert out.shape == (len(experts), tokens, 9) and out.dtype == dtype
     for group, expert in enumerate(experts.tolist()):
-        if expert < 0:
+        if not 0 <= expert < 4:
             assert not out[group].any()
             continue
         expected = exact_rotation(x[group]) @ exact_weight(setting, packed[expert]).T
@@ -280,12 +280,14 @@ def test_inputs_that_no_product_kernel_takes():
         < 1.5e-3
     )
     packed = random_packed("pcdvq-2.0", 7, 96)
-    weight = torch.cat([torch.zeros(1, dtype=torch.int16), packed[0].flatten()]).to(DEVICE)[1:].view(7, 12)
-    assert weight.data_ptr() % 8
     x = activations(2, 96).half()
     expected = x.double() @ exact_weight("pcdvq-2.0", packed).T
-    out = torch.ops.hf_pcdvq_kernels.pcdvq_matmul(x.to(DEVICE), weight, *on_device(packed[1:]))
-    assert relative_error(out.cpu(), expected) < 1.5e-3
+    for start in (1, 2):
+        bytes_ = torch.cat([torch.zeros(start, dtype=torch.uint8), packed[0].flatten()])
+        weight = bytes_.to(DEVICE)[start:].view(7, 24)
+        assert weight.data_ptr() % 8 == start
+        out = torch.ops.hf_pcdvq_kernels.pcdvq_matmul(x.to(DEVICE), weight, *on_device(packed[1:]))
+        assert relative_error(out.cpu(), expected) < 1.5e-3
 
 
 @pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])

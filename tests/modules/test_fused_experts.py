@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.files.size import count_folder
-from hf_pcdvq.modules import QuantExperts, QuantLinear
+from hf_pcdvq.modules import QuantExperts, QuantLinear, encode_stack
 from hf_pcdvq.quantizer import PackedHfQuantizer
 
 EXPERT_LAYER = "model.layers.1.mlp.experts"
@@ -111,6 +111,18 @@ def test_every_experts_implementation_gives_the_same(tmp_path):
         assert torch.equal(logits(again), expected)
     with pytest.raises(ValueError, match="nonsense"):
         packed.set_experts_implementation("nonsense")
+
+
+def test_float64_is_summed_in_float64():
+    torch.manual_seed(0)
+    dense, codec = model("qwen3").get_submodule(EXPERT_LAYER), PcdvqConfig().codec
+    stacks = {name: encode_stack(codec, getattr(dense, name)) for name in ("gate_up_proj", "down_proj")}
+    experts = QuantExperts.from_packed(dense, codec, stacks)
+    x, index = torch.randn(5, 64), torch.randint(EXPERTS, (5, 2))
+    weights = torch.rand(5, 2)
+    out = experts(x.double(), index, weights.double())
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out.float(), experts(x, index, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_of_other_devices_are_skipped():

@@ -82,6 +82,29 @@ def test_deepcopy_and_pickle(layer):
         assert torch.equal(layer(X), expected)
 
 
+def test_tables_are_filled_again_on_new_memory(layer, codec):
+    """`to_empty` and the meta device leave tables, which no state dict holds, without values."""
+    expected, state = layer(X), layer.state_dict()
+    emptied = copy.deepcopy(layer).to_empty(device="cpu")
+    emptied.load_state_dict(state)
+    assert torch.equal(emptied(X), expected)
+    returned = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    returned.load_state_dict(state)
+    assert torch.equal(returned(X), expected)
+    assigned = QuantLinear(192, 50, True, codec, device="meta")
+    assigned.load_state_dict(state, assign=True)
+    assert torch.equal(assigned(X), expected)
+
+
+def test_results_can_be_changed_in_place_under_autograd(codec):
+    layer = QuantLinear.from_linear(nn.Linear(192, 50, bias=False), codec)
+    x = X.clone().requires_grad_()
+    layer(x).mul_(3).sum().backward()
+    twin = X.clone().requires_grad_()
+    (3 * layer(twin)).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
 def test_compiles_in_one_graph(layer):
     torch._dynamo.reset()  # every codec recompiles the same forward; the limit is 8
     compiled = torch.compile(layer, fullgraph=True)

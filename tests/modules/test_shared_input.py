@@ -192,6 +192,18 @@ def test_a_cuda_graph_prepares_what_it_replays(attention):
         assert torch.equal(out, attention(x))
 
 
+def test_layers_can_be_moved_to_another_module(attention):
+    """The module that they came from holds the hooks, and may be gone when what it lent is copied or saved."""
+    x = activations(1, 128)
+    expected = attention(x)[..., :8]
+    share_inputs(attention)
+    borrower = nn.Sequential(attention.q)
+    del attention
+    gc.collect()
+    copies = copy.deepcopy(borrower), pickle.loads(pickle.dumps(borrower))
+    assert all(torch.equal(other(x), expected) for other in (borrower, *copies))
+
+
 def test_loaded_models_share_and_dequantized_ones_forget_it(tiny_model_dir):
     config = PcdvqConfig(bits=2.0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config, device_map=DEVICE)

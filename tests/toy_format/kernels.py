@@ -39,6 +39,7 @@ def matmul_kernel(
     tokens,
     rows,
     units,  # U = K / 32
+    stack,
     span,
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -49,7 +50,7 @@ def matmul_kernel(
     GROUPED: tl.constexpr,
 ):
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)

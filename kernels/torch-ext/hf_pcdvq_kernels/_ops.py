@@ -236,12 +236,14 @@ def _define_grouped_matmul(family: type[PackedWeight]) -> None:
         if _runs_as_triton(first, x.device, x.dtype):
             from .triton import launch
 
-            out = launch.grouped_matmul(x, experts, first, signs)
+            out = launch.grouped_matmul(x, experts, first, len(packed[0]), signs)
             if out is not None:
                 return out
             multiply = launch.matmul
         out = x.new_zeros(*x.shape[:-1], first.rows)
         for group, expert in enumerate(experts.tolist()):
+            if expert >= len(packed[0]):
+                raise ValueError(f"{name}: experts[{group}] is {expert}, but the stack has {len(packed[0])} weights")
             if expert >= 0:
                 out[group] = multiply(x[group], one(packed, expert), False, signs)
         return out

@@ -128,8 +128,8 @@ def grouped_matmul(
     Args:
         family: family of the weights' format.
         x: `[G, T, K]`, floating-point.
-        experts: int32 `[G]`, the index of each group's weight; if negative, the group's product is zero. Must be less
-            than the number of weights, which is not checked on a GPU.
+        experts: int32 `[G]`, the index of each group's weight; if negative, the group's product is zero. So it is if
+            the index is beyond the stack and a Triton kernel computes the product; otherwise that is an error.
         packed: the arguments in the family's description, in that order; those that belong to one weight
             (`Argument.stacked`) are stacked along a new first dimension. Tables are shared, not stacked.
         signs: the signs of the rotation, see `hadamard`: the product is then `hadamard(x[g]) @ W[experts[g]].T`.

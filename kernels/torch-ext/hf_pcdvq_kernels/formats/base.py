@@ -164,3 +164,20 @@ class PackedWeight(ABC):
             ValueError: the family has none.
         """
         raise ValueError(f"formats of the family {cls.family!r} have no Triton kernels")
+
+
+def words_from_bytes(stored: Tensor) -> Tensor:
+    """16-bit words stored as little-endian bytes: uint8 `[..., 2 n]` -> int16 `[..., n]`, whose bits are the words.
+
+    A view, without a copy unless the bytes start at an odd address, where no 16-bit word may be.
+    """
+    odd = stored.data_ptr() % 2 or stored.storage_offset() % 2
+    return (stored.clone() if odd else stored).view(torch.int16)
+
+
+def bytes_from_words(words: Tensor) -> Tensor:
+    """How words are stored, the inverse of `words_from_bytes`: integers `[..., n]` -> uint8 `[..., 2 n]`.
+
+    As bytes because collectives (NCCL, gloo) do not know 16-bit integers. Only the low 16 bits of `words` count.
+    """
+    return words.to(torch.int16).contiguous().view(torch.uint8)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Argument, Decode, PackedWeight, Specs
+from .base import Argument, Decode, PackedWeight, Specs, words_from_bytes
 
 if TYPE_CHECKING:
     from ..triton.format_kernels import FormatKernels
@@ -27,8 +27,8 @@ class CcqLayout:
 
     name: str
     bits: float  # nominal bits per weight
-    storage: torch.dtype  # dtype of one stored word; only its bit pattern matters
-    words: int  # stored words per group of 64 weights
+    word_bytes: int  # bytes per code word, the low byte first
+    words: int  # code words per group of 64 weights
     shifts: tuple[int, ...]
     window_bits: int
     scale_bits: int  # group-scale bits at the low end of the last word; 0: scales are in a separate tensor
@@ -56,9 +56,9 @@ class CcqLayout:
 CCQ_LAYOUTS: dict[str, CcqLayout] = {
     layout.name: layout
     for layout in (
-        CcqLayout("2.75", 2.75, torch.uint8, 22, (4, 2, 0), window_bits=4, scale_bits=4),
-        CcqLayout("2.5", 2.5, torch.int16, 10, (13, 11, 9, 6, 4, 2, 0), window_bits=3, scale_bits=13),
-        CcqLayout("2.0625", 2.0625, torch.uint8, 16, (9, 6, 3, 0), window_bits=6, scale_bits=0),
+        CcqLayout("2.75", 2.75, 1, 22, (4, 2, 0), window_bits=4, scale_bits=4),
+        CcqLayout("2.5", 2.5, 2, 10, (13, 11, 9, 6, 4, 2, 0), window_bits=3, scale_bits=13),
+        CcqLayout("2.0625", 2.0625, 1, 16, (9, 6, 3, 0), window_bits=6, scale_bits=0),
     )
 }
 
@@ -79,7 +79,7 @@ class CcqWeight(PackedWeight):
     """CCQ at 2.75, 2.5 or 2.0625 bits (arXiv 2507.07145).
 
     Args:
-        weight: uint8 `[N, K/64*22]` (`"2.75"`), int16 `[N, K/64*10]` (`"2.5"`) or uint8 `[N, K/4]` (`"2.0625"`).
+        weight: uint8 `[N, K/64*22]` (`"2.75"`), `[N, K/64*20]` (`"2.5"`, words of two bytes) or `[N, K/4]` (`"2.0625"`).
         scale: float32 `[N]`, the super scale of each channel.
         local_scale: uint8 `[N, ceil(K/128)]`, 4-bit group scales, even groups in the high nibble; `"2.0625"` only.
         code_scale: float32 `[N]`, slope of the map from byte to code word; `"2.0625"` only.
@@ -111,6 +111,11 @@ class CcqWeight(PackedWeight):
         return ccq_layout(self.layout_name)
 
     @cached_property
+    def words(self) -> Tensor:
+        """The code words of the weight, `[N, words]`: uint8, or int16 where a word has two bytes."""
+        return words_from_bytes(self.weight) if self.layout.word_bytes == 2 else self.weight
+
+    @cached_property
     def name(self) -> str:
         return f"ccq-{self.layout.name}"
 
@@ -122,7 +127,7 @@ class CcqWeight(PackedWeight):
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
         layout, groups = ccq_layout(name.removeprefix("ccq-")), columns // GROUP
         specs: Specs = {
-            "weight": ((rows, groups * layout.words), layout.storage),
+            "weight": ((rows, groups * layout.words * layout.word_bytes), torch.uint8),
             "scale": ((rows,), torch.float32),
         }
         if layout.clustered:
@@ -142,7 +147,7 @@ class CcqWeight(PackedWeight):
     def reference_rows(self, dtype: torch.dtype) -> Decode:
         from ..reference import ccq
 
-        packed = (self.weight, self.scale, self.local_scale, self.code_scale, self.code_zero)
+        packed = (self.words, self.scale, self.local_scale, self.code_scale, self.code_zero)
 
         def decode(start: int, stop: int) -> Tensor:
             part = [None if tensor is None else tensor[start:stop] for tensor in packed]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Argument, Decode, PackedWeight, Specs
+from .base import Argument, Decode, PackedWeight, Specs, words_from_bytes
 
 if TYPE_CHECKING:
     from ..triton.format_kernels import FormatKernels
@@ -23,7 +24,7 @@ class PcdvqWeight(PackedWeight):
     """PCDVQ at 2.0 or 2.25 bits (arXiv 2506.05432, section 3).
 
     Args:
-        weight: int16 `[N, K/8]`, one word per 8-vector.
+        weight: uint8 `[N, K/4]`, one 16-bit word, the low byte first, per 8-vector.
         magnitude: uint8 `[N, K/32]`, 2-bit magnitudes of four vectors per byte; None for 2.0, whose words hold them.
         scale: float32 `[N]`, standard deviation of each rotated row.
         patterns: int8 `[512, 8]` with `magnitude`, `[128, 8]` without; non-negative, of norm about 127.
@@ -51,13 +52,18 @@ class PcdvqWeight(PackedWeight):
     def name(self) -> str:
         return "pcdvq-2.0" if self.magnitude is None else "pcdvq-2.25"
 
+    @cached_property
+    def words(self) -> Tensor:
+        """The words of the weight, int16 `[N, K/8]`."""
+        return words_from_bytes(self.weight)
+
     @classmethod
     def multiple(cls, name: str) -> int:
         return 4 * VECTOR if name == "pcdvq-2.25" else VECTOR
 
     @classmethod
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
-        specs: Specs = {"weight": ((rows, columns // VECTOR), torch.int16)}
+        specs: Specs = {"weight": ((rows, 2 * columns // VECTOR), torch.uint8)}
         if name == "pcdvq-2.25":
             specs["magnitude"] = ((rows, columns // (4 * VECTOR)), torch.uint8)
         specs["scale"] = ((rows,), torch.float32)
@@ -83,7 +89,7 @@ class PcdvqWeight(PackedWeight):
 
         def decode(start: int, stop: int) -> Tensor:
             high = None if self.magnitude is None else self.magnitude[start:stop]
-            words, scale = self.weight[start:stop], self.scale[start:stop]
+            words, scale = self.words[start:stop], self.scale[start:stop]
             return pcdvq.dequantize(words, high, scale, self.patterns, self.levels, dtype)
 
         return decode

@@ -19,5 +19,7 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor, inverse: bool = False) -> tor
     block = signs.numel()
     rotation = sylvester(block, x.device, compute) * signs.to(compute) * block**-0.5
     blocks = x.to(compute).reshape(-1, block)
-    rotated = blocks @ (rotation if inverse else rotation.T)
-    return rotated.reshape(x.shape).to(x.dtype)
+    # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
+    rotated = torch.empty(x.shape, dtype=compute, device=x.device)
+    torch.mm(blocks, rotation if inverse else rotation.T, out=rotated.view(-1, block))
+    return rotated.to(x.dtype)

@@ -46,14 +46,16 @@ def sliced_matmul(
     The transposed product sums over slices in float32, whatever the dtype of `x`.
     """
     flat = x.reshape(-1, x.shape[-1])
+    # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
     if transposed:
-        out = flat.new_zeros(flat.shape[0], columns, dtype=torch.promote_types(x.dtype, torch.float32))
+        out = x.new_zeros(*x.shape[:-1], columns, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
-        out = flat.new_empty(flat.shape[0], rows)
+        out = x.new_empty(*x.shape[:-1], rows)
+    flat_out = out.view(-1, out.shape[-1])
     for start, stop in _slices(rows, columns, multiple, limit):
         block = decode(start, stop)
         if transposed:
-            out += flat[:, start:stop] @ block
+            flat_out += flat[:, start:stop] @ block
         else:
-            out[:, start:stop] = flat @ block.T
-    return out.reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
+            flat_out[:, start:stop] = flat @ block.T
+    return out.to(x.dtype)

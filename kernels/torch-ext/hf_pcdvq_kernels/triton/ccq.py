@@ -85,11 +85,12 @@ def matmul_kernel(
     p_local,  # uint8 [N, ceil(U / 2)], if SCALE_BITS is 0
     p_code_scale,  # float32 [N], if SCALE_BITS is 0
     p_code_zero,  # float32 [N], if SCALE_BITS is 0
-    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; outside of them: none
     p_out,  # floating [SPLIT, G, T, N]
     tokens,  # per group
     rows,  # N
     units,  # U = K / 64 groups
+    stack,  # number of weights in the stacked tensors; 1 without a stack
     span,  # blocks of UNITS groups per split
     WINDOW: tl.constexpr,
     SHIFTS: tl.constexpr,
@@ -113,7 +114,7 @@ def matmul_kernel(
     WORD: tl.constexpr = tl.int16 if LOAD == 16 else (tl.int32 if LOAD == 32 else tl.int64)
 
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
@@ -206,7 +207,7 @@ class CcqKernels(FormatKernels[CcqWeight]):
 
     def operands(self, weight: CcqWeight) -> dict[str, Tensor]:
         return {
-            "p_weight": weight.weight,
+            "p_weight": weight.words,
             "p_scale": weight.scale,
             "p_local": given(weight.local_scale, weight.weight),
             "p_code_scale": given(weight.code_scale, weight.scale),

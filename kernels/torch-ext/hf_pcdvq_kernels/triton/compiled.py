@@ -83,7 +83,7 @@ def product(shape: Shape, config: LaunchConfig, grouped: bool = False) -> Varian
         **_operand_types(kernels, weight),
         "p_experts": "*i32",
         "p_out": "*bf16",
-        **dict.fromkeys(("tokens", "rows", *kernels.matmul_sizes(weight), "span"), "i32"),
+        **dict.fromkeys(("tokens", "rows", *kernels.matmul_sizes(weight), "stack", "span"), "i32"),
     }
     constants = {
         **kernels.matmul_constants(weight, config.block_n, shape.dot),

@@ -233,13 +233,17 @@ def group_token(tokens, T: tl.constexpr):
 
 
 @triton.jit
-def group_expert(p_experts, GROUPED: tl.constexpr):
-    """Index of this program's weight in the stack, and whether its group has one; without a stack, 0 and true."""
+def group_expert(p_experts, stack, GROUPED: tl.constexpr):
+    """Index of this program's weight in the stack, and whether its group has one; without a stack, 0 and true.
+
+    An index outside the stack of `stack` weights means none, so that no other memory is read.
+    """
     if GROUPED:
         expert = tl.load(p_experts + tl.program_id(2))
     else:
         expert = tl.full([], 0, tl.int32)
-    return tl.maximum(expert, 0).to(tl.int64), expert >= 0
+    wanted = (expert >= 0) & (expert < stack)
+    return tl.where(wanted, expert, 0).to(tl.int64), wanted
 
 
 @triton.jit

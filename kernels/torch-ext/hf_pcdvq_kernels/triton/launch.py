@@ -38,8 +38,8 @@ def matmul(
     """
     flat = x.reshape(-1, x.shape[-1])
     if not transposed and has_kernel(weight, len(flat), x.dtype):
-        out = product(flat.contiguous()[None], weight, signs, prepared=prepared)
-        return out.reshape(*x.shape[:-1], weight.rows)
+        shape = (*x.shape[:-1], weight.rows)
+        return product(flat.contiguous()[None], weight, signs, prepared=prepared, shape_of_result=shape)
     if signs is not None and not transposed:
         x = hadamard(x, signs, False)
     decode = _rows(weight, x.dtype)
@@ -47,17 +47,20 @@ def matmul(
     return hadamard(out, signs, True) if signs is not None and transposed else out
 
 
-def grouped_matmul(x: Tensor, experts: Tensor, first: PackedWeight, signs: Tensor | None) -> Tensor | None:
+def grouped_matmul(
+    x: Tensor, experts: Tensor, first: PackedWeight, stack: int, signs: Tensor | None
+) -> Tensor | None:
     """The product of every `x[g]` with weight `experts[g]` of a stack; None if no kernel supports it.
 
     Args:
         x: `[G, T, K]`.
-        experts: int32 `[G]`; the product is zero if negative.
+        experts: int32 `[G]`; the product is zero if it is outside the stack.
         first: the first weight of the stack; its tensors start where those of the stack do.
+        stack: the number of weights in the stack.
     """
     if not has_kernel(first, x.shape[1], x.dtype):
         return None
-    return product(x.contiguous(), first, signs, experts=experts)
+    return product(x.contiguous(), first, signs, experts=experts, stack=stack)
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:

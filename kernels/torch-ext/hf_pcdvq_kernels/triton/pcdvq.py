@@ -81,11 +81,12 @@ def matmul_kernel(
     p_scale,  # float32 [N]
     p_patterns,  # int8 [PATTERNS, 8]
     p_levels,  # float32 [4]
-    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; outside of them: none
     p_out,  # floating [SPLIT, G, T, N]
     tokens,  # per group
     rows,  # N
     units,  # U = K / 32, four vectors each
+    stack,  # number of weights in the stacked tensors; 1 without a stack
     span,  # blocks of UNITS units per split
     PATTERNS: tl.constexpr,
     T: tl.constexpr,
@@ -97,7 +98,7 @@ def matmul_kernel(
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
@@ -183,7 +184,7 @@ class PcdvqKernels(FormatKernels[PcdvqWeight]):
 
     def operands(self, weight: PcdvqWeight) -> dict[str, Tensor]:
         return {
-            "p_weight": weight.weight,
+            "p_weight": weight.words,
             "p_magnitude": given(weight.magnitude, weight.weight),
             "p_scale": weight.scale,
             "p_patterns": aligned(weight.patterns),

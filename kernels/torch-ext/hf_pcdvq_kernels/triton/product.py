@@ -47,14 +47,17 @@ def product(
     signs: Tensor | None = None,
     config: LaunchConfig | None = None,
     experts: Tensor | None = None,
+    stack: int = 1,
     prepared: Tensor | None = None,
+    shape_of_result: tuple[int, ...] | None = None,
 ) -> Tensor:
     """`hadamard(x) @ W.T` for 16-bit `x` `[G, T, K]` of up to `DOT_TOKENS` rows; G is 1 without `experts`.
 
     Args:
         config: the launch config; None takes the tuned or the default one.
-        experts: see `launch.grouped_matmul`.
+        experts, stack: see `launch.grouped_matmul`.
         prepared: see `launch.matmul`; not combined with `config` or `experts`.
+        shape_of_result: the shape to return the result in; `[G, T, N]` if None.
     """
     groups, tokens, columns = x.shape
     kernels = kernels_of(weight.name)
@@ -73,8 +76,12 @@ def product(
         blocks = triton.cdiv(columns, shape.block_inputs(config.num_warps))
         span = triton.cdiv(blocks, min(config.split_k, blocks))
         splits = triton.cdiv(blocks, span)
-        out_dtype = x.dtype if splits == 1 else torch.float32
-        out = torch.empty(splits, groups, tokens, weight.rows, dtype=out_dtype, device=x.device)
+        # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
+        result = (groups, tokens, weight.rows) if shape_of_result is None else shape_of_result
+        if splits == 1:
+            out = torch.empty(result, dtype=x.dtype, device=x.device)
+        else:
+            out = torch.empty(splits, *result, dtype=torch.float32, device=x.device)
         kernels.matmul_kernel[(triton.cdiv(weight.rows, config.block_n), splits, groups)](
             p_x=quads.view(kernels.activation_dtype),
             p_x_scale=x_scale,
@@ -84,6 +91,7 @@ def product(
             tokens=tokens,
             rows=weight.rows,
             **kernels.matmul_sizes(weight),
+            stack=stack,
             span=span,
             **kernels.matmul_constants(weight, config.block_n, shape.dot),
             T=shape.tokens,
@@ -96,7 +104,7 @@ def product(
             num_warps=config.num_warps,
             **OPTIONS,
         )
-        return out[0] if splits == 1 else _sum(out, x.dtype)
+        return out if splits == 1 else _sum(out, x.dtype)
 
 
 def _config(shape: Shape, device: torch.device, tokens: int, groups: int | None, prepared: bool) -> LaunchConfig:

@@ -87,12 +87,13 @@ def matmul_kernel(
     p_x_scale,  # float32 [G T, S]; not read if DOT
     p_weight,  # int32 [words, K]
     p_scale,  # float32 [N]
-    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; negative: none
+    p_experts,  # int32 [G], if GROUPED: index of each group's weight in the stacked tensors; outside of them: none
     p_out,  # floating [SPLIT, G, T, N]
     tokens,  # per group
     rows,  # N
     columns,  # K
     words,
+    stack,  # number of weights in the stacked tensors; 1 without a stack
     span,  # blocks of UNITS CHAIN pairs of inputs per split
     WINDOW: tl.constexpr,
     CYCLE: tl.constexpr,
@@ -123,7 +124,7 @@ def matmul_kernel(
     last = (end + 31) // 32 - 1
     down = 32 * (last + 1) - end
     pairs = columns // 2
-    expert, wanted = half2.group_expert(p_experts, GROUPED)
+    expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     p_weight += expert * words * columns
     p_scale += expert * rows
     p_ring = p_weight.to(tl.pointer_type(tl.int64)) + (ring * RING_WORDS).to(tl.int64) * pairs

@@ -1,0 +1,150 @@
+"""Finds layers whose weight is read by other code than their own, which a packed weight would mislead.
+
+Most modules call their layers. Some compute with `self.proj.weight` instead, or take its dtype for that of their
+inputs. Whether they do is in their source: no inputs are needed, and branches that only other devices take count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from functools import cache
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_WEIGHT = "weight"
+_HARMLESS = {"device", "is_meta", "requires_grad"}  # a packed weight has the same as a dense one
+# The path from a variable to the layer that is read: of `self.blocks[i].down_proj.weight` it is
+# ("self", "blocks", "*", "down_proj").
+Path = tuple[str, ...]
+
+
+def read_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """The linear layers of a model whose weight the forward pass of another module reads, each with the reason.
+
+    Reads are followed through methods and properties of the module that reads, through local variables and loops. Of
+    a variable whose origin is not clear (`for i, block in enumerate(...)`), only the rest of the path counts. A module
+    without source code, such as one defined in an interactive session, is taken to read nothing.
+    """
+    found: dict[nn.Module, str] = {}
+    for owner in model.modules():
+        paths = _paths_read_by(type(owner))
+        if not paths:
+            continue
+        for layer in _layers_at(owner, paths):
+            found.setdefault(layer, f"{type(owner).__name__} reads its weight")
+    return found
+
+
+def _layers_at(owner: nn.Module, paths: frozenset[Path]) -> list[nn.Module]:
+    layers = {name: module for name, module in owner.named_modules() if isinstance(module, nn.Linear) and name}
+    patterns = []
+    for root, *names in paths:
+        rest = r"\.".join("[^.]+" if name == "*" else re.escape(name) for name in names)
+        patterns.append(re.compile(rest if root == "self" else rf"(.+\.)?{rest}"))
+    return [layer for name, layer in layers.items() if any(pattern.fullmatch(name) for pattern in patterns)]
+
+
+@cache
+def _paths_read_by(owner: type[nn.Module]) -> frozenset[Path]:
+    """Paths to the layers whose weight the forward pass of a class reads."""
+    own = [base for base in owner.__mro__ if base not in PreTrainedModel.__mro__]
+    paths: set[Path] = set()
+    visited: set[str] = set()
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        if name in visited:
+            continue
+        visited.add(name)
+        for base in own:
+            if name not in vars(base):
+                continue
+            tree = _source(vars(base)[name])
+            if tree is not None:
+                reader = _Reader()
+                reader.visit(tree)
+                paths |= reader.paths
+                pending += reader.used
+            if tree is None or not reader.calls_super:
+                break
+    return frozenset(path for path in paths if len(path) > 1)
+
+
+def _source(member: object) -> ast.AST | None:
+    """The syntax tree of a method or property; None for anything else, and for what has no source."""
+    if isinstance(member, property):
+        member = member.fget
+    member = inspect.unwrap(getattr(member, "__func__", member))
+    if not inspect.isfunction(member):
+        return None
+    try:
+        source = inspect.getsource(member)
+    except OSError:
+        return None
+    return ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+
+
+class _Reader(ast.NodeVisitor):
+    """Collects what one function reads.
+
+    Attributes:
+        paths: of the layers whose weight it reads.
+        used: names of the attributes of `self` that it uses, methods among them.
+        calls_super: whether it may continue in a base class.
+    """
+
+    def __init__(self) -> None:
+        self.paths: set[Path] = set()
+        self.used: list[str] = []
+        self.calls_super = False
+        self._variables: dict[str, Path] = {}
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            self._bind(target, self._path(node.value))
+
+    def visit_For(self, node: ast.For) -> None:
+        self._bind_element(node)
+        self.generic_visit(node)
+
+    def visit_ListComp(self, node: ast.ListComp | ast.GeneratorExp) -> None:
+        for generator in node.generators:  # which follow the element in the tree
+            self._bind_element(generator)
+        self.generic_visit(node)
+
+    visit_GeneratorExp = visit_ListComp
+
+    def _bind_element(self, loop: ast.For | ast.comprehension) -> None:
+        path = self._path(loop.iter)
+        self._bind(loop.target, None if path is None else (*path, "*"))
+
+    def _bind(self, target: ast.expr, path: Path | None) -> None:
+        if isinstance(target, ast.Name):
+            self._variables[target.id] = (target.id,) if path is None else path
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        path = self._path(node)
+        if path is not None and node.attr in _HARMLESS and path[-2:-1] == (_WEIGHT,):
+            return
+        if path is not None and node.attr == _WEIGHT:
+            self.paths.add(path[:-1])
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            self.used.append(node.attr)
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.calls_super = self.calls_super or node.id == "super"
+
+    def _path(self, node: ast.AST) -> Path | None:
+        """The path that an expression spells; None if it is not a chain of attributes of a variable."""
+        names: list[str] = []
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            names.append(node.attr if isinstance(node, ast.Attribute) else "*")
+            node = node.value
+        if not isinstance(node, ast.Name):
+            return None
+        return (*self._variables.get(node.id, (node.id,)), *reversed(names))
