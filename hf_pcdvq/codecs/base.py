@@ -164,14 +164,14 @@ class Codec(ABC):
 
     def decode_rotated(self, packed: Packed, tables: Packed, dtype: torch.dtype) -> Tensor:
         """Decode to the rotated weight `[N, K]`."""
-        return ops.dequantize(self.family.family, self._arguments(packed, tables), dtype)
+        return ops.dequantize(self.family.family, self.arguments(packed, tables), dtype)
 
     def matmul(self, x: Tensor, packed: Packed, tables: Packed, prepared: Tensor | None = None) -> Tensor:
         """`x @ W.T` for activations `[..., K]` and the weight that `decode` returns, in its original basis.
 
         `prepared` is the result of `hf_pcdvq_kernels.prepare` for the same `x` and this format.
         """
-        arguments = self._arguments(packed, tables)
+        arguments = self.arguments(packed, tables)
         return ops.matmul(self.family.family, x, arguments, signs=tables.get("signs"), prepared=prepared)
 
     @property
@@ -192,10 +192,10 @@ class Codec(ABC):
         if not self.has_kernels:
             return None
         return ops.grouped_matmul(
-            self.family.family, x, experts, self._arguments(packed, tables), tables.get("signs")
+            self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs")
         )
 
-    def _arguments(self, packed: Packed, tables: Packed) -> list[Any]:
+    def arguments(self, packed: Packed, tables: Packed) -> list[Any]:
         """The arguments of the ops, in order."""
         values = {**tables, **self.parameters()}
         names = (argument.name for argument in self.family.arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hf_pcdvq_kernels.cpu.direct import DirectProduct, can_skip_dispatcher
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -41,6 +42,7 @@ class QuantLinear(PackedModule, nn.Linear):
         PackedModule.__init__(self, codec)
         self.in_features, self.out_features = in_features, out_features
         self.shared_input: SharedInput | None = None
+        self._direct: DirectProduct | None = None  # made by the first call that can use it
         self.register_packed("weight", (out_features, in_features), device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
@@ -78,10 +80,27 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
-        tables = self.tables
-        prepared = None if self.shared_input is None else self.shared_input.prepared(x, tables.get("signs"))
-        out = self.codec.matmul(x, self.packed, tables, prepared)
+        direct = self.codec.family.on_cpu and can_skip_dispatcher(x)
+        out = self._multiply_directly(x) if direct else None
+        if out is None:
+            tables = self.tables
+            out = self.codec.matmul(x, self.packed, tables, self._prepared(x, tables.get("signs")))
         return out if self.bias is None else out + self.bias
+
+    def _prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
+        return None if self.shared_input is None else self.shared_input.prepared(x, signs)
+
+    def _multiply_directly(self, x: Tensor) -> Tensor | None:
+        """The product without PyTorch's dispatcher; None if it has to run as an op."""
+        parameters, buffers, entry = self._parameters, self._buffers, self.packed_parameters["weight"]
+        tensors = [parameters[name] for name in entry.tensors.values()]
+        tensors += [buffers[name] for name in entry.tables.values()]
+        product = self._direct
+        if product is None or not product.holds(tensors):
+            arguments = self.codec.arguments(self.packed, self.tables)
+            signs = self.tables.get("signs")
+            product = self._direct = DirectProduct(self.codec.family.family, arguments, signs, tensors)
+        return product(x, self._prepared(x, buffers.get("signs")))
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the decoded weight in `dtype`, on the same device."""

@@ -69,6 +69,13 @@ def check_groups(op: str, x: torch.Tensor, experts: torch.Tensor, columns: int) 
     check_tensor(op, "experts", experts, torch.int32, (x.shape[0],), x.device)
 
 
+def check_experts(op: str, experts: torch.Tensor, number: int) -> None:
+    """Check that no index is beyond a stack of `number` weights. Reads the indices, which waits for the device."""
+    for group, expert in enumerate(experts.tolist()):
+        if expert >= number:
+            raise ValueError(f"{op}: experts[{group}] is {expert}, but the stack has {number} weights")
+
+
 def check_signs(op: str, signs: torch.Tensor, columns: int, device: torch.device) -> None:
     """Check the signs of a rotation of `columns` values."""
     block = signs.numel()

@@ -240,10 +240,17 @@ def _define_grouped_matmul(family: type[PackedWeight]) -> None:
             if out is not None:
                 return out
             multiply = launch.matmul
+        checks.check_experts(name, experts, len(packed[0]))
+        if _runs_on_cpu(first, x.device, x.dtype):
+            from .cpu import launch as cpu
+
+            stack = {argument.name: item for argument, item in zip(family.arguments, packed) if argument.stacked}
+            out = cpu.grouped_matmul(x, experts, first, stack, signs)
+            if out is not None:
+                return out
+            multiply = cpu.matmul
         out = x.new_zeros(*x.shape[:-1], first.rows)
         for group, expert in enumerate(experts.tolist()):
-            if expert >= len(packed[0]):
-                raise ValueError(f"{name}: experts[{group}] is {expert}, but the stack has {len(packed[0])} weights")
             if expert >= 0:
                 out[group] = multiply(x[group], one(packed, expert), False, signs)
         return out

@@ -83,6 +83,11 @@ def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the library has no kernels for the device {device.type!r}"
     if dtype == torch.float64:
         return "the kernels do not compute in float64"
+    return _library_obstacle()
+
+
+@cache
+def _library_obstacle() -> str | None:
     from .cpu import library
 
     loaded = library.load()

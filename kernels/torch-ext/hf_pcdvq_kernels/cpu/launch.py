@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .library import DTYPE_CODES, FORMAT_CODES, Library, Weight, describe, load
 MOST_TOKENS = 16
 
 
+@cache
 def library() -> Library:
     """The library, which `backend.use_cpu` has found to be there."""
     found = load()
@@ -78,7 +81,9 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     return out
 
 
-def matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
+def matmul(
+    x: Tensor, weight: PackedWeight, transposed: bool, signs: Tensor | None, prepared: Tensor | None = None
+) -> Tensor:
     """See `hf_pcdvq_kernels.matmul`."""
     tokens = x.numel() // x.shape[-1]
     if transposed or tokens > MOST_TOKENS:
@@ -126,16 +131,13 @@ def _decode(weight: PackedWeight, dtype: torch.dtype) -> Decode:
 
 
 def grouped_matmul(
-    x: Tensor, experts: Tensor, first: PackedWeight, stack: dict[str, Tensor], signs: Tensor | None
+    x: Tensor, experts: Tensor, first: PackedWeight, stack: dict[str, Tensor | None], signs: Tensor | None
 ) -> Tensor | None:
     """See `hf_pcdvq_kernels.grouped_matmul`; None if groups have too many tokens.
 
     Args:
         first: the first weight of the stack.
-        stack: all stacked tensors, by argument name.
-
-    Raises:
-        ValueError: an expert is beyond the stack.
+        stack: all stacked tensors, by argument name; None for those that the format lacks.
     """
     groups, tokens, columns = x.shape
     if tokens > MOST_TOKENS:

@@ -50,7 +50,7 @@ class Weight(Structure):
 _TENSORS = [name for name, kind in Weight._fields_ if kind is c_void_p]
 
 
-def describe(weight: PackedWeight, stack: dict[str, torch.Tensor] | None = None) -> Weight:
+def describe(weight: PackedWeight, stack: dict[str, torch.Tensor | None] | None = None) -> Weight:
     """The weight for the library. Holds addresses only: the tensors must outlive it.
 
     Args:
@@ -60,11 +60,13 @@ def describe(weight: PackedWeight, stack: dict[str, torch.Tensor] | None = None)
     described = Weight(format=FORMAT_CODES[weight.name], rows=weight.rows, columns=weight.columns)
     described.window_bits = getattr(weight, "window_bits", 0)
     for name in _TENSORS:
-        tensor = (stack or {}).get(name, getattr(weight, name, None))
+        tensor = getattr(weight, name, None)
+        if stack is not None and stack.get(name) is not None:
+            tensor = stack[name]
+            if name in _STACKED:
+                setattr(described, f"{name}_stride", tensor.stride(0) * tensor.element_size())
         if tensor is not None:
             setattr(described, name, tensor.data_ptr())
-            if stack is not None and name in _STACKED:
-                setattr(described, f"{name}_stride", tensor.stride(0) * tensor.element_size())
     return described
 
 

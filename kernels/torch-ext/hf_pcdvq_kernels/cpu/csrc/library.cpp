@@ -28,7 +28,7 @@ HfpFork fork_function = nullptr;
 // A buffer that may be too large for the stack.
 struct Memory {
     void* start;
-    explicit Memory(int64_t bytes) : start(malloc(bytes)) {}
+    explicit Memory(int64_t bytes) : start(malloc(bytes ? bytes : 1)) {}
     Memory(const Memory&) = delete;
     ~Memory() { free(start); }
 };
