@@ -82,7 +82,9 @@ def test_the_chosen_direction_is_the_best_of_all(count, search):
 
 @pytest.mark.parametrize("count", [128, 512])
 def test_compiled_search_finds_what_the_reference_finds(count):
-    compiled = pytest.importorskip("hf_pcdvq.codecs.directions.numba", reason="Numba is not installed", exc_type=ImportError)
+    compiled = pytest.importorskip(
+        "hf_pcdvq.codecs.directions.numba", reason="Numba is not installed", exc_type=ImportError
+    )
     unit = unit_patterns(count)
     vectors = torch.randn(3001, 8, generator=torch.Generator().manual_seed(2))
     vectors[:300] = vectors[:300].round()  # with zeros, and coordinates of one size

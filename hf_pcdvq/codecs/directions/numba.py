@@ -58,7 +58,16 @@ def _score(absolute, odd, tiles, best, found):  # pragma: no cover
     v_0, v_1, v_2, v_3, v_4, v_5, v_6, v_7 = absolute
     for number in range(len(tiles)):
         tile = tiles[number]
-        d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7 = tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6], tile[7]
+        d_0, d_1, d_2, d_3, d_4, d_5, d_6, d_7 = (
+            tile[0],
+            tile[1],
+            tile[2],
+            tile[3],
+            tile[4],
+            tile[5],
+            tile[6],
+            tile[7],
+        )
         for lane in range(_LANES):
             p_0, p_1, p_2, p_3 = v_0 * d_0[lane], v_1 * d_1[lane], v_2 * d_2[lane], v_3 * d_3[lane]
             p_4, p_5, p_6, p_7 = v_4 * d_4[lane], v_5 * d_5[lane], v_6 * d_6[lane], v_7 * d_7[lane]
