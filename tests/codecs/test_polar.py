@@ -1,6 +1,7 @@
 """PCDVQ: bit-exact decoding of every word, exactness of the encoder, distortion, and edge cases."""
 
 import struct
+import sys
 
 import pytest
 import torch
@@ -93,6 +94,15 @@ def test_compiled_search_finds_what_the_reference_finds(count):
     torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
     # Rounded vectors can be as near to one direction as to another.
     assert all(torch.equal(a[300:], b[300:]) for a, b in zip(found[:2], expected[:2]))
+
+
+def test_without_numba_it_says_so_and_finds_the_same(monkeypatch):
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    expected = codec(2.25).encode(weight)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.warns(UserWarning, match=r"encoding PCDVQ .* without Numba \(pip install 'hf_pcdvq\[numba\]'\)"):
+        packed = codec(2.25).encode(weight)
+    assert all(torch.equal(packed[suffix], tensor) for suffix, tensor in expected.items())
 
 
 # Mean squared error per weight on unit-variance normal weights.
