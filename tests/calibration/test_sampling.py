@@ -42,7 +42,7 @@ def test_every_token_is_predicted_from_all_before_it():
 
 def test_tokens_are_drawn_with_their_probabilities_and_ends_of_text_never():
     model = tiny_llama()
-    model.generation_config.eos_token_id = [1, 7]
+    model.generation_config.update(eos_token_id=[1, 7], do_sample=True, temperature=0.5, top_k=1)  # what chats use
     logits = torch.full((258,), -torch.inf)
     logits[[1, 3, 7, 200, 257]] = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
     model.lm_head = Constant(logits.bfloat16())
