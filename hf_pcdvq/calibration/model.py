@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .data import read_windows, sample_from_model, split_windows
+from .data import read_windows, split_windows
 from .report import QuantizationReport
 from .run import CalibratedRun
+from .sampling import sample_from_model
 from .store import BlockStore, fingerprint, keep_windows
 
 if TYPE_CHECKING:
