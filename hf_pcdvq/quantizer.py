@@ -29,6 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
+from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
 from .config import PackedConfig
@@ -214,9 +215,10 @@ class PackedHfQuantizer(HfQuantizer):
             self._progress = None
         if self.failure is not None:
             raise ValueError(self.failure)
+        held_out = None
         if self._to_calibrate:
             config = self.quantization_config
-            self.report = calibrate_model(
+            self.report, held_out = calibrate_model(
                 model,
                 self._to_calibrate,
                 config,
@@ -231,6 +233,8 @@ class PackedHfQuantizer(HfQuantizer):
             layer.reset_tables()
         share_inputs(model)
         self._settle_conversions(model)
+        if held_out is not None:
+            self.report = with_comparison(self.report, model, held_out)
         if not self.pre_quantized:
             self._print_summary(len(layers))
 

@@ -37,7 +37,8 @@ class QuantizationReport:
         device: name of the device that blocks were computed on.
         layers, blocks: a record of each.
         comparison: of the packed model with the original, on held-out windows of the same dataset; None if there were
-            none, or the model has no output head.
+            none, the model has no output head, or the comparison failed.
+        comparison_failure: why it failed.
         bits_per_packed_weight: counted on the files; None before the model is saved.
     """
 
@@ -48,7 +49,8 @@ class QuantizationReport:
     device: str
     layers: list[LayerRecord]
     blocks: list[BlockRecord]
-    comparison: Evaluation | None
+    comparison: Evaluation | None = None
+    comparison_failure: str | None = None
     bits_per_packed_weight: float | None = None
 
     @classmethod
@@ -56,18 +58,19 @@ class QuantizationReport:
         """The report of a finished run over `windows` `[n, L]`."""
         count, length = windows.shape
         fields = config.to_dict()
-        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks, run.comparison)
+        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean, with the versions that made them."""
         return {**asdict(self), "versions": package_versions()}
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model.
 
         Raises:
             FileNotFoundError: `folder` holds no saved model; the bits are counted on its files.
         """
+        folder = Path(folder)
         counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
         text = json.dumps(counted.to_dict(), indent=2) + "\n"
         write_text(folder / f"{NAME}.json", text)
@@ -93,6 +96,8 @@ class QuantizationReport:
         bits = self.bits_per_packed_weight
         lines += [f"| bits per packed weight, counted on the file | | {bits:.3f} |"] if bits is not None else []
         lines += self._comparison_rows() if self.comparison else []
+        if self.comparison_failure is not None:
+            lines += ["", f"The comparison with the original failed: {self.comparison_failure}"]
         lines += ["", "## Layers", ""]
         if noted := sum(layer.note is not None for layer in self.layers):
             lines += [f"{noted} of {len(self.layers)} used a fallback, see their notes.", ""]

@@ -196,7 +196,7 @@ def test_old_model_is_put_back_if_the_new_one_cannot_take_its_place(
     rename = Path.rename
 
     def refuse(path, target):
-        if ".partial-" in path.name:
+        if path.name.endswith(".partial"):
             raise OSError("busy")
         return rename(path, target)
 
