@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .headers import checkpoint_files
+from .scratch import sigterm_as_exit
 
 # A model on the Hub: "gpt2" or "organization/name".
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -76,7 +77,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """Create a folder beside `out`, rename it to `out` on success, and delete it if the body raises.
+    """Create a folder beside `out`, rename it to `out` on success, and delete it if the body raises or SIGTERM comes.
 
     What a killed process left beside `out` is cleared first: an unfinished folder is deleted, and a model that was to be
     replaced, and has not been, is put back. A lock, which ends with its process, tells such remains from the work of
@@ -89,7 +90,7 @@ def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
     """
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with _locked(out), sigterm_as_exit():
         _clear_remains(out)
         check_destination(out, source, force)
         partial = _beside(out, "partial")
