@@ -278,5 +278,14 @@ def test_what_cannot_be_calibrated_is_refused_by_name(load, tokenizer):
     broken.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match="mlp.up_proj: the weight holds infinite or NaN"):
         quantize_model(broken, tokenizer, config, [sentences(3000)], progress=False)
+    for tokens, message in [
+        (torch.full((4, 16), 300), "token ids from 300 to 300, but LlamaForCausalLM has 258 tokens"),
+        (torch.zeros(4, 600, dtype=torch.int64), "windows of 600 tokens are longer than the 512 positions"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quantize_model(load(), None, config, tokens, progress=False)
+    long = Calibration(samples=1, length=600)
+    with pytest.raises(ValueError, match="windows of 600 tokens are longer than the 512 positions"):
+        quantize_model(load(), None, PcdvqConfig(calibration=long), progress=False)
     with pytest.raises(ValueError, match="on one device, it is on meta"):
         quantize_model(load().to("meta"), tokenizer, config, [sentences(3000)], progress=False)

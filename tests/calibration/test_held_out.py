@@ -63,7 +63,9 @@ def test_layer_that_runs_twice_in_its_block_is_refused_by_name():
 
     model = tiny_llama()
     model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
-    with pytest.raises(NotImplementedError, match=r"layers.1.mlp.mlp.gate_proj runs more than once in its decoder block"):
+    with pytest.raises(
+        NotImplementedError, match=r"layers.1.mlp.mlp.gate_proj runs more than once in its decoder block"
+    ):
         quantize(model)
 
 

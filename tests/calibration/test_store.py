@@ -16,7 +16,9 @@ SETTINGS = Calibration(samples=4, length=16, holdout=2)
 
 def quantize(folder, model=None, tokens=TOKENS, settings=SETTINGS, **options):
     model = model or tiny_llama()
-    return quantize_model(model, None, PcdvqConfig(calibration=settings), tokens, work_dir=folder, progress=False, **options)
+    return quantize_model(
+        model, None, PcdvqConfig(calibration=settings), tokens, work_dir=folder, progress=False, **options
+    )
 
 
 @pytest.fixture
@@ -120,7 +122,9 @@ def test_block_under_the_name_of_another_is_damaged(finished):
 def test_text_that_another_model_wrote_is_not_calibrated_on(tmp_path):
     settings = Calibration(samples=2, length=8, holdout=0)
     quantize(tmp_path, tokens=None, settings=settings)
-    with pytest.raises(ValueError, match=r"windows.safetensors belongs to another run, which differs in the model's w"):
+    with pytest.raises(
+        ValueError, match=r"windows.safetensors belongs to another run, which differs in the model's w"
+    ):
         quantize(tmp_path, changed("model.norm.weight", 3), tokens=None, settings=settings)
 
 
