@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Read this many times the tokens that are needed, so that the seed has some to select from.
+# Of a long dataset, read this many times the tokens that are needed, so that the seed has some to select from.
 _SURPLUS = 4
-_CHARACTERS = 4  # per token, about; a dataset of more than the tokens to read take is sampled
+_CHARACTERS = 4  # per token, about
+_WHOLE = 4 << 20  # characters that are read whole anyway: it takes seconds
 _PIECE, _PIECE_WINDOWS = 1 << 11, 4  # smallest piece that is read of a long text, in characters and in windows
 _GENERATION_BATCH = 64  # sequences, at most
 
@@ -78,12 +79,13 @@ def read_windows(
         raise ValueError("calibration on text needs a tokenizer")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     limit = _SURPLUS * count * length
-    sample = Sample(_CHARACTERS * limit, max(_PIECE, _PIECE_WINDOWS * _CHARACTERS * length), seed)
+    sample = Sample(max(_WHOLE, _CHARACTERS * limit), max(_PIECE, _PIECE_WINDOWS * _CHARACTERS * length), seed)
+    entries, whole = read_documents(dataset, sample)
     ids: list[int] = []
-    for entry in read_documents(dataset, sample):
+    for entry in entries:
         ids += separator if ids else []
         ids += _tokenize(entry, tokenizer)
-        if len(ids) >= limit:
+        if len(ids) >= limit and not whole:
             break
     available = len(ids) // length
     if available == 0:

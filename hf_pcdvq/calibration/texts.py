@@ -54,14 +54,26 @@ class Sample(NamedTuple):
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
 
 
-def read_documents(dataset: Any, sample: Sample) -> Iterator[Entry]:
-    """The documents of a dataset, one by one: whoever has enough of them stops.
+class Documents(NamedTuple):
+    """The documents of a dataset, one by one.
+
+    Attributes:
+        entries: in the order of the dataset if that is `whole`, else in random order, for whoever reads them to stop.
+        whole: there are not many, and all are to be read.
+    """
+
+    entries: Iterator[Entry]
+    whole: bool
+
+
+def read_documents(dataset: Any, sample: Sample) -> Documents:
+    """The documents of a dataset.
 
     Args:
         dataset: the path of a text, .json or .jsonl file, the name of a dataset on the Hub, or texts and conversations.
         sample: how much to read.
 
-    Raises:
+    Raises (reading the entries included):
         ValueError: the dataset or one of its documents has no known form; the message says where.
         FileNotFoundError: `dataset` looks like a path, and there is no such file.
         ImportError: it names a dataset on the Hub, and the package `datasets` is not installed.
@@ -70,28 +82,31 @@ def read_documents(dataset: Any, sample: Sample) -> Iterator[Entry]:
         return _items(dataset, sample, "item")
     path = Path(dataset)
     if not path.is_file():
-        return _hub_rows(str(dataset), sample.seed)
+        return Documents(_hub_rows(str(dataset), sample.seed), whole=False)
     if path.suffix == ".json":
         return _items(_json_list(path), sample, f"{path}, item")
-    return _json_lines(path, sample) if path.suffix == ".jsonl" else _text_file(path, sample)
+    whole = path.stat().st_size <= sample.characters
+    read = _json_lines if path.suffix == ".jsonl" else _text_file
+    return Documents(read(path, sample, whole), whole)
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory
 
 
-def _items(items: Any, sample: Sample, what: str) -> Iterator[Entry]:
+def _items(items: Any, sample: Sample, what: str) -> Documents:
     """The documents of a list, or of anything else that can be iterated over."""
     if not isinstance(items, Iterable):
         raise ValueError(f"the dataset must be a path, a name or a list, got {type(items).__name__}")
+    in_order = (_entry(item, what, number) for number, item in enumerate(items))
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
-        for number, item in enumerate(items):
-            yield _entry(item, what, number)
-        return
-    sizes = accumulate(len(_text_of(item)) for item in items)
-    if not any(size > sample.characters for size in sizes):
-        for number in range(len(items)):
-            yield _entry(items[number], what, number)
-        return
+        return Documents(in_order, whole=False)
+    if any(size > sample.characters for size in accumulate(len(_text_of(item)) for item in items)):
+        return Documents(_sampled_items(items, sample, what), whole=False)
+    return Documents(in_order, whole=True)
+
+
+def _sampled_items(items: Any, sample: Sample, what: str) -> Iterator[Entry]:
+    """Items in random order; of a text that is longer than an equal share for all of them, as many pieces as make one."""
     share = max(sample.piece, sample.characters // len(items))
     for number in sample.order(len(items)):
         entry = _entry(items[number], what, number)
@@ -155,13 +170,13 @@ def _json_list(path: Path) -> list[Any]:
     return content
 
 
-def _text_file(path: Path, sample: Sample) -> Iterator[Entry]:
-    """A text as a whole, or in pieces if it is long."""
+def _text_file(path: Path, sample: Sample, whole: bool) -> Iterator[Entry]:
+    """A text, as a whole or in pieces."""
 
     def place() -> str:
         return str(path)
 
-    if path.stat().st_size <= sample.characters:
+    if whole:
         yield Entry(read_text(path), place)
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -169,13 +184,13 @@ def _text_file(path: Path, sample: Sample) -> Iterator[Entry]:
             yield Entry(_decoded(content[start:end], path, start), place)
 
 
-def _json_lines(path: Path, sample: Sample) -> Iterator[Entry]:
-    """The documents in the lines of a file, in the order of its pieces if it is long."""
+def _json_lines(path: Path, sample: Sample, whole: bool) -> Iterator[Entry]:
+    """The documents in the lines of a file, in its own order or in that of its pieces."""
     size = path.stat().st_size
     if size == 0:  # which cannot be mapped
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        pieces = [(0, size)] if size <= sample.characters else _pieces(content, b"\n", sample, whole_lines=True)
+        pieces = [(0, size)] if whole else _pieces(content, b"\n", sample, whole_lines=True)
         for start, end in pieces:
             position = start
             while position < end:
