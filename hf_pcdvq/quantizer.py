@@ -63,6 +63,7 @@ class PackedHfQuantizer(HfQuantizer):
         self.report: QuantizationReport | None = None
         self._progress: tqdm | None = None
         self._to_calibrate: list[str] = []
+        self._checkpoint_files: list[str] | None = None
 
     # ---------------------------------------------------------------------------------------- before loading
 
@@ -88,6 +89,7 @@ class PackedHfQuantizer(HfQuantizer):
         selected = self.select(model)
         if not self.pre_quantized and self.quantization_config.calibration is not None:
             self._to_calibrate = selected  # after their weights have loaded
+            self._checkpoint_files = checkpoint_files
             return
         matrices = 0
         for name in selected:
@@ -223,7 +225,7 @@ class PackedHfQuantizer(HfQuantizer):
                 self._to_calibrate,
                 config,
                 config.calibration.dataset,
-                find_tokenizer(config, model),
+                find_tokenizer(config, model, self._checkpoint_files),
                 progress=is_progress_bar_enabled(),
             )
         layers = _packed_modules(model)

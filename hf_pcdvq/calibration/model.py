@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from .run import CalibratedRun
 from .store import BlockStore, keep_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..config import PackedConfig
 
@@ -92,14 +93,52 @@ def calibrate_model(
     return QuantizationReport.of(config, run, windows, time.perf_counter() - started), held_out
 
 
-def find_tokenizer(config: PackedConfig, model: nn.Module) -> Any:
-    """The tokenizer that the config holds or names, or else the model's own; None if there is nothing to tokenize."""
+def find_tokenizer(config: PackedConfig, model: PreTrainedModel, files: list[str] | None = None) -> Any:
+    """The tokenizer that the config holds or names, or else the model's own; None if there is nothing to tokenize.
+
+    Args:
+        config: of the calibration.
+        model: loaded with `from_pretrained`.
+        files: of its checkpoint. Its tokenizer is looked for in the same subfolder and at the same commit; code that comes
+            with it is run if the model's own has been, which took the user's consent.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded.
+    """
     given = config.tokenizer
     if config.calibration.dataset is None or not isinstance(given, (str, type(None))):
         return given
     from transformers import AutoTokenizer  # which loads what `import hf_pcdvq` need not wait for
 
-    return AutoTokenizer.from_pretrained(given or model.name_or_path)
+    options: dict[str, Any] = {}
+    if given is None:
+        trusted = type(model).__module__.startswith("transformers_modules.")  # where such code is imported
+        options = {"subfolder": _subfolder(model, files), "trust_remote_code": trusted}
+        options["revision"] = _commit(model)
+    try:
+        return AutoTokenizer.from_pretrained(given or model.name_or_path, **options)
+    except (OSError, ValueError) as error:
+        where = os.path.join(given or model.name_or_path, options.get("subfolder", ""))
+        raise ValueError(
+            f"the tokenizer to calibrate with could not be loaded from {where}: {error}. Load it yourself and pass it: "
+            "config.tokenizer = AutoTokenizer.from_pretrained(...)"
+        ) from error
+
+
+def _subfolder(model: PreTrainedModel, files: list[str] | None) -> str:
+    """The folder of checkpoint files in that of the model, or in a snapshot of the cache of the Hub; "" for that itself."""
+    if not files:
+        return ""
+    folder, root, commit = Path(files[0]).parent, Path(model.name_or_path), _commit(model)
+    if folder.is_relative_to(root):
+        return folder.relative_to(root).as_posix().removeprefix(".")
+    parts = folder.parts
+    return "/".join(parts[parts.index(commit) + 1 :]) if commit in parts else ""
+
+
+def _commit(model: PreTrainedModel) -> str | None:
+    """The commit of a model on the Hub; None for one in a folder."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def _device_of(model: nn.Module) -> torch.device:
