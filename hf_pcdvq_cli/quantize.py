@@ -210,8 +210,7 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except SafetensorError as error:
         raise OSError(
-            f"the model could not be saved in {folder}: {error}. The finished blocks are kept: the same command goes on "
-            "from there"
+            f"the model could not be saved in {folder}: {error}. After calibration, the same command goes on from here"
         ) from error
 
 
@@ -271,6 +270,11 @@ def _print_comparison(out: Path) -> None:
     from .tables import evaluation_table
 
     file = out / f"{NAME}.json"
-    comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None
-    if comparison is not None:
-        Console().print(evaluation_table(Evaluation(**comparison)))
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"comparison": None}
+    if report["comparison"] is not None:
+        Console().print(evaluation_table(Evaluation(**report["comparison"])))
+    elif report.get("comparison_failure"):
+        note(
+            f"Warning: the comparison with the original failed: {report['comparison_failure']}. The model is saved; "
+            "hf-pcdvq eval measures it"
+        )

@@ -106,8 +106,9 @@ class EvaluationRecord:
             raise ValueError(f"the record is incomplete, {error}; create it with hf-pcdvq eval") from error
         return cls(**known)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `evaluation.json` and `evaluation.md`, each of them atomically."""
+        folder = Path(folder)
         write_text(folder / f"{NAME}.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(folder / f"{NAME}.md", self.markdown())
 

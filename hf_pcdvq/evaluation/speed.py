@@ -45,10 +45,10 @@ class Speed:
     cache_implementation: str | None
     peak_memory_bytes: int | None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `speed.json` beside the model."""
         record = {"format": _FORMAT, **asdict(self), "versions": package_versions()}
-        write_text(folder / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+        write_text(Path(folder) / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Speed:
