@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -17,6 +16,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 from ..files.headers import checkpoint_files, read_headers
 from ..files.size import FolderCount, count_folder
+from .architecture import architecture_of
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
@@ -79,7 +79,7 @@ def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> No
 def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> Any:
     """The model on the meta device, with packed layers and no weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = architecture_of(config)
     with torch.device("meta"):
         if architecture is not None:
             model = architecture(config)
