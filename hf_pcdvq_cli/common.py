@@ -112,15 +112,24 @@ def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
-    """Load a causal language model, packed or not; by default on the accelerator, if there is one."""
+    """Load a model that writes text, packed or not; by default on the accelerator, if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
     import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
 
     if device_map is None and torch.accelerator.is_available():
         device_map = torch.accelerator.current_accelerator().type
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
+    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    kind = type(AutoConfig.from_pretrained(model, **source))
+    # Some models that also read images are registered as causal language models, some are not.
+    images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
 
 
 def printable(text: str) -> str:

@@ -58,10 +58,14 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
 def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> None:
     """Compare the files with those that `save_pretrained` would write for this model."""
     model = _empty_model(folder, files, trust_remote_code)
-    expected = revert_weight_conversion(model, model.state_dict())
+    state = model.state_dict()
+    expected = revert_weight_conversion(model, state)
     stored = read_headers(files)
     prefix = f"{model.base_model_prefix}."
-    tied = set(model.all_tied_weights_keys)
+    # Under the names of the files, which may not be those of the modules.
+    tied = revert_weight_conversion(
+        model, {name: state[name] for name in model.all_tied_weights_keys if name in state}
+    )
     missing = [name for name in expected if name not in stored and name not in tied]
     if missing:
         raise ValueError(f"{folder} lacks {_first(missing)}, which its config.json requires")
