@@ -126,11 +126,13 @@ def _show(publication: Publication, repo: str) -> None:
     from hf_pcdvq.files.size import readable_size
     from hf_pcdvq.files.text import visible
 
+    from .tables import as_is
+
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
     for name, size in publication.files.items():
-        table.add_row(name, readable_size(size))
+        table.add_row(as_is(name), readable_size(size))
     table.add_section()
     table.add_row("total", readable_size(sum(publication.files.values())), style="bold")
     Console().print(table)

@@ -24,7 +24,11 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+=======
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+>>>>>>> wd
 
     from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration
@@ -166,6 +170,7 @@ def _quantize_into(
     """Quantize and save the model."""
     import torch
 
+    from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
     from hf_pcdvq.files.records import package_versions
     from hf_pcdvq.importers.gguf import dense_from_gguf
@@ -173,7 +178,7 @@ def _quantize_into(
     from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
-    inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
+    inherited, original, given = inherited_metadata(model, options["revision"]), hub_name(model), model
     with ExitStack() as stack:
         if options["gguf_file"]:
             # In the result's folder, because the system's temporary folder may be too small for a dense model, and
@@ -182,7 +187,10 @@ def _quantize_into(
             dtype = torch.bfloat16 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
             dense_from_gguf(model, options["gguf_file"], dense, dtype, options["revision"])
             model, source = dense, {}
-        _refuse_quantized(model, source)
+        model_config = _dense_config(model, source)
+        # First, so that what is missing is known before the long part; saving model and tokenizer replaces their files.
+        for missing in copy_companions(given, folder, model_config, options["revision"]):
+            note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         held_out = None
@@ -214,12 +222,14 @@ def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
         ) from error
 
 
-def _refuse_quantized(model: str, source: dict[str, Any]) -> None:
+def _dense_config(model: str, source: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model that is not quantized yet."""
     from transformers import AutoConfig
 
-    found = getattr(AutoConfig.from_pretrained(model, **source), "quantization_config", None)
+    config = AutoConfig.from_pretrained(model, **source)
+    found = getattr(config, "quantization_config", None)
     if found is None:
-        return
+        return config
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
     raise click.ClickException(
         f"{model} is already quantized with {getattr(method, 'value', method)}; quantize the original, dense model"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.metrics import Evaluation
 from ..files.records import device_name, package_versions, write_text
 from ..files.size import count_folder
+from ..files.text import markdown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +88,8 @@ class QuantizationReport:
         lines = [
             "# Quantization report",
             "",
-            f"Calibrated on {self.windows} windows of {self.length} tokens of {source}, seed {calibration['seed']}; "
-            f"{self.seconds:.0f} s on {self.device}.",
+            f"Calibrated on {self.windows} windows of {self.length} tokens of {markdown(source)}, seed {calibration['seed']}; "
+            f"{self.seconds:.0f} s on {markdown(self.device)}.",
             "",
             "| | original | quantized |",
             "|---|---|---|",
@@ -110,7 +111,9 @@ class QuantizationReport:
         ]
         lines += ["normal distribution has kurtosis 3. Proxy loss is tr(E H E^T) / tr(W H W^T).", ""]
         lines += ["## Blocks", "", "| block | squared error of the output, relative | seconds |", "|---|---|---|"]
-        lines += [f"| {block.name} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks]
+        lines += [
+            f"| {markdown(block.name)} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks
+        ]
         return "\n".join(lines) + "\n"
 
     def _comparison_rows(self) -> list[str]:
@@ -130,7 +133,7 @@ def _layer_row(layer: LayerRecord) -> str:
     notes += [f"{layer.dead_inputs} dead inputs"] if layer.dead_inputs else []
     size = f"{layer.out_features} x {layer.in_features}"
     figures = f"{layer.kurtosis:.2f} | {layer.largest:.2f} | {snr} | {loss} | {layer.seconds:.1f}"
-    return f"| {layer.name} | {size} | {figures} | {'; '.join(notes)} |"
+    return f"| {markdown(layer.name)} | {size} | {figures} | {markdown('; '.join(notes))} |"
 
 
 def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files.text import without_place
+
 # Fields with their smallest and largest values.
 _INTEGERS = (
     ("samples", 1, 1 << 20),
@@ -90,5 +92,5 @@ class Calibration:
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-clean."""
-        return asdict(self)
+        """The fields, JSON-clean. Of a dataset on this machine, only the name of the file: they are published."""
+        return {**asdict(self), "dataset": None if self.dataset is None else without_place(self.dataset)}

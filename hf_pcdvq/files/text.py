@@ -10,6 +10,7 @@ from pathlib import PureWindowsPath
 
 # Everything that has a meaning within a line of GitHub's Markdown, and the bar of tables. Underscores within words have none.
 _ACTIVE = re.compile(r"[\\`*\[\]<>&|~$#]|(?<!\w)_|_(?!\w)")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 # A bare address becomes a link without any brackets.
 _ADDRESS = re.compile(r"(?i)(?<=\w)://|(?<=www)\.(?=\w)|(?<=\w)@(?=\w)")
 _PLACE = re.compile(r"(/|~[^/\\]*[/\\]|\.{1,2}[/\\](?=\w)|[A-Za-z]:[/\\]).*", re.DOTALL)
@@ -31,9 +32,15 @@ def visible(text: str, keep: str = "") -> str:
     )
 
 
+def without_controls(text: str) -> str:
+    r"""Replace what would steer a terminal by its escape. Everything else that people write stays, so that a text in any
+    script reads as it should."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def markdown(text: str) -> str:
     """The text in a line of Markdown, or a cell of a table, where it reads as it is: no formatting, link or HTML."""
-    escaped = _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", visible(text).strip())
+    escaped = _ACTIVE.sub(lambda match: "&#92;" if match[0] == "\\" else f"\\{match[0]}", visible(text).strip())
     return _ADDRESS.sub(lambda match: "".join(f"&#{ord(character)};" for character in match[0]), escaped)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -17,6 +16,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 
 from ..files.headers import checkpoint_files, read_headers
 from ..files.size import FolderCount, count_folder
+from .architecture import architecture_of
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
@@ -58,10 +58,14 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
 def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> None:
     """Compare the files with those that `save_pretrained` would write for this model."""
     model = _empty_model(folder, files, trust_remote_code)
-    expected = revert_weight_conversion(model, model.state_dict())
+    state = model.state_dict()
+    expected = revert_weight_conversion(model, state)
     stored = read_headers(files)
     prefix = f"{model.base_model_prefix}."
-    tied = set(model.all_tied_weights_keys)
+    # Under the names of the files, which may not be those of the modules.
+    tied = revert_weight_conversion(
+        model, {name: state[name] for name in model.all_tied_weights_keys if name in state}
+    )
     missing = [name for name in expected if name not in stored and name not in tied]
     if missing:
         raise ValueError(f"{folder} lacks {_first(missing)}, which its config.json requires")
@@ -79,7 +83,7 @@ def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> No
 def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> Any:
     """The model on the meta device, with packed layers and no weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = architecture_of(config)
     with torch.device("meta"):
         if architecture is not None:
             model = architecture(config)

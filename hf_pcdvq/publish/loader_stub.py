@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..files.records import write_text
+from .architecture import architecture_name
 
 MODULE = "modeling_hf_pcdvq"
 _AUTO_CLASS = "AutoModelForCausalLM"
@@ -53,7 +54,7 @@ def add_loader_stub(config: dict, folder: Path) -> None:
     Raises:
         ValueError: the model is not a causal language model of Transformers, or already has code of its own.
     """
-    architecture = (config.get("architectures") or [None])[0]
+    architecture = architecture_name(config)
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(f"loader stubs are for causal language models of Transformers; this is {architecture}")
     if "auto_map" in config:
