@@ -24,11 +24,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-=======
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
->>>>>>> wd
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import hf_pcdvq.calibration.data
 import hf_pcdvq.calibration.run
+import hf_pcdvq.calibration.sampling
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
-from hf_pcdvq.calibration.data import sample_from_model, split_windows
+from hf_pcdvq.calibration.data import split_windows
+from hf_pcdvq.calibration.sampling import sample_from_model
 from hf_pcdvq.emulation import is_emulated, placed
 from hf_pcdvq.evaluation.metrics import evaluate
 from hf_pcdvq.modules import QuantLinear
@@ -20,7 +21,7 @@ SETTINGS = Calibration(samples=8, length=48, holdout=4)
 
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def emulated(request, monkeypatch):
-    for module in (hf_pcdvq.calibration.run, hf_pcdvq.calibration.data):
+    for module in (hf_pcdvq.calibration.run, hf_pcdvq.calibration.sampling):
         monkeypatch.setattr(module, "is_emulated", lambda dtype, device: request.param)
     return request.param
 

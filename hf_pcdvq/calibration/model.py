@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..evaluation.metrics import check_length, check_windows
 from .blocks import find_blocks
-from .data import read_windows, sample_from_model, split_windows
+from .data import read_windows, split_windows
 from .held_out import HeldOut
 from .identity import Identity, model_identity, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
+from .sampling import sample_from_model
 from .store import BlockStore, keep_windows
 
 if TYPE_CHECKING:
