@@ -225,7 +225,8 @@ def _record(
 ) -> tuple[Tensor, list[Call]]:
     """The first block's input and every block's call, with blocks that return their input instead of computing.
 
-    With `to_the_end`, the model runs on after the last block, which shows whether it runs blocks again.
+    With `to_the_end`, the model runs on after the last block, up to its output head, which shows whether it runs blocks
+    again. Not further: a loss may be computed from what blocks would have returned.
     """
     inputs: list[Tensor] = []
     calls: list[Call] = []
@@ -250,10 +251,17 @@ def _record(
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
             stack.enter_context(_replaced_forward(block, recorder(number)))
+        head = model.get_output_embeddings()
+        if head is not None:
+            stack.enter_context(_replaced_forward(head, _stop))
         _run_until_stop(model, window)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
     return inputs[0], calls
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise Stop
 
 
 def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:
