@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from click.testing import CliRunner
+from foreign_files import without_record
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -164,12 +164,6 @@ def test_codebook_is_one_of_the_shipped_whatever_lies_elsewhere(packed, tmp_path
     set_config(packed, quantization_config={"codebook": path, "codebook_sha256": digest(tables)})
     result = CliRunner().invoke(main, ["check", str(packed)])
     assert result.exit_code == 1 and "codebook" in result.stderr and "mine'" in result.stderr
-
-
-def without_record(folder):
-    """Rewrite the files as a program would that knows nothing of their hashes."""
-    for file in folder.glob("*.safetensors"):
-        safetensors.torch.save_file(load_file(file), file, {"format": "pt"})
 
 
 CODE = """
