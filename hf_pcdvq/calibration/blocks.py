@@ -120,7 +120,8 @@ class Shortcuts:
 
     Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
     known for a window, and nothing that runs before the layer will change, the module does not have to be computed
-    again: its output is the layer applied to that input. Running the block once shows which layers are final: the
+    again: its output is the layer applied to that input. That output takes the place of the input when it is first
+    needed, by when the layer must have its last weights. Running the block once shows which layers are final: the
     module then returns the same tensor object as the layer.
 
     Args:
@@ -132,7 +133,8 @@ class Shortcuts:
     def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
         self._layers = layers
         self._ends = _ending_modules(block, layers, hidden, call)
-        self._known: dict[str, dict[int, Tensor]] = {}
+        self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
+        self._applied: set[tuple[str, int]] = set()
 
     def keep(self, name: str, window: int, inputs: Tensor) -> None:
         """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
@@ -146,12 +148,20 @@ class Shortcuts:
             for name, known in self._known.items():
                 if window in known:
                     module, wrap = self._ends[name]
-                    stack.enter_context(_replaced_forward(module, self._replay(name, known[window], wrap)))
+                    stack.enter_context(_replaced_forward(module, self._replay(name, window, wrap)))
             yield
 
-    def _replay(self, name: str, inputs: Tensor, wrap: Callable[[Tensor], Any]) -> Callable:
-        layer = self._layers[name]
-        return lambda *args, **kwargs: wrap(layer(inputs.to(layer.weight.device)))
+    def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
+        return lambda *args, **kwargs: wrap(self._output(name, window))
+
+    def _output(self, name: str, window: int) -> Tensor:
+        layer, known = self._layers[name], self._known[name]
+        tensor = known[window].to(layer.weight.device)
+        if (name, window) not in self._applied:
+            tensor = layer(tensor)
+            known[window] = tensor.cpu()
+            self._applied.add((name, window))
+        return tensor
 
 
 def _ending_modules(

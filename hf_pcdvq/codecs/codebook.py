@@ -41,7 +41,7 @@ def load_codebook(codebook: str) -> dict[str, Tensor]:
     """
     folder = resources.files(__package__) / "data"
     known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
-    if codebook not in known:  # rather than whether there is such a file: the name may come from a stranger
+    if codebook not in known:  # rather than looking for such a file, which might be outside the folder
         raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq ships {', '.join(known)}")
     with torch.device("cpu"):
         return load((folder / f"{codebook}.safetensors").read_bytes())

@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from foreign_files import without_record
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import hf_pcdvq
 from hf_pcdvq.codecs.codebook import digest
+from hf_pcdvq.files.packing import save_file
 from hf_pcdvq.publish.integrity import check_folder
 from hf_pcdvq_cli import main
 
@@ -28,11 +31,13 @@ def shard_of(folder, name):
 
 
 def change(folder, name, edit):
-    """Apply `edit` to the dictionary of tensors in the shard that holds a tensor, and rewrite the shard."""
+    """Apply `edit` to the dictionary of tensors in the shard that holds a tensor, and save it with fitting hashes."""
     file = shard_of(folder, name)
     tensors = load_file(file)
     edit(tensors)
-    save_file(tensors, file, {"format": "pt"})
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    save_file(tensors, file, metadata)
 
 
 def drop(name):
@@ -82,7 +87,7 @@ def other_vocabulary(folder):
         (reshape, "model.norm.weight has the shape [3], but config.json requires [128]"),
         (infinite, f"{LAYER}.weight_scale contains infinite or NaN values"),
         (truncate, "is truncated: tensor"),
-        (other_config, "do not belong together"),
+        (other_config, "config.json: intermediate_size changed after the weights were saved"),
         (other_vocabulary, "has the token id 300, but the model has 258 tokens"),
         (lambda folder: shard_of(folder, "lm_head.weight").unlink(), "is missing; expected a model saved with"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
@@ -181,6 +186,7 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(packed, tmp_path, monkeypatc
     (packed / "modeling_mine.py").write_text(CODE.format(witness=witness))
     auto_map = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     set_config(packed, auto_map=auto_map, model_type="mine", architectures=["MineForCausalLM"])
+    without_record(packed)
     name, *rest = command
     result = CliRunner().invoke(main, [name, str(packed), *rest])
     assert result.exit_code == 1 and "trust_remote_code" in result.stderr and not witness.exists()
