@@ -94,8 +94,7 @@ class CalibratedRun:
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
                 with placed(module, self.device, self._upcast):
                     call = call.to(self.device, self._upcast)
-                    samples = len(self._windows)
-                    block = DecoderBlock(module, layers, call, original, hidden, samples, self.device)
+                    block = DecoderBlock(module, layers, call, original, hidden, self.device)
                     self._run_block(number, block)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)

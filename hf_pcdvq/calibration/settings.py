@@ -30,7 +30,8 @@ class Calibration:
             None: the model generates its own calibration text.
         samples: number of windows of tokens.
         length: tokens per window.
-        holdout: further windows, not calibrated on, on which the report compares the two models; 0 skips that.
+        holdout: further windows, not calibrated on, on which the report compares the two models; 0 skips that. The
+            original's logits on them are kept in memory meanwhile.
         seed: selects the windows, and seeds the text where the model generates it.
         damp_percent: added to the diagonal of every Hessian, as a fraction of its mean (0.01 is one percent); raised
             where that is not enough.

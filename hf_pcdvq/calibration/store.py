@@ -155,7 +155,7 @@ def _problem(file: Path, identity: Identity) -> str | None:
 def _read(file: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file and the records in its metadata."""
     with safe_open(file, "pt") as content:
-        return {key: content.get_tensor(key) for key in content.keys()}, content.metadata()["records"]
+        return {key: content.get_tensor(key) for key in content.keys()}, (content.metadata() or {}).get("records", "")
 
 
 def _checksum(name: str, tensors: dict[str, Tensor], records: str) -> str:
