@@ -1,31 +1,33 @@
 """Calibration data: windows of tokens `[n, length]` from a user's dataset.
 
-Texts are tokenized whole, without special tokens, and concatenated, separated by the end-of-text token if the
-tokenizer has one; the result is split into windows that do not overlap, from which a seed selects some. The
-tokenizer's chat template is applied to conversations (`{"messages": [...]}` or lists of such messages) first.
+Texts are tokenized without special tokens and concatenated, separated by the end-of-text token if the tokenizer has
+one; the result is split into windows that do not overlap, from which a seed selects some. The tokenizer's chat template
+is applied to conversations (`{"messages": [...]}` or lists of such messages) first. No more is tokenized than a few times
+what is needed (`texts.py`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .settings import Calibration
+from .texts import Conversation, Entry, Sample, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# Of a streamed dataset, read this many times the tokens that are needed, so that the seed has some to select from.
+# Of a long dataset, read this many times the tokens that are needed, so that the seed has some to select from.
 _SURPLUS = 4
-_SHUFFLE_BUFFER = 1000  # documents
+_CHARACTERS = 4  # per token, about
+_WHOLE = 4 << 20  # characters that are read whole anyway: it takes seconds
+_PIECE, _PIECE_WINDOWS = 1 << 11, 4  # smallest piece that is read of a long text, in characters and in windows
 
 
 def split_windows(windows: Tensor, settings: Calibration) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def read_windows(
     """Windows of tokens from a dataset, in random order.
 
     Args:
-        dataset: the path of a text or .jsonl file, the name of a dataset on the Hub (`"name"` or
+        dataset: the path of a text, .json (a list) or .jsonl file, the name of a dataset on the Hub (`"name"` or
             `"name:configuration"`), a list of texts, of conversations (each a list of messages) or of token tensors,
             or a tensor int64 `[n, L]`. Tensors are used unchanged and in order, whatever their length.
         tokenizer: may be None for tensors.
@@ -62,7 +64,8 @@ def read_windows(
         int64 `[n, length]` on the CPU, n = `count` or fewer.
 
     Raises:
-        ValueError: the dataset is shorter than one window, has no known form, or needs a tokenizer and there is none.
+        ValueError: the dataset is shorter than one window, has no known form, or needs a tokenizer and there is none;
+            or the chat template does not accept a conversation.
         FileNotFoundError: `dataset` looks like a path, and there is no such file.
         ImportError: it names a dataset on the Hub, and the package `datasets` is not installed.
     """
@@ -72,12 +75,14 @@ def read_windows(
     if tokenizer is None:
         raise ValueError("calibration on text needs a tokenizer")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    limit = None if _is_local(dataset) else _SURPLUS * count * length
+    limit = _SURPLUS * count * length
+    sample = Sample(max(_WHOLE, _CHARACTERS * limit), max(_PIECE, _PIECE_WINDOWS * _CHARACTERS * length), seed)
+    entries, whole = read_documents(dataset, sample)
     ids: list[int] = []
-    for document in _documents(dataset, seed):
+    for entry in entries:
         ids += separator if ids else []
-        ids += _tokenize(document, tokenizer)
-        if limit is not None and len(ids) >= limit:
+        ids += _tokenize(entry, tokenizer)
+        if len(ids) >= limit and not whole:
             break
     available = len(ids) // length
     if available == 0:
@@ -106,65 +111,22 @@ def _token_windows(dataset: Any) -> Tensor | None:
     return windows.cpu()
 
 
-def _is_local(dataset: Any) -> bool:
-    """Whether the dataset is a file or in memory, rather than streamed from the Hub, which may be endless."""
-    return not isinstance(dataset, (str, Path)) or Path(dataset).is_file()
+def _tokenize(entry: Entry, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = entry.document
+    if isinstance(text, Conversation):
+        text = _rendered(text, entry.place, tokenizer)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _documents(dataset: Any, seed: int) -> Iterator[str | list[dict[str, str]]]:
-    """Texts and conversations, one by one."""
-    if not isinstance(dataset, (str, Path)):
-        if not isinstance(dataset, Iterable):
-            raise ValueError(f"the dataset must be a path, a name or a list, got {type(dataset).__name__}")
-        yield from (_document(item, f"item {number}") for number, item in enumerate(dataset))
-        return
-    path = Path(dataset)
-    if not path.is_file():
-        yield from _hub_documents(str(dataset), seed)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _document(json.loads(line), f"{path}, line {number}")
-    else:
-        with path.open(encoding="utf-8", newline="") as stream:
-            yield stream.read()
-
-
-def _document(item: Any, where: str) -> str | list[dict[str, str]]:
-    """A text, or a list of chat messages, from one entry of a dataset."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict):
-        for key in ("messages", "conversation", "text", "content"):
-            if isinstance(item.get(key), (str, list)):
-                return _document(item[key], where)
-        raise ValueError(f"{where}: expected a field 'text' or 'messages', found {', '.join(map(repr, item))}")
-    if isinstance(item, list) and item and all(isinstance(turn, dict) and "role" in turn for turn in item):
-        return item
-    raise ValueError(f"{where}: expected a text or a list of chat messages, got {type(item).__name__}")
-
-
-def _tokenize(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not isinstance(document, str):
-        if tokenizer.chat_template is None:
-            raise ValueError("the calibration data holds conversations, and the tokenizer has no chat template")
-        document = tokenizer.apply_chat_template(document, tokenize=False)
-    return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _hub_documents(name: str, seed: int) -> Iterator[str | list[dict[str, str]]]:
-    """A dataset on the Hub, streamed and shuffled."""
-    if name.startswith((".", "/", "~")) or name.endswith((".txt", ".jsonl")):
-        raise FileNotFoundError(f"there is no calibration file {name}")
+def _rendered(conversation: Conversation, place: Callable[[], str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation in the tokenizer's chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the calibration data holds conversations, and the tokenizer has no chat template")
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is not a file, and datasets on the Hub need the package datasets: "
-            "pip install 'hf_pcdvq[calibration]'"
+        return tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
+    except Exception as error:  # a template is a program: it may refuse by any error, or fail
+        calls = any("tool_calls" in turn for turn in conversation.messages)
+        raise ValueError(
+            f"{place()}: the tokenizer's chat template does not accept the conversation"
+            f"{', which calls tools' if calls else ''} ({type(error).__name__}: {error}); leave it out, or pass texts"
         ) from error
-    path, _, configuration = name.partition(":")
-    rows = load_dataset(path, configuration or None, split="train", streaming=True)
-    for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)):
-        yield _document(row, f"{name}, row {number}")

@@ -191,9 +191,7 @@ class Codec(ABC):
         """
         if not self.has_kernels:
             return None
-        return ops.grouped_matmul(
-            self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs")
-        )
+        return ops.grouped_matmul(self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs"))
 
     def arguments(self, packed: Packed, tables: Packed) -> list[Any]:
         """The arguments of the ops, in order."""

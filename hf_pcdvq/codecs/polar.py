@@ -70,6 +70,8 @@ class PolarCodec(Codec):
     ) -> Self:
         one_of("bits", bits, tuple(CODEBOOKS))
         one_of("magnitude", magnitude, ("norm", "projection"))
+        if codebook is not None and not isinstance(codebook, str):
+            raise ValueError(f"codebook must be the name of a codebook, got {codebook!r}")
         made = cls(max_block, seed, CODEBOOKS[bits] if codebook is None else codebook, magnitude)
         if made.bits != bits:
             raise ValueError(f"codebook {codebook!r} is for {made.bits} bits, but bits is {bits}")

@@ -47,7 +47,21 @@ try:
 except ImportError as error:
     print("missing:", error)
 del sys.meta_path[0]
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+import transformers
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+print("config:", type(config).__name__, hasattr(config, "auto_map"), "hf_pcdvq" in sys.modules)
+# As `transformers serve` does it: the class that the config names.
+served = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1], trust_remote_code=True)
 model, logits = load(sys.argv[1])
+assert torch.equal(served(torch.arange(2, 40)[None]).logits, logits)
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(base(torch.arange(2, 40)[None]).last_hidden_state @ model.lm_head.weight.T, logits)
+print("base:", type(base).__name__)
+untrusted = AutoConfig.from_pretrained(sys.argv[1])
+assert hasattr(untrusted, "auto_map")
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1], config=untrusted, trust_remote_code=True)
+assert torch.equal(again(torch.arange(2, 40)[None]).logits, logits)
 torch.save(logits, sys.argv[2])
 print("class:", type(model).__name__)
 model.save_pretrained(sys.argv[3])
@@ -89,6 +103,7 @@ def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_mode
     shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
     assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
     assert "class: MixtralForCausalLM" in shown
+    assert "config: MixtralConfig False True" in shown and "base: MixtralModel" in shown
     assert "trust_remote_code=True" in hub.repos[REPO].files()["README.md"].decode()
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(torch.arange(2, 40)[None]).logits
