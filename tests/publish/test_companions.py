@@ -38,7 +38,10 @@ def test_quantize_keeps_processor_template_and_generation_config_and_push_sends_
     kept |= {"tokenizer.json", "tokenizer_config.json"}
     # Its head is tied, and stored under other names than those of its modules.
     assert "is complete" in succeed("check", packed).stdout
-    assert kept <= planned(packed, REPO).files.keys()
+    publication = planned(packed, REPO)
+    assert kept <= publication.files.keys()
+    assert publication.card.data.pipeline_tag == "image-text-to-text"
+    assert 'AutoModelForImageTextToText.from_pretrained("me/tiny-2bit"' in publication.card.text
 
 
 def test_what_is_missing_is_named(gemma, tmp_path):
