@@ -243,7 +243,8 @@ def _eval_results(measured: Measurements) -> list[EvalResult]:
         )
     ]
     for task in record.tasks or []:
-        names = {"dataset_type": task.task, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
+        dataset = task.dataset or task.task
+        names = {"dataset_type": dataset, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
         results.append(_eval_result(task.metric, task.packed, **names))
     return results
 
