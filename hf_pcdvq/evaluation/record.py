@@ -98,8 +98,8 @@ class EvaluationRecord:
 
     def without_places(self) -> EvaluationRecord:
         """The record as it is published: of folders and files on this machine, only their names."""
-        names = {name: without_place(getattr(self, name)) for name in ("original", "packed", "text")}
-        return replace(self, **names)
+        original, packed, text = map(without_place, (self.original, self.packed, self.text))
+        return replace(self, original=original, packed=packed, text=text)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationRecord:

@@ -29,14 +29,15 @@ def architecture_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         ValueError: what Transformers has by that name is not a model, or a model with another kind of config.
     """
     name = architecture_name({"architectures": config.architectures})
-    found = None if name is None else getattr(transformers, name, None)
+    found: Any = None if name is None else getattr(transformers, name, None)
     if found is None:
         return None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or found.config_class is None:
+    config_class: Any = getattr(found, "config_class", None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or config_class is None:
         raise ValueError(f"config.json: architectures names {name}, which is not a model of Transformers")
-    if not isinstance(config, found.config_class):
+    if not isinstance(config, config_class):
         raise ValueError(
-            f"config.json: architectures names {name}, which takes a {found.config_class.__name__}, but model_type "
+            f"config.json: architectures names {name}, which takes a {config_class.__name__}, but model_type "
             f"{config.model_type!r} is a {type(config).__name__}"
         )
     return found

@@ -197,7 +197,7 @@ def push_folder(
     metadata = dict(metadata or {})
     with told_plainly(repo_id):
         inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
-    options = {"loader_stub": loader_stub, "include": include, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"loader_stub": loader_stub, "include": include, "trust_remote_code": trust_remote_code}
     with _staged(folder, repo_id, base_model, {**inherited, **metadata}, **options) as (staging, publication):
         if publication.card.data.get("license") is None:
             logger.warning(
