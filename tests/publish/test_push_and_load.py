@@ -1,7 +1,9 @@
 """A complete push over HTTP, and loading the result in new processes with empty caches."""
 
+import json
 import re
 
+import pytest
 import torch
 from fake_hub import FakeHub
 from transformers import (
@@ -142,3 +144,12 @@ def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hu
     assert shown == "torch.Size([1, 25, 64])\n"
     push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})
     assert "class: BertModel" in run_with(hub, BARE, REPO)
+    files = hub.repos[REPO].files()
+    for name in ("config.json", "modeling_hf_pcdvq.py"):
+        (packed / name).write_bytes(files[name])
+    push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})  # a folder from the Hub, sent again
+    assert hub.repos[REPO].files() == files
+    config = json.loads(files["config.json"])
+    (packed / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "mine.Model"}}))
+    with pytest.raises(ValueError, match="already has code of its own"):
+        push_folder(packed, REPO, loader_stub=True)
