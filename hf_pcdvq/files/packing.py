@@ -195,7 +195,7 @@ def save_with(module: ModuleType) -> None:
     `save_pretrained` has no hook between cutting a model into files and writing them, and only there is it known
     which tensors a file holds, under which names.
     """
-    module.safe_save_file = save_file
+    module.__dict__["safe_save_file"] = save_file
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
