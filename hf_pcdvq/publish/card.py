@@ -63,7 +63,7 @@ def model_card(
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
-    auto_class, task = _usage(settings)
+    auto_class, task = _usage(settings, folder / "config.json")
     generated = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
@@ -117,9 +117,9 @@ def _card_data(generated: dict[str, Any], given: dict[str, Any], title: str, mea
     return ModelCardData(**fields)
 
 
-def _usage(settings: dict[str, Any]) -> tuple[str, str | None]:
+def _usage(settings: dict[str, Any], file: Path) -> tuple[str, str | None]:
     """The auto class that loads the model as its config names it, and the task that it has on the Hub."""
-    name = architecture_name(settings)
+    name = architecture_name(settings, file)
     if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return "AutoModelForImageTextToText", "image-text-to-text"
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

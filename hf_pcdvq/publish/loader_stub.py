@@ -71,7 +71,7 @@ def add_loader_stub(config: dict, folder: Path) -> None:
     Raises:
         ValueError: the model is not one of Transformers, or already has code of its own, other than this stub.
     """
-    architecture = architecture_name(config)
+    architecture = architecture_name(config, folder / "config.json")
     found = None if architecture is None else getattr(transformers, architecture, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"loader stubs are for models of Transformers; this is {architecture}")
