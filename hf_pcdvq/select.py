@@ -164,6 +164,8 @@ def _obstacle(module: nn.Module, codec: Codec) -> str | None:
 def _weight_obstacle(weight: nn.Parameter, codec: Codec) -> str | None:
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"weights are {weight.dtype}"
+    if not weight.numel():
+        return f"it is empty: {list(weight.shape)}"
     *_, outputs, inputs = weight.shape
     if inputs % codec.multiple:
         return f"{inputs} input features are not a multiple of {codec.multiple}"

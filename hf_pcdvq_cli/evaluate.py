@@ -171,7 +171,7 @@ def _run_tasks(
     limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
     before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
     scores = [
-        TaskScore(task, metric, score.mean, score.stderr, other.mean, other.stderr, score.samples)
+        TaskScore(task, metric, score.mean, score.stderr, other.mean, other.stderr, score.samples, score.dataset)
         for (task, metric), score in before.items()
         for other in [after[task, metric]]
     ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import CONFIGS
 from ..files.fields import number, positive_integer, short_text, short_texts
 from ..files.folders import check_writable
+from ..files.provenance import hub_name
 from ..files.records import known_fields, read_json, write_text
 from ..files.size import count_folder
 from ..files.text import code_block, code_span, markdown, without_place
@@ -48,6 +49,7 @@ class TaskScore:
         original, packed: mean of the metric over the samples.
         original_stderr, packed_stderr: its standard error; None if lm-eval reports none.
         samples: number of samples.
+        dataset: name of the task's data set on the Hub; None if it is not there.
     """
 
     task: str
@@ -57,6 +59,7 @@ class TaskScore:
     packed: float
     packed_stderr: float | None
     samples: int
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class EvaluationRecord:
 
     def without_places(self) -> EvaluationRecord:
         """The record as it is published: of folders and files on this machine, only their names."""
-        names = {name: without_place(getattr(self, name)) for name in ("original", "packed", "text")}
-        return replace(self, **names)
+        original, packed, text = map(without_place, (self.original, self.packed, self.text))
+        return replace(self, original=original, packed=packed, text=text)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationRecord:
@@ -188,6 +191,8 @@ def _task_from(content: Any) -> TaskScore:
         if getattr(task, name) is not None:
             number(f"tasks.{name}", getattr(task, name))
     positive_integer("tasks.samples", task.samples)
+    if task.dataset is not None and hub_name(short_text("tasks.dataset", task.dataset, 200)) is None:
+        raise ValueError(f"tasks.dataset must be a name on the Hub, got {task.dataset!r}")
     return task
 
 

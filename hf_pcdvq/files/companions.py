@@ -54,17 +54,22 @@ def copy_companions(source: str, folder: Path, config: PreTrainedConfig, revisio
             file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
             if file is not None:
                 shutil.copyfile(file, folder / name)
+    return missing_companions(folder, config)
+
+
+def missing_companions(folder: Path, config: PreTrainedConfig) -> list[str]:
+    """What a saved model lacks for images, video or sound, a sentence each."""
     missing = []
     processor = [name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME) if (folder / name).is_file()]
     if type(config) in PROCESSOR_MAPPING and not processor:
         missing.append(
-            f"{source} has neither {PROCESSOR_NAME} nor {IMAGE_PROCESSOR_NAME}, so the packed model has no processor: "
-            "AutoProcessor will not load from its folder"
+            f"the model has no processor, neither {PROCESSOR_NAME} nor {IMAGE_PROCESSOR_NAME}: save the original's beside it, "
+            "AutoProcessor.from_pretrained(original).save_pretrained(folder)"
         )
     for name in processor:
         for module in sorted(local_modules(folder / name)):
             if not (folder / module).is_file():
-                missing.append(f"{name} refers to code in {module}, which is not copied; copy it from {source}")
+                missing.append(f"{name} refers to code in {module}, which is not copied; copy it from the original")
     return missing
 
 

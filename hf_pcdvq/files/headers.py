@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_DTYPE = re.compile(r"[A-Z0-9_]{1,20}")  # of those that PyTorch lacks, too
+_NAME_LIMIT = 1000  # characters
 _METADATA = "__metadata__"
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
@@ -113,15 +116,17 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
     """One entry of a header; `data` is the position of the first byte after the header."""
+    if not name.isprintable() or len(name) > _NAME_LIMIT:  # it will be printed
+        raise ValueError(f"{file}: {name!r:.200} is no name of a tensor; the header is damaged")
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
     for field, value, expected, valid in (
-        ("dtype", dtype, "a name", isinstance(dtype, str)),
+        ("dtype", dtype, "the name of a dtype", isinstance(dtype, str) and _DTYPE.fullmatch(dtype)),
         ("shape", shape, "a list of sizes", _are_sizes(shape)),
         ("data_offsets", offsets, "two positions", _are_sizes(offsets) and len(offsets) == 2),
     ):
         if not valid:
-            raise ValueError(f"{file}: tensor {name!r}: {field} must be {expected}, got {value!r}")
+            raise ValueError(f"{file}: tensor {name!r:.200}: {field} must be {expected}, got {value!r:.100}")
     begin, end = offsets
     known = DTYPES.get(dtype, dtype)
     if isinstance(known, torch.dtype) and end - begin != prod(shape) * known.itemsize:

@@ -195,7 +195,7 @@ def save_with(module: ModuleType) -> None:
     `save_pretrained` has no hook between cutting a model into files and writing them, and only there is it known
     which tensors a file holds, under which names.
     """
-    module.safe_save_file = save_file
+    module.__dict__["safe_save_file"] = save_file
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -236,7 +236,9 @@ class PackedFiles:
             own = records[file].hashes
             if own.keys() != header.tensors.keys():
                 name = sorted(own.keys() ^ header.tensors.keys())[0]
-                raise ValueError(f"{file}: tensor {name!r} is in the header or in metadata {KEY!r}, but not in both")
+                raise ValueError(
+                    f"{file}: tensor {name!r:.200} is in the header or in metadata {KEY!r}, but not in both"
+                )
             hashes.update(own)
         return cls(tensors, _recorded_codecs(record, tensors, next(iter(headers))), record, hashes)
 
@@ -327,7 +329,7 @@ def _recorded_codecs(record: PackingRecord, tensors: dict[str, StoredTensor], fi
     missing = [module for module in codecs if module not in names]
     if missing:
         raise ValueError(
-            f"{file}: metadata {KEY!r} says that {missing[0]} is packed, but no file holds it; the checkpoint is incomplete"
+            f"{file}: metadata {KEY!r} says that {missing[0]!r:.200} is packed, but no file holds it; the checkpoint is incomplete"
         )
     return {names[module]: codec for module, codec in codecs.items()}
 

@@ -232,23 +232,28 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
     tensors = {suffix: stored.get(key) for suffix, key in names.items()}
     missing = [names[suffix] for suffix, tensor in tensors.items() if tensor is None]
     if missing:
-        raise ValueError(f"packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
+        files = sorted({str(tensor.file) for tensor in tensors.values() if tensor is not None})
+        raise ValueError(
+            f"{', '.join(files)}: packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete"
+        )
     words, scale = tensors[""], tensors["scale"]
     per_unit, dimensions = unit[""][0][1], 2 if parameter == "weight" else 3
     if len(words.shape) != dimensions or words.shape[-1] % per_unit:
         raise ValueError(
-            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
+            f"{words.file}: {words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
             f"last one a multiple of {per_unit}"
         )
     if len(scale.shape) != dimensions - 1:
-        raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
+        raise ValueError(
+            f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel"
+        )
     *stack, out_features = scale.shape
     in_features = words.shape[-1] // per_unit * codec.multiple
     for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():
         found = tensors[suffix]
         if found.shape != (*stack, *shape) or found.dtype != dtype:
             raise ValueError(
-                f"{found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
+                f"{found.file}: {found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
                 f"{in_features} inputs has {dtype} {[*stack, *shape]} there; file and config.json do not belong together"
             )
     return LayerCount(label, out_features, in_features, tuple(tensors.values()), codec, stack[0] if stack else 1)

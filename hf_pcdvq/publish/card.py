@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from ..calibration.report import NAME as REPORT
 from ..config import PackedConfig
@@ -60,11 +63,12 @@ def model_card(
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
+    auto_class, task = _usage(settings, folder / "config.json")
     generated = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
-        "pipeline_tag": _pipeline_tag(settings),
+        "pipeline_tag": task,
         "tags": [
             "hf_pcdvq",
             count.config.method,
@@ -81,6 +85,9 @@ def model_card(
         "title": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "chat": chat,
+        "auto_class": auto_class,
+        "writes": task is not None,
+        "text_generation": task == "text-generation",
         "method": f"[{count.config.describe()}]({count.config.paper})",
         "loader_stub": loader_stub,
         "has_report": (folder / "quantization_report.md").is_file(),
@@ -110,9 +117,14 @@ def _card_data(generated: dict[str, Any], given: dict[str, Any], title: str, mea
     return ModelCardData(**fields)
 
 
-def _pipeline_tag(settings: dict[str, Any]) -> str | None:
-    known = architecture_name(settings) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return "text-generation" if known else None
+def _usage(settings: dict[str, Any], file: Path) -> tuple[str, str | None]:
+    """The auto class that loads the model as its config names it, and the task that it has on the Hub."""
+    name = architecture_name(settings, file)
+    if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return "AutoModelForImageTextToText", "image-text-to-text"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM", "text-generation"
+    return "AutoModel", None
 
 
 def _size_facts(count: FolderCount) -> dict[str, Any]:
@@ -188,7 +200,9 @@ def _measured_facts(measured: Measurements) -> dict[str, Any]:
         if record.noise_floor:
             noise = {"dtype": markdown(record.noise_floor.dtype), **record.noise_floor.metrics.to_dict()}
         if record.tasks:
-            lines = markdown_table(TASK_HEADINGS, task_rows(record.tasks))
+            kept = [f"{100 * task.packed / task.original:.1f} %" if task.original else "" for task in record.tasks]
+            rows = [[*row, share] for row, share in zip(task_rows(record.tasks), kept)]
+            lines = markdown_table([*TASK_HEADINGS, "% of the original"], rows)
             tasks = {"table": "\n".join(lines), "lm_eval": markdown(record.versions.get("lm_eval", ""))}
     elif report is not None and report["comparison"] is not None:
         device = markdown(report["device"])
@@ -229,7 +243,8 @@ def _eval_results(measured: Measurements) -> list[EvalResult]:
         )
     ]
     for task in record.tasks or []:
-        names = {"dataset_type": task.task, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
+        dataset = task.dataset or task.task
+        names = {"dataset_type": dataset, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
         results.append(_eval_result(task.metric, task.packed, **names))
     return results
 

@@ -8,6 +8,7 @@ Files that another program saved have none; then only what is visible in shapes 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
     _check_index(folder, contents)
     _check_values(count, contents)
     _check_tokenizer(folder, trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _by_transformers(generation, lambda: GenerationConfig.from_pretrained(folder))
     return count
 
 
@@ -126,30 +128,34 @@ def _check_names(folder: Path, files: list[Path], contents: PackedFiles, trust_r
 def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> Any:
     """The model on the meta device, with packed layers and no weights. Its quantizer checks the hashes of the files."""
     config = _model_config(folder, trust_remote_code)
-    architecture = architecture_of(config)
-    try:
+    architecture = architecture_of(config, folder / "config.json")
+
+    def build() -> Any:
         with torch.device("meta"):
             if architecture is not None:
-                model = architecture(config)
-            else:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ValueError(
-            f"{folder / 'config.json'} describes no model that can be built: {type(error).__name__}: {error}"
-        ) from error
+                return architecture(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    model = _by_transformers(folder / "config.json", build)
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
-    names = [str(file) for file in files]
-    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=names)
+    paths = [str(file) for file in files]
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=paths)
     quantizer._settle_conversions(model)  # as after loading: packed experts are saved as stacks
     return model
 
 
 def _model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The model's config. What Transformers raises for a damaged one seldom names the file, and may be of any kind."""
+    return _by_transformers(
+        folder / "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+
+
+def _by_transformers(file: Path, read: Callable[[], Any]) -> Any:
+    """The result of a function of Transformers. What those raise for a damaged file may be anything, without its name."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return read()
     except Exception as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_values(count: FolderCount, contents: PackedFiles) -> None:
@@ -172,7 +178,10 @@ def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
             f"{folder} has no tokenizer: tokenizer_config.json is missing. Save it there: "
             "AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = _by_transformers(
+        folder / "tokenizer_config.json",
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+    )
     config = _model_config(folder, trust_remote_code).get_text_config()
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"the tokenizer in {folder} has special tokens only: its vocabulary file is missing")

@@ -69,13 +69,14 @@ def add_loader_stub(config: dict, folder: Path) -> None:
         folder: contains the files to be published.
 
     Raises:
-        ValueError: the model is not one of Transformers, or already has code of its own.
+        ValueError: the model is not one of Transformers, or already has code of its own, other than this stub.
     """
-    architecture = architecture_name(config)
+    architecture = architecture_name(config, folder / "config.json")
     found = None if architecture is None else getattr(transformers, architecture, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"loader stubs are for models of Transformers; this is {architecture}")
-    if "auto_map" in config:
+    own = config.get("auto_map") or {}
+    if not isinstance(own, dict) or any(not str(entry).startswith(f"{MODULE}.") for entry in own.values()):
         raise ValueError(
             f"the model already has code of its own, {config['auto_map']}; add `import hf_pcdvq` to it instead"
         )

@@ -24,7 +24,7 @@ from ..calibration.report import NAME as REPORT
 from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.record import EvaluationRecord, read_record
 from ..evaluation.speed import NAME as SPEED
-from ..files.companions import copy_companions
+from ..files.companions import copy_companions, missing_companions
 from ..files.provenance import Provenance, hub_name, inherited_metadata
 from ..files.records import package_versions, write_text
 from ..files.scratch import scratch_folder
@@ -148,9 +148,12 @@ def _save(
 ) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
-    if Path(model.name_or_path).is_dir() and model.name_or_path:
-        for missing in copy_companions(model.name_or_path, folder, model.config):
-            logger.warning("%s", missing)
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        missing = copy_companions(model.name_or_path, folder, model.config)
+    else:
+        missing = missing_companions(folder, model.config)
+    for sentence in missing:
+        logger.warning("%s", sentence)
     report = model.hf_quantizer.report
     if report is not None:
         report.write(folder)
@@ -197,7 +200,7 @@ def push_folder(
     metadata = dict(metadata or {})
     with told_plainly(repo_id):
         inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
-    options = {"loader_stub": loader_stub, "include": include, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"loader_stub": loader_stub, "include": include, "trust_remote_code": trust_remote_code}
     with _staged(folder, repo_id, base_model, {**inherited, **metadata}, **options) as (staging, publication):
         if publication.card.data.get("license") is None:
             logger.warning(

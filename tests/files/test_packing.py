@@ -237,7 +237,10 @@ def change_record(folder, edit):
             "hadamard_block must be 0 or a power of two",
         ),
         (lambda record: record["codecs"][0][0].update(max_block=8), "has no field 'max_block'"),
-        (lambda record: record["codecs"][0][1].append("model.layers.9.x"), "model.layers.9.x is packed, but no file"),
+        (
+            lambda record: record["codecs"][0][1].append("model.layers.9.x"),
+            "model.layers.9.x' is packed, but no file",
+        ),
         (
             lambda record: record["codecs"][0][1].append("model.norm"),
             "model.norm, which cannot be packed in this model",

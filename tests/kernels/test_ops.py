@@ -196,6 +196,8 @@ def test_wrong_rotations_are_refused():
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
+    with pytest.raises(ValueError, match="signs must have a length of at most 65536, got 131072"):
+        ops.hadamard(torch.randn(1, 1 << 17), torch.ones(1 << 17))
     with pytest.raises(ValueError, match="multiple of the block of 8"):
         ops.hadamard(torch.randn(2, 12), torch.ones(8))
     with pytest.raises(TypeError, match="signs must be torch.float32"):

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_text_states_what_the_files_hold(packed):
     perplexities = f"{metrics['perplexity_original']:.3f} | {metrics['perplexity_packed']:.3f}"
     assert f"| perplexity at context 64 | {perplexities} |" in text
     assert f"{metrics['kl_mean']:.4f}" in text and f"{100 * metrics['top1_agreement']:.2f} %" in text
-    assert "| piqa | acc | 0.7123 ± 0.0100 | 0.6543 | 200 |" in text
+    assert "| piqa | acc | 0.7123 ± 0.0100 | 0.6543 | 200 | 91.9 % |" in text
     assert "noise floor: the original in float32, KL mean | | 0.000000 |" in text
     assert "in the same run, with lm-eval 0.4.99." in text
     assert f"| the same: median, 90 %, 99 % | | {metrics['kl_median']:.4f}, {metrics['kl_p90']:.4f}, " in text
@@ -107,12 +107,11 @@ def test_speed_is_stated_once_it_was_measured(packed):
 def test_wikitext_and_large_figures_are_named_as_they_are(packed):
     """The name of `hf-pcdvq eval`'s default text is not a path, and a task's perplexity is not a percentage."""
     record = read_record(packed)
-    replace(record, text=WIKITEXT2, tasks=[TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200)]).write(
-        packed
-    )
+    task = TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200, "EleutherAI/lambada_openai")
+    replace(record, text=WIKITEXT2, tasks=[task]).write(packed)
     card = written(packed)
     assert f"| 8 windows of 64 tokens of {WIKITEXT2} | original | this model |" in card.text
-    assert "| lambada | perplexity | 44.08 ± 8.40 | 311.20 ± 74.40 | 200 |" in card.text
+    assert "| lambada | perplexity | 44.08 ± 8.40 | 311.20 ± 74.40 | 200 | 706.0 % |" in card.text
     first, *_, last = card.data.eval_results
     assert (first.dataset_type, first.dataset_config, first.dataset_split) == (
         "Salesforce/wikitext",
@@ -120,6 +119,9 @@ def test_wikitext_and_large_figures_are_named_as_they_are(packed):
         "test",
     )
     assert (last.dataset_name, last.metric_value, last.dataset_args) == ("lambada", 311.2, {"samples": 200})
+    assert (
+        last.dataset_type == "EleutherAI/lambada_openai"
+    )  # the Hub links it, which it does not do for a task's name
 
 
 def test_what_was_not_measured_is_left_out(packed):
@@ -199,6 +201,7 @@ def test_results_in_the_metadata_are_checked_too(packed):
     assert unmeasured_figures(own, generated) == ["1.01"]
 
 
+TASK = asdict(TaskScore("piqa", "acc", 0.7, 0.01, 0.6, None, 200))
 HOSTILE = "x` | </code><script>alert(1)</script> [a](https://evil.example)\n\n# heading\n```\n\x1b[31m"
 
 
@@ -251,6 +254,8 @@ def test_strings_of_a_stranger_are_text_in_the_card(packed):
         ("provenance.json", {"inherited": {"model-index": []}}, "inherited must be an object with license"),
         ("evaluation.json", {"device": "x" * 501}, "device must be a text of 1 to 500 characters"),
         ("evaluation.json", {"tasks": 5}, "the record is incomplete"),
+        ("evaluation.json", {"tasks": [{**TASK, "dataset": "../x"}]}, "tasks.dataset must be a name on the Hub"),
+        ("evaluation.json", {"tasks": [{**TASK, "samples": 2.5}]}, "tasks.samples must be a positive integer"),
         ("evaluation.json", {"bits_per_parameter": "2"}, "bits_per_parameter must be a number, got '2'"),
         ("quantization_report.json", {"windows": "4"}, "windows must be a positive integer, got '4'"),
         ("quantization_report.json", {"seconds": None}, "seconds must be a number"),

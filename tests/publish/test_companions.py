@@ -38,7 +38,10 @@ def test_quantize_keeps_processor_template_and_generation_config_and_push_sends_
     kept |= {"tokenizer.json", "tokenizer_config.json"}
     # Its head is tied, and stored under other names than those of its modules.
     assert "is complete" in succeed("check", packed).stdout
-    assert kept <= planned(packed, REPO).files.keys()
+    publication = planned(packed, REPO)
+    assert kept <= publication.files.keys()
+    assert publication.card.data.pipeline_tag == "image-text-to-text"
+    assert 'AutoModelForImageTextToText.from_pretrained("me/tiny-2bit"' in publication.card.text
 
 
 def test_what_is_missing_is_named(gemma, tmp_path):
@@ -48,8 +51,7 @@ def test_what_is_missing_is_named(gemma, tmp_path):
         if "processor" not in file.name:
             (source / file.name).symlink_to(file)
     result = succeed(*ROUND, source, "--out", tmp_path / "packed")
-    missing = f"Warning: {source} has neither processor_config.json nor preprocessor_config.json"
-    assert missing in result.stderr
+    assert "Warning: the model has no processor, neither processor_config.json nor" in result.stderr
     auto_map = {"AutoProcessor": "processing_mine.Mine"}
     (source / "processor_config.json").write_text(json.dumps({"auto_map": auto_map}))
     result = succeed(*ROUND, source, "--out", tmp_path / "again")
@@ -59,11 +61,14 @@ def test_what_is_missing_is_named(gemma, tmp_path):
     assert result.exit_code == 1 and "processor_config.json: Expecting" in result.stderr
 
 
-def test_push_from_python_keeps_the_processor_too(gemma, hub):
+def test_push_from_python_keeps_the_processor_too(gemma, hub, caplog):
     model = AutoModelForCausalLM.from_pretrained(gemma, quantization_config=PcdvqConfig())
     push_to_hub(model, AutoTokenizer.from_pretrained(gemma), REPO, metadata={"license": "mit"})
     sent = hub.repos[REPO].files()
     assert json.loads(sent["processor_config.json"]) == PROCESSOR
+    model.name_or_path = "org/gemma"
+    push_to_hub(model, AutoTokenizer.from_pretrained(gemma), "me/other", metadata={"license": "mit"})
+    assert "the model has no processor" in caplog.text
 
 
 def test_model_that_is_no_causal_language_model_by_name_is_quantized_too(tmp_path):

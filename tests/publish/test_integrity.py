@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import hf_pcdvq
 from hf_pcdvq.codecs.codebook import digest
+from hf_pcdvq.files.headers import read_header
 from hf_pcdvq.files.packing import save_file
 from hf_pcdvq.publish.integrity import check_folder
 from hf_pcdvq_cli import main
@@ -61,6 +62,46 @@ def infinite(folder):
     change(folder, name, spoil)
 
 
+def spoil(name, value):
+    """Write a value into a tensor, with fitting hashes."""
+
+    def edit(folder):
+        def fill(tensors):
+            tensors[name][1] = value
+
+        change(folder, name, fill)
+
+    return edit
+
+
+def edit_json(name, **fields):
+    def edit(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **fields}))
+
+    return edit
+
+
+def flip(folder):
+    """One bit of a packed word."""
+    file = shard_of(folder, f"{LAYER}.weight")
+    tensor = read_header(file).tensors[f"{LAYER}.weight"]
+    content = bytearray(file.read_bytes())
+    content[tensor.start] ^= 1
+    file.write_bytes(content)
+
+
+def move(folder):
+    """An entry of the index that points to another shard."""
+    file = folder / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    weight_map = content["weight_map"]
+    weight_map["model.norm.weight"] = next(
+        name for name in weight_map.values() if name != weight_map["model.norm.weight"]
+    )
+    file.write_text(json.dumps(content))
+
+
 def truncate(folder):
     file = shard_of(folder, "lm_head.weight")
     file.write_bytes(file.read_bytes()[:-1])
@@ -86,6 +127,16 @@ def other_vocabulary(folder):
         (add, "contains model.layers.7.extra, which its config.json does not account for"),
         (reshape, "model.norm.weight has the shape [3], but config.json requires [128]"),
         (infinite, f"{LAYER}.weight_scale contains infinite or NaN values"),
+        (spoil(f"{LAYER}.weight_scale", -1.0), "model.layers.0.mlp.up_proj.weight_scale contains negative scales"),
+        (spoil("model.norm.weight", torch.nan), "model.norm.weight contains infinite or NaN values"),
+        (flip, "content of model.layers.0.mlp.up_proj.weight is not what was saved"),
+        (move, "model.norm.weight is not in model-"),
+        (edit_json("config.json", rope_theta=7.0), "config.json: rope_theta changed after the weights were saved"),
+        (edit_json("config.json", architectures={"x": 1}), "config.json: architectures must be a list of names"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("[1]"),
+            "generation_config.json is damaged",
+        ),
         (truncate, "is truncated: tensor"),
         (other_config, "config.json: intermediate_size changed after the weights were saved"),
         (other_vocabulary, "has the token id 300, but the model has 258 tokens"),
@@ -102,6 +153,13 @@ def other_vocabulary(folder):
         "extra",
         "shape",
         "infinite",
+        "negative",
+        "nan",
+        "bit",
+        "index",
+        "theta",
+        "architecture",
+        "generation",
         "truncated",
         "config",
         "vocabulary",
@@ -139,9 +197,9 @@ def set_config(folder, **fields):
         (["LlamaConfig"], "architectures names LlamaConfig, which is not a model of Transformers"),
         (["PreTrainedModel"], "architectures names PreTrainedModel, which is not a model of Transformers"),
         (["MixtralForCausalLM"], "architectures names MixtralForCausalLM, which takes a MixtralConfig, but"),
-        (["__init__.x"], "config.json: architectures must be a list of class names"),
-        ("LlamaForCausalLM", "config.json: architectures must be a list of class names"),
-        ([5], "config.json: architectures must be a list of class names"),
+        (["__init__.x"], "config.json: architectures must be a list of names"),
+        ("LlamaForCausalLM", "config.json: architectures must be a list of names"),
+        ([5], "config.json: architectures must be a list of names"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "card"])
