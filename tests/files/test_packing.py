@@ -204,6 +204,20 @@ def test_a_new_config_over_old_weights_is_refused(folder, field):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("intermediate_size", 0, "cannot be packed in this model: it is empty"),
+        ("intermediate_size", 256, "config asks for"),
+    ],
+)
+def test_a_config_of_another_size_is_refused(folder, field, value, message):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_files_of_different_models_are_refused(mixed, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(mixed[0]["head"])
     model.save_pretrained(tmp_path / "a", max_shard_size="100KB")
