@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 _WEIGHT = "weight"
 _HARMLESS = {"device", "is_meta", "requires_grad"}  # a packed weight has the same as a dense one
@@ -63,6 +62,8 @@ def _layers_at(owner: nn.Module, paths: set[Path]) -> list[nn.Module]:
 
 def _paths_read_by(owner: nn.Module) -> set[Path]:
     """Paths to the layers whose weight the forward pass of a module reads."""
+    from transformers import PreTrainedModel  # here: it imports much, and this module is imported to register
+
     own = [base for base in type(owner).__mro__ if base not in PreTrainedModel.__mro__]
     paths: set[Path] = set()
     visited: set[str] = set()
@@ -86,16 +87,18 @@ def _paths_read_by(owner: nn.Module) -> set[Path]:
     return {path for path in paths if len(path) > 1}
 
 
-@cache
-def _source(member: object) -> ast.AST | None:
+def _source(member: Any) -> ast.AST | None:
     """The syntax tree of a method or property; None for anything else, and for what has no source."""
     if isinstance(member, property):
         member = member.fget
-    member = inspect.unwrap(getattr(member, "__func__", member))
-    if not inspect.isfunction(member):
-        return None
+    member = inspect.unwrap(member.__func__ if isinstance(member, (classmethod, staticmethod)) else member)
+    return _parsed(member) if inspect.isfunction(member) else None
+
+
+@cache
+def _parsed(function: Any) -> ast.AST | None:
     try:
-        source = inspect.getsource(member)
+        source = inspect.getsource(function)
     except OSError:
         return None
     return ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
