@@ -60,7 +60,7 @@ def quantize_model(
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    options = {"device": device, "work_dir": work_dir, "restart": restart, "progress": progress}
+    options: dict[str, Any] = {"device": device, "work_dir": work_dir, "restart": restart, "progress": progress}
     held_out = quantize_uncompared(model, tokenizer, config, dataset, **options)
     model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, model, held_out)
     return model

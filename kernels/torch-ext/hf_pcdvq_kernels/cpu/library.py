@@ -47,7 +47,7 @@ class Weight(Structure):
     ]
 
 
-_TENSORS = [name for name, kind in Weight._fields_ if kind is c_void_p]
+_TENSORS = [field[0] for field in Weight._fields_ if field[1] is c_void_p]
 
 
 def describe(weight: PackedWeight, stack: dict[str, torch.Tensor | None] | None = None) -> Weight:
