@@ -156,4 +156,5 @@ def test_models_that_read_weights_compute_what_their_dequantized_twins_do(kind, 
     model.save_pretrained(tmp_path / "packed")
     twin = AutoModel.from_pretrained(tmp_path / "packed").eval().dequantize(torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(model(**inputs)[0], twin(**inputs)[0], rtol=1e-4, atol=1e-4)
+        out, expected = model(**inputs)[0], twin(**inputs)[0]
+    assert (out - expected).norm() < 1e-3 * expected.norm()  # the CPU kernels quantize activations to 15 bits

@@ -190,7 +190,7 @@ def accuracy(folder, questions):
 
 
 @needs_lm_eval
-def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_dir):
+def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_dir, exact_products):
     options = ["--text", text, "--context", 40, "--tasks", "local_letters", "--task-dir", task_dir, "--limit", 20]
     shown = succeed("eval", tiny_model_dir, packed, *options).stdout
     record = read_record(packed)

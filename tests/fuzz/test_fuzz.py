@@ -16,7 +16,7 @@ def intact(tmp_path_factory):
 def test_damage_is_refused_or_harmless(intact, group, tmp_path):
     outcomes = [run_case(number, *intact, tmp_path) for number in range(group, CASES, GROUPS)]
     assert not [(outcome.number, outcome.kind, *outcome.faults) for outcome in outcomes if outcome.faults]
-    assert sum(outcome.check == "refused" for outcome in outcomes) > 0.8 * len(outcomes)
+    assert sum(outcome.check == "refused" for outcome in outcomes) > 0.7 * len(outcomes)
 
 
 def test_the_intact_folder_passes(intact, tmp_path):

@@ -43,7 +43,8 @@ def weights(format, seed=0):
     multiple = family_of(format).multiple(format)
     windows = [{"window_bits": bits} for bits in (12, 13, 16)] if "stream" in format else [{}]
     for rows, units in SHAPES:
-        for columns in {units * max(multiple, 64), units * multiple}:
+        # whole groups of 64, less than one, and one that is partial after whole ones, in the same block of 256 or the next
+        for columns in {units * max(multiple, 64), units * multiple, 192 + multiple, 256 * units + multiple}:
             for parameters in windows:
                 yield random_weights.random_weight(format, rows, columns, seed, **parameters)
 
