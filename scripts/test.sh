@@ -14,6 +14,6 @@ bash scripts/lint.sh || status=$?
 python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@" || status=$?
 # What runs where no compiler was found.
 if [ $# -eq 0 ]; then
-    python -m pytest -n auto --dist loadfile --without-cpu-library tests/kernels/test_ops.py tests/modules/test_linear.py tests/modules/test_fused_experts.py || status=$?
+    python -m pytest -n auto --dist loadfile --cpu-library none tests/kernels/test_ops.py tests/modules/test_linear.py tests/modules/test_fused_experts.py || status=$?
 fi
 exit "$status"

@@ -23,14 +23,12 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--without-cpu-library", action="store_true", help="test what runs where the CPU kernels were not compiled"
-    )
+    parser.addoption("--cpu-library", help="the library of CPU kernels to test; 'none' tests what runs without one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--without-cpu-library"):
-        library.PATH = Path("not compiled")
+    if chosen := config.getoption("--cpu-library"):
+        library.PATH = Path(chosen)
     # A process of pytest-xdist has a core for itself, and so have the processes that its tests start: threads of several
     # that wait for each other take turns spinning.
     threads = 1 if hasattr(config, "workerinput") else int(os.environ.get("OMP_NUM_THREADS", 2))
