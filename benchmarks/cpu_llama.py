@@ -7,20 +7,35 @@ import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 from transformers import LlamaConfig
 
 PACKAGE = "ik-llama-cpp-python"  # the one with wheels for current CPUs
-TYPES = {
-    "Q2_K": GGMLQuantizationType.Q2_K,
-    "IQ2_XXS": GGMLQuantizationType.IQ2_XXS,
-    "IQ2_S": GGMLQuantizationType.IQ2_S,
-}
-HEAD = GGMLQuantizationType.Q6_K  # as llama.cpp's own two-bit files have it
-# Where the float16 scales of a block are; all else may have any bits.
-SCALES = {"Q2_K": (80, 82), "IQ2_XXS": (0,), "IQ2_S": (0,), "Q6_K": (208,)}
+BLOCK = 256  # weights
+
+
+class Blocks(NamedTuple):
+    """A type of GGUF files: its number, and how rows are stored. All bits but those of scales may have any value.
+
+    Attributes:
+        size: bytes of a block.
+        scales: where in a block there are scales, in float16.
+        row_scale: whether a row begins with a scale, in float32.
+    """
+
+    number: int
+    size: int
+    scales: tuple[int, ...]
+    row_scale: bool = False
+
+
+Q2_K = Blocks(10, 84, (80, 82))
+TYPES = {"Q2_K": Q2_K, "IQ2_XXS": Blocks(16, 66, (0,)), "IQ2_KT": Blocks(153, 68, (), True)}
+HEAD = Blocks(14, 210, (208,))  # Q6_K, as llama.cpp's own two-bit files have it
+SCALE = 1e-4  # small enough that activations stay finite
 # The layers of a block: name in the file, outputs, inputs, as attributes of the sizes below.
 LAYERS = (
     ("attn_q", "hidden", "hidden"),
@@ -49,19 +64,19 @@ def environment(work: Path) -> Path:
     return python
 
 
-def random_blocks(type: GGMLQuantizationType, rows: int, columns: int, generator: np.random.Generator) -> np.ndarray:
-    """Bytes `[rows, bytes of a row]`: random codes with scales small enough that activations stay finite.
+def random_rows(type: Blocks, rows: int, columns: int, generator: np.random.Generator) -> np.ndarray:
+    """Random codes, int8 `[rows, bytes of a row]`.
 
     Raises:
         ValueError: rows are not whole blocks.
     """
-    block, size = GGML_QUANT_SIZES[type]
-    if columns % block:
-        raise ValueError(f"{type.name} has blocks of {block} weights, and rows of {columns} are not whole blocks")
-    data = generator.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
-    for start in SCALES[type.name]:
-        data[..., start : start + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
-    return data.reshape(rows, -1)
+    if columns % BLOCK:
+        raise ValueError(f"rows of {columns} weights are not whole blocks of {BLOCK}")
+    blocks = generator.integers(0, 256, (rows, columns // BLOCK, type.size), dtype=np.uint8)
+    for start in type.scales:
+        blocks[..., start : start + 2] = np.frombuffer(np.float16(SCALE).tobytes(), np.uint8)
+    row_scale = np.full((rows, int(type.row_scale)), SCALE, np.float32).view(np.uint8)
+    return np.concatenate([row_scale, blocks.reshape(rows, -1)], 1).view(np.int8)
 
 
 def write_gguf(file: Path, config: LlamaConfig, type_name: str) -> None:
@@ -81,11 +96,13 @@ def write_gguf(file: Path, config: LlamaConfig, type_name: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
 
-    def add(name: str, type: GGMLQuantizationType, rows: int, columns: int) -> None:
-        writer.add_tensor(f"{name}.weight", random_blocks(type, rows, columns, generator), raw_dtype=type)
+    def add(name: str, type: Blocks, rows: int, columns: int) -> None:
+        # Given as signed bytes, whose shape and type the writer does not try to understand.
+        data = random_rows(type, rows, columns, generator)
+        writer.add_tensor(f"{name}.weight", data, raw_shape=(rows, columns), raw_dtype=type.number)  # type: ignore
 
     ones = np.ones(config.hidden_size, np.float32)
-    add("token_embd", TYPES["Q2_K"], config.vocab_size, config.hidden_size)
+    add("token_embd", Q2_K, config.vocab_size, config.hidden_size)
     add("output", HEAD, config.vocab_size, config.hidden_size)
     writer.add_tensor("output_norm.weight", ones)
     for number in range(config.num_hidden_layers):

@@ -122,7 +122,7 @@ def figures(row: Row) -> str:
         return f"KL {row['kl_mean']:.6f}"
     if row["part"] == "overhead":
         return f"{row['seconds'] * 1e6:.1f} µs a call, nn.Linear {row['against_seconds'] * 1e6:.1f} µs"
-    return f"{row['ratio']:.2f} times {row['against']}; {_speed(row, '')}, {row['against']} {_speed(row, 'dense_')}"
+    return f"{row['ratio']:.2f} times {row['against']}; {_speed(row, '')}, {row['against']} {_speed(row, 'against_')}"
 
 
 def _speed(row: Row, prefix: str) -> str:
