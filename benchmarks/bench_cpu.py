@@ -2,7 +2,7 @@
 """Speed of packed models on a CPU, against bf16 and llama.cpp; memory, and what quantized activations cost.
 
 Parts: `layer`, single layers with 1, 8 and 512 tokens, weights cold in cache; `overhead`, a call of a tiny layer;
-`generate`, 32 tokens after a prompt of 16; `prefill`, 512 tokens; `llama`, generation with llama.cpp; `memory`; and
+`numba`, the same products as Numba functions; `generate`, 32 tokens after a prompt of 16; `prefill`, 512 tokens; `llama`, generation with llama.cpp; `memory`; and
 `quality`, KL divergence. Whatever is compared runs alternately in one process (llama.cpp: in a process that waits
 meanwhile); ratios are medians over the rounds. Models other than SmolLM2-135M have random weights.
 
@@ -34,12 +34,15 @@ from typing import Any
 import cpu_llama
 import cpu_memory
 import cpu_models
+import cpu_numba
 import hf_pcdvq_kernels
 import torch
-from cpu_results import DENSE, LARGEST, SMALL, Results, line, table
+from cpu_results import DENSE, LARGEST, PLAIN, SMALL, Results, line, table
 from cpu_results import plot as plot_results
 from cpu_timing import Call, alternated, compared, repeated, timed
+from hf_pcdvq_kernels.cpu import launch
 from hf_pcdvq_kernels.cpu.library import Library, load
+from hf_pcdvq_kernels.random_weights import random_weight
 from rich.console import Console
 from texts import add_text_options, texts_of
 from transformers.utils.logging import disable_progress_bar
@@ -48,9 +51,8 @@ import hf_pcdvq
 from hf_pcdvq.files.records import cpu_name, package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("layer", "overhead", "generate", "prefill", "llama", "memory", "quality")
+PARTS = ("layer", "overhead", "numba", "generate", "prefill", "llama", "memory", "quality")
 FORMATS = ("pcdvq-2.25", "pcdvq-2.0", "stream-2.0", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "int8")
-PLAIN = "bf16 without oneDNN"
 SIZES = ((4096, 4096), (14336, 4096), (4096, 14336))  # outputs, inputs
 TOKENS = (1, 8, 512)
 MODELS = {
@@ -101,6 +103,16 @@ class Bench:
                     times = alternated(layer_runs(outputs, inputs, tokens, kinds), self.args.rounds)
                     for kind in kinds:
                         self.add(**about, tokens=tokens, weight=kind, **compared(times, kind, DENSE))
+
+    def numba(self) -> None:
+        for outputs, inputs in self.args.numba_sizes:
+            for kind in cpu_numba.PRODUCTS:
+                about = {"part": "numba", "layer": f"{outputs} x {inputs}", "tokens": 1, "weight": kind}
+                if self.missing(**about):
+                    times = alternated(numba_runs(kind, outputs, inputs, self.args.threads), self.args.rounds)
+                    fastest = min((name for name in times if name != kind), key=lambda name: min(times[name]))
+                    every = {name: min(seconds) for name, seconds in times.items()}
+                    self.add(**about, **compared(times, kind, fastest), best_seconds_of_each=every)
 
     def overhead(self) -> None:
         about = {"part": "overhead", "layer": "128 x 128", "tokens": 1, "weight": "pcdvq-2.25"}
@@ -178,12 +190,11 @@ class Bench:
             self.add(**about, **cpu_memory.in_new_process(folder, self.args.threads))
 
     def quality(self) -> None:
-        about = {"part": "quality", "model": SMALL, "weight": "pcdvq-2.25"}
-        if self.missing(**about):
-            figures = cpu_models.activation_quality(
-                self.args.work, "pcdvq-2.25", self.args.texts, self.args.windows, self.args.length
-            )
-            self.add(**about, **figures)
+        for setting in ("pcdvq-2.25", "int8"):  # rounded to int8, the model is as good as before
+            about = {"part": "quality", "model": SMALL, "weight": setting}
+            if self.missing(**about):
+                texts, size = self.args.texts, (self.args.windows, self.args.length)
+                self.add(**about, **cpu_models.activation_quality(self.args.work, setting, texts, *size))
 
 
 def layer_runs(outputs: int, inputs: int, tokens: int, kinds: list[str]) -> dict[str, Callable[[], float]]:
@@ -198,6 +209,27 @@ def layer_runs(outputs: int, inputs: int, tokens: int, kinds: list[str]) -> dict
             layers = cpu_models.copies(cpu_models.packed_layer(kind, outputs, inputs))
             runs[kind] = repeated([partial(layer, x) for layer in layers])
     return runs
+
+
+def numba_runs(kind: str, outputs: int, inputs: int, threads: int) -> dict[str, Callable[[], float]]:
+    """The library's product and those by Numba, of activations that are rotated already.
+
+    Raises:
+        ValueError: their results differ.
+    """
+    x = torch.randn(1, inputs)
+    runs: dict[str, list[Call]] = {}
+    for seed in range(cpu_models.CACHE // (outputs * inputs // 4) + 1):
+        weight = random_weight(kind, outputs, inputs, seed)
+        multiply = partial(launch.multiply, x, launch.describe(weight), outputs, None, None)
+        runs.setdefault(kind, []).append(multiply)
+        for name, product in cpu_numba.PRODUCTS[kind](weight).items():
+            call = partial(product, x[0].numpy())
+            if seed == 0 and not torch.allclose(torch.from_numpy(call()), multiply()[0], rtol=1e-3, atol=1e-3):
+                raise ValueError(f"{kind}: Numba ({name}) and the library have different results")
+            runs.setdefault(f"Numba ({name})", []).append(call)
+    cpu_numba.use_threads(threads)
+    return {name: repeated(calls) for name, calls in runs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -256,8 +288,10 @@ def arguments() -> argparse.Namespace:
     args.out = args.out or ROOT / "benchmarks" / "results" / f"cpu_{machine}.json"
     args.work = args.work.resolve()
     args.sizes, args.tokens, args.middle, args.prefill, args.length = SIZES, TOKENS, MIDDLE, PREFILL, 512
+    args.numba_sizes = SIZES
     if args.smoke:
         args.sizes, args.tokens, args.middle, args.prefill, args.length = ((256, 128),), (1, 32), "tiny", 32, 64
+        args.numba_sizes = ((256, 256),)
         args.models, args.rounds, args.rounds_of_models, args.windows = ("tiny",), 2, 2, 1
     return args
 

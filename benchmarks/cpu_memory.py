@@ -22,9 +22,11 @@ def report(folder: Path, threads: int) -> dict[str, int]:
     """Bytes resident before and after loading a packed model, and after it has generated, and those of its files."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (the class, which is imported late)
+    from transformers.utils.logging import disable_progress_bar
 
     import hf_pcdvq  # noqa: F401  (registers the methods)
 
+    disable_progress_bar()
     torch.set_num_threads(threads)
     before = _resident()
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 
 import hf_pcdvq
 from hf_pcdvq.codecs import codec_of_setting
-from hf_pcdvq.config import config_of_setting
+from hf_pcdvq.config import PcdvqConfig, config_of_setting
 from hf_pcdvq.evaluation.metrics import compare_logits, token_windows
 from hf_pcdvq.modules import QuantLinear
 from hf_pcdvq.quantizer import PackedHfQuantizer
@@ -91,7 +91,9 @@ def packed_smollm2_folder(work: Path, setting: str) -> Path:
 
     def quantize(folder: Path) -> None:
         print(f"quantizing SmolLM2 with {setting}", flush=True)
-        model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config_of_setting(setting))
+        # int8 is for overrides only.
+        config = PcdvqConfig(overrides={"": "int8"}) if setting == "int8" else config_of_setting(setting)
+        model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
         model.save_pretrained(folder)
 
     return made_once(work / f"smollm2-{setting}", quantize)
