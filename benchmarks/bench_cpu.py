@@ -97,7 +97,8 @@ class Bench:
         for outputs, inputs in self.args.sizes:
             about = {"part": "layer", "layer": f"{outputs} x {inputs}"}
             for tokens in self.args.tokens:
-                kinds = FORMATS if tokens > 1 else (*FORMATS, PLAIN)  # with more, that is known to be slow
+                with_plain = tokens == 1 and self.args.instructions != "avx2"  # known to be slow, or bf16 itself
+                kinds = (*FORMATS, PLAIN) if with_plain else FORMATS
                 kinds = [kind for kind in kinds if self.missing(**about, tokens=tokens, weight=kind)]
                 if kinds:
                     times = alternated(layer_runs(outputs, inputs, tokens, kinds), self.args.rounds)
@@ -312,8 +313,10 @@ def keep_to(instructions: str | None) -> str:
         library.set_instructions(instructions)
     except ValueError as error:
         sys.exit(str(error))
-    # oneDNN is what PyTorch multiplies bf16 with on CPUs with AVX-512 only. It does not heed the mask here.
-    torch.backends.mkldnn.set_flags(instructions == "avx512")
+    if (
+        instructions == "avx2"
+    ):  # PyTorch multiplies bf16 with oneDNN on CPUs with AVX-512 only, whatever the mask says
+        torch.backends.mkldnn.set_flags(False)
     return instructions
 
 

@@ -35,9 +35,9 @@ def report(folder: Path, threads: int) -> dict[str, int]:
     after = _resident()
     return {
         "imported_bytes": before["VmRSS"],
-        "resident_bytes": loaded["VmRSS"],
-        "resident_anonymous_bytes": loaded["RssAnon"],
-        "generated_bytes": after["VmRSS"],
+        "loaded_bytes": loaded["VmRSS"],  # the weights are mapped, and read when they are first used
+        "resident_bytes": after["VmRSS"],
+        "resident_anonymous_bytes": after["RssAnon"],
         "peak_bytes": after["VmHWM"],
         "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
