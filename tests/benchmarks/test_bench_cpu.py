@@ -138,7 +138,7 @@ def test_numba_computes_the_same_products(format, modules):
     x = torch.randn(256, generator=torch.Generator().manual_seed(0))
     expected = weight.reference_rows(torch.float32)(0, 512) @ x
     for name, product in modules["numba"].PRODUCTS[format](weight).items():
-        assert torch.allclose(torch.from_numpy(product(x.numpy())), expected, rtol=1e-3, atol=1e-3), name
+        assert (torch.from_numpy(product(x.numpy())) - expected).norm() < 1e-3 * expected.norm(), name
 
 
 @pytest.mark.parametrize("type", ["Q2_K", "IQ2_XXS"])
