@@ -37,7 +37,7 @@ import cpu_models
 import cpu_numba
 import hf_pcdvq_kernels
 import torch
-from cpu_results import DENSE, LARGEST, PLAIN, SMALL, Results, line, table
+from cpu_results import DENSE, LARGEST, PLAIN, SMALL, Results, line, markdown, table
 from cpu_results import plot as plot_results
 from cpu_timing import Call, alternated, compared, repeated, timed
 from hf_pcdvq_kernels.cpu import launch
@@ -283,6 +283,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds-of-models", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--windows", type=int, default=8, help="of the part quality (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="print and plot what is in the file, measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="with --table: print tables for docs/cpu.md")
     parser.add_argument("--smoke", action="store_true", help="a tiny test run; needs --out and --work")
     add_text_options(parser)
     args = parser.parse_args()
@@ -361,7 +362,8 @@ def main() -> None:
     args = arguments()
     try:
         if args.table:
-            show(Results.read(args.out))
+            stored = Results.read(args.out)
+            print(markdown(stored.rows)) if args.markdown else show(stored)
             return
         args.instructions = keep_to(args.instructions)
         results = Results.opened(args.out, setup(args.smoke))

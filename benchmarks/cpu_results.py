@@ -103,8 +103,14 @@ def _about(row: Row) -> Row:
 
 def subject(row: Row) -> str:
     """What a row is about, in words."""
-    tokens = row["tokens"] and f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
-    return ", ".join(str(part) for part in (row["part"], row["model"], row["layer"], tokens, row["weight"]) if part)
+    parts = (row["part"], row["model"], row["layer"], tokens_of(row), row["weight"])
+    return ", ".join(part for part in parts if part)
+
+
+def tokens_of(row: Row) -> str:
+    """The number of tokens, in words."""
+    number = row["tokens"]
+    return "" if number is None else f"{number} token{'s' if number > 1 else ''}"
 
 
 def where(row: Row) -> str:
@@ -180,6 +186,27 @@ def table(rows: Iterable[Row], setup: dict[str, Any]) -> Table:
     for row in sorted(rows, key=where):
         made.add_row(subject(row), where(row), figures(row), verdict(row))
     return made
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Tables for documents: for every part how many times as fast, by what is measured and kind of weight."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if "ratio" in row and row["part"] != "llama":
+            grid = found.setdefault(f"{row['part']}, {where(row)}", {})
+            name = ", ".join(part for part in (row["layer"] or row["model"], tokens_of(row)) if part)
+            cells = grid.setdefault(name, {})
+            cells[row["weight"]] = f"{row['ratio']:.2f}"
+            if row["part"] == "generate":
+                cells[row["weight"]] += f" ({_speed(row, '')}, {row['against']} {_speed(row, 'against_')})"
+    return "\n".join(_markdown_table(title, grid) for title, grid in found.items())
+
+
+def _markdown_table(title: str, grid: dict[str, dict[str, str]]) -> str:
+    weights = list(dict.fromkeys(weight for cells in grid.values() for weight in cells))
+    lines = [[title, *weights], ["---"] * (len(weights) + 1)]
+    lines += [[name, *(cells.get(weight, "") for weight in weights)] for name, cells in grid.items()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def plot(results: Results, file: Path) -> bool:
