@@ -115,7 +115,11 @@ def tokens_of(row: Row) -> str:
 
 def where(row: Row) -> str:
     """What a row was measured with."""
-    return f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}, {row['instructions']}"
+    return f"{_threads(row['threads'])}, {row['instructions']}"
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def figures(row: Row) -> str:
@@ -235,7 +239,7 @@ def plot(results: Results, file: Path) -> bool:
     for panel, (title, rows) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
         _bars(panel, rows)
         panel.set(title=title, ylabel="times as fast as bf16")
-    figure.suptitle(f"{results.setup['machine']}, {threads} threads")
+    figure.suptitle(f"{results.setup['machine']}, {_threads(threads)}")
     figure.savefig(file, dpi=110)
     return True
 
@@ -252,4 +256,4 @@ def _bars(panel: Any, rows: list[Row]) -> None:
     panel.axhline(1, color="black", linewidth=1)
     panel.set_xticks(range(len(groups)), groups)
     panel.grid(axis="y", alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
