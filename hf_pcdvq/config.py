@@ -21,7 +21,11 @@ from .codecs.base import one_of
 from .codecs.codebook import codebook_hash
 from .version import FORMAT_VERSION
 
+# What concerns the process that quantizes or loads, and never stands in a file.
 _NOT_SAVED = ("dequantize", "tokenizer")
+# What records how a model was made: decoding does not depend on it.
+_RECORDS = ("calibration", "left_unpacked", "modules_to_convert", "modules_to_not_convert")
+_PATTERN_LIMIT = 1000  # characters
 
 
 @contextmanager
@@ -36,9 +40,17 @@ def _named(owner: str) -> Iterator[None]:
 def _names(field: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(name, str) and name for name in value):
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) and name for name in value):
         raise ValueError(f"{field} must be a list of module names or patterns, got {value!r}")
     return list(value)
+
+
+def _reasons(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise ValueError(f"left_unpacked must map names of parameters to reasons, got {value!r:.100}")
+    return dict(value)
 
 
 def _integer(field: str, value: Any, low: int, high: int) -> int:
@@ -49,13 +61,15 @@ def _integer(field: str, value: Any, low: int, high: int) -> int:
 
 def _overrides(value: Any) -> dict[str, str | None]:
     try:
-        overrides = dict(value or {})
+        overrides = {} if value is None else dict(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"overrides must map patterns to settings, got {value!r}") from error
     for pattern, setting in overrides.items():
+        if not isinstance(pattern, str) or len(pattern) > _PATTERN_LIMIT:
+            raise ValueError(f"overrides: {pattern!r:.100} is not a text of up to {_PATTERN_LIMIT} characters")
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
         if setting is not None:
             one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
@@ -93,8 +107,8 @@ class PackedConfig(QuantizationConfigMixin):
             the model's own. Not saved.
         overrides: other settings for some modules: maps regular expressions, searched for in the module's name, to
             the name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match
-            applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Saved in config.json as a
-            list of pairs.
+            applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Used when a model is
+            quantized. config.json keeps a list of pairs as a record; what a packed module holds, its file says.
         dequantize: when loading a packed model, decode it into ordinary dense layers.
         left_unpacked: set by the quantizer, not by the user: parameters that were not packed, with the reason.
         format_version: version of the packed format.
@@ -125,7 +139,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method = self.method
         with _named(type(self).__name__):
             self._check_version(format_version, unknown)
-            if hadamard_block not in [1 << power for power in range(3, 11)]:
+            if type(hadamard_block) is not int or hadamard_block not in [1 << power for power in range(3, 11)]:
                 raise ValueError(f"hadamard_block must be a power of two from 8 to 1024, got {hadamard_block!r}")
             self.hadamard_seed = _integer("hadamard_seed", hadamard_seed, 0, 2**31 - 1)
             self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
@@ -133,10 +147,10 @@ class PackedConfig(QuantizationConfigMixin):
             self.calibration = Calibration.of(calibration)
             self.overrides = _overrides(overrides)
             self.dequantize = one_of("dequantize", dequantize, (False, True))
+            self.left_unpacked = _reasons(left_unpacked)
         self.format_version = format_version
         self.hadamard_block = hadamard_block
         self.tokenizer = tokenizer
-        self.left_unpacked = dict(left_unpacked) if left_unpacked else {}
 
     def _check_version(self, format_version: Any, unknown: dict[str, Any]) -> None:
         _integer("format_version", format_version, 1, 1 << 30)
@@ -159,20 +173,11 @@ class PackedConfig(QuantizationConfigMixin):
         """The codec that this config describes, for modules without an override."""
 
     def codec_of(self, module: str) -> Codec | None:
-        """The codec of a module, by its name; None if it is not to be packed."""
+        """The codec that a module gets when it is quantized, by its name; None if it is not to be packed."""
         for pattern, setting in self.overrides.items():
             if re.search(pattern, module):
-                return None if setting is None else self._codec_of_setting(setting)
+                return None if setting is None else codec_of_setting(setting, self.hadamard_block, self.hadamard_seed)
         return self.codec
-
-    def _codec_of_setting(self, setting: str) -> Codec:
-        return codec_of_setting(setting, self.hadamard_block, self.hadamard_seed)
-
-    @property
-    def codecs(self) -> list[Codec]:
-        """Every codec that modules may use."""
-        settings = [setting for setting in self.overrides.values() if setting is not None]
-        return [self.codec, *(self._codec_of_setting(setting) for setting in dict.fromkeys(settings))]
 
     def describe(self) -> str:
         """The name of the setting and its details: `"stream-2.0, windows of 14 bits"`."""
@@ -190,6 +195,24 @@ class PackedConfig(QuantizationConfigMixin):
         # Their order matters, and Transformers sorts dictionaries when saving them.
         fields["overrides"] = [list(pair) for pair in self.overrides.items()]
         return fields
+
+    def decoding_fields(self) -> dict[str, Any]:
+        """The saved fields without records of how the model was made. Files of weights hold a copy."""
+        return {name: value for name, value in self.to_dict().items() if name not in _RECORDS}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config that a config.json holds.
+
+        Raises:
+            ValueError: a field is unknown or has an invalid value, or it is `dequantize`, which only a caller may set.
+        """
+        if config_dict.get("dequantize"):  # it multiplies the memory that loading takes
+            raise ValueError(
+                f"{cls.__name__}: dequantize is for callers and may not stand in config.json: remove it there, and pass "
+                f"quantization_config={cls.__name__}(dequantize=True) to from_pretrained"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 class PcdvqConfig(PackedConfig):

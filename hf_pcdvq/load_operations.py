@@ -1,4 +1,4 @@
-"""What happens to each parameter while Transformers loads a model: packing, or decoding of packed tensors."""
+"""What happens to each parameter of a dense model that is packed while Transformers loads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from .modules import decode_stack, encode_stack, parameter_name
+from .modules import encode_stack, parameter_name
 
 if TYPE_CHECKING:
     from .quantizer import PackedHfQuantizer
@@ -85,30 +85,6 @@ class Quantize(LoadOperation):
             self.hf_quantizer.report_progress(name, module.codec.relative_error(weight[matrix], part))
         path, _, parameter = name.rpartition(".")
         return {f"{path}.{parameter_name(suffix, parameter)}": tensor for suffix, tensor in packed.items()}
-
-
-class Dequantize(LoadOperation):
-    """Decodes the packed tensors of a weight or a stack; a dense parameter of the same name passes through.
-
-    The loader does not cast what this op receives, so both are cast here to the dtype of the model's parameter.
-    """
-
-    def apply(self, tensors: dict[str, Tensor], name: str, module: nn.Module) -> dict[str, Tensor]:
-        path, _, parameter = name.rpartition(".")
-        dense = getattr(module, parameter)
-        found = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
-        codec = self.hf_quantizer.quantization_config.codec_of(path)
-        if found.keys() == {parameter} and found[parameter].is_floating_point():
-            return {name: found[parameter].to(dense.dtype)}
-        if codec is None:
-            raise ValueError("it is packed, but the config's overrides leave it unpacked")
-        names = {suffix: parameter_name(suffix, parameter) for suffix in codec.specs(codec.multiple, codec.multiple)}
-        missing = [key for key in names.values() if key not in found]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} not in the checkpoint")
-        packed = {suffix: found[key] for suffix, key in names.items()}
-        tables = {key: table.to(packed[""].device) for key, table in codec.tables(dense.shape[-1]).items()}
-        return {name: decode_stack(codec, packed, tables, dense.dtype)}
 
 
 class OneExpertAtATime(WeightConverter):

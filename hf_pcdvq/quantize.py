@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calibration.held_out import HeldOut, with_comparison
 from .calibration.model import calibrate_model
 from .calibration.settings import Calibration
 from .config import PackedConfig
@@ -26,6 +27,7 @@ def quantize_model(
     *,
     device: torch.device | str | None = None,
     work_dir: str | Path | None = None,
+    restart: bool = False,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Quantize a dense model in place, calibrated on a dataset.
@@ -44,7 +46,8 @@ def quantize_model(
             `config.calibration` names; if that is None too, the model generates the text.
         device: where blocks are computed; None takes the accelerator if there is one.
         work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
-            folder, model and settings. None keeps nothing.
+            folder, model, settings and versions of packages. None keeps nothing.
+        restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
         progress: show progress bars.
 
     Returns:
@@ -52,9 +55,32 @@ def quantize_model(
 
     Raises:
         ValueError: the model is quantized already, is spread over several devices, has no layers to pack, or holds
-            values that are not finite; the dataset is unsuitable; or `work_dir` belongs to another run.
+            values that are not finite; the dataset is unsuitable; or `work_dir` is damaged or belongs to another run.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
+        OSError: `work_dir` cannot be written.
+    """
+    options: dict[str, Any] = {"device": device, "work_dir": work_dir, "restart": restart, "progress": progress}
+    held_out = quantize_uncompared(model, tokenizer, config, dataset, **options)
+    model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, model, held_out)
+    return model
+
+
+def quantize_uncompared(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PackedConfig,
+    dataset: Any = None,
+    *,
+    device: torch.device | str | None = None,
+    work_dir: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> HeldOut | None:
+    """`quantize_model` without the comparison with the original, so that the model can be saved before it.
+
+    Returns:
+        What `with_comparison` completes the report from.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantized already; quantize the original, dense model")
@@ -64,7 +90,7 @@ def quantize_model(
         dataset = settings.dataset
     config.calibration = replace(settings, dataset=_name_of(dataset))
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
-    quantizer.report = calibrate_model(
+    quantizer.report, held_out = calibrate_model(
         model,
         quantizer.select(model),
         config,
@@ -72,13 +98,14 @@ def quantize_model(
         tokenizer,
         device=None if device is None else torch.device(device),
         work_dir=None if work_dir is None else Path(work_dir),
+        restart=restart,
         progress=progress,
     )
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
     quantizer.postprocess_model(model)
-    return model
+    return held_out
 
 
 def _name_of(dataset: Any) -> str | None:

@@ -3,14 +3,16 @@
 - Quantizing while loading: `_process_model_before_weight_loading` replaces dense layers by packed ones on the meta
   device; each dense weight then passes through `Quantize` as it arrives.
 - Quantizing with calibration: the dense model loads as usual, and the hook after loading calls `calibrate_model`.
-- Loading a packed model: the same replacement; packed tensors load by name like any others.
-- `dequantize=True`: nothing is replaced, `Dequantize` decodes packed tensors while they load.
+- Loading a packed model: its files say which modules are packed, and how. They are replaced likewise; packed tensors
+  load by name like any others.
+- `dequantize=True`: packed tensors load likewise, and the hook after loading decodes them.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    ConversionOps,
     MergeModulelist,
     PrefixChange,
     WeightConverter,
@@ -29,23 +30,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
+from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
+from .codecs import Codec
 from .config import PackedConfig
-from .files.headers import check_stored
-from .load_operations import Dequantize, OneExpertAtATime, PassThrough, Quantize
-from .modules import (
-    PackedModule,
-    count_matrices,
-    dense_weights,
-    is_fused_experts,
-    packed_type,
-    parameter_name,
-    share_inputs,
-    unshare_inputs,
-)
-from .select import select_layers
-from .version import FORMAT_VERSION
+from .files.names import matched_names
+from .files.packing import PackedFiles, PackingRecord, save_with
+from .load_operations import OneExpertAtATime, PassThrough, Quantize
+from .modules import PackedModule, count_matrices, packed_type, share_inputs, unshare_inputs
+from .select import added_modules, check_packable, select_layers
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +52,11 @@ class PackedHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.serialized_names = {"weight": self._stored_names("weight")}
         self.failure: str | None = None
         self.report: QuantizationReport | None = None
         self._progress: tqdm | None = None
         self._to_calibrate: list[str] = []
+        self._checkpoint_files: list[str] | None = None
 
     # ---------------------------------------------------------------------------------------- before loading
 
@@ -83,67 +77,73 @@ class PackedHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self.quantization_config.dequantize:
+        if self.pre_quantized:
+            files = self._packed_files(model, checkpoint_files)
+            files.check_hashes()
+            self._prepare_for(model, files)
             return
         selected = self.select(model)
-        if not self.pre_quantized and self.quantization_config.calibration is not None:
+        if self.quantization_config.calibration is not None:
             self._to_calibrate = selected  # after their weights have loaded
+            self._checkpoint_files = checkpoint_files
             return
-        matrices = 0
+        matrices = sum(count_matrices(model.get_submodule(name)) for name in selected)
         for name in selected:
-            module = model.get_submodule(name)
-            matrices += count_matrices(module)
-            empty = packed_type(module).empty_like(module, self.quantization_config.codec_of(name))
-            # Transformers would try to initialize missing integers with normal noise; `_check_loaded` reports them.
-            empty._is_hf_initialized = True
-            model.set_submodule(name, empty)
-        if self.pre_quantized:
-            self._check_checkpoint(model, checkpoint_files)
-        else:
-            self._progress = tqdm(
-                total=matrices, desc="Quantizing", unit="weight", disable=not is_progress_bar_enabled()
-            )
+            _replace(model, name, self.quantization_config.codec_of(name))
+        self._progress = tqdm(total=matrices, desc="Quantizing", unit="weight", disable=not is_progress_bar_enabled())
 
     def select(self, model: nn.Module) -> list[str]:
-        """Names of the layers to pack. Unless the model is packed already, the config records which ones are skipped.
+        """Names of the layers to pack in a dense model. The config records which ones are skipped.
 
         Raises:
             ValueError: there are none, or the config asks for one that cannot be packed.
         """
         config = self.quantization_config
-        skip = self._modules_to_skip(model)
+        asked = config.modules_to_not_convert or []
+        skip = self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+        added = {} if config.modules_to_convert is not None else added_modules(model)
         selected, left = select_layers(
-            model, config.codec_of, skip, config.modules_to_convert, tied, model.base_model_prefix
+            model, config.codec_of, skip, config.modules_to_convert, tied, model.base_model_prefix, added
         )
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
-        if not self.pre_quantized:
-            config.modules_to_not_convert = sorted(skip)
-            config.left_unpacked = left
+        config.modules_to_not_convert = sorted({*skip, *added})
+        config.left_unpacked = left
         return selected
 
-    def _modules_to_skip(self, model: nn.Module) -> list[str]:
-        """The user's patterns and Transformers' defaults, resolved when the model is packed and stored in its config.
+    def _packed_files(self, model: nn.Module, names: list[str] | None) -> PackedFiles:
+        """What the checkpoint holds.
 
-        A packed model uses the stored list, because the defaults depend on the class it is loaded with. Only the
-        output head is added: a model that was packed as a bare `AutoModel` had none.
+        Raises:
+            ValueError: it is damaged, does not belong to the config, or is not in safetensors files.
         """
-        asked = self.quantization_config.modules_to_not_convert or []
-        if self.pre_quantized:
-            head = model.get_output_embeddings()
-            return asked + [name for name, module in model.named_modules() if head is not None and module is head]
-        return self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
+        if not names or not all(str(name).endswith(".safetensors") for name in names):
+            raise ValueError(
+                f"a packed {type(model).__name__} loads from safetensors files only, got {names or 'no files'}; pass the "
+                "folder or the name on the Hub of a model that save_pretrained has written"
+            )
+        return PackedFiles.read(names, self.quantization_config)
 
-    def _check_checkpoint(self, model: nn.Module, files: list[str] | None) -> None:
-        if files and all(str(file).endswith(".safetensors") for file in files):
-            expected = {
-                name: (tuple(parameter.shape), parameter.dtype)
-                for path, module in _packed_modules(model).items()
-                for name, parameter in module.named_parameters(path, recurse=False)
-                if not name.endswith(".bias")
-            }
-            check_stored(expected, files, model.base_model_prefix)
+    def _prepare_for(self, model: nn.Module, files: PackedFiles) -> None:
+        """Replace those modules that are packed in the files, and no others, by packed ones on the meta device.
+
+        Raises:
+            ValueError: a packed module cannot be packed in this model, or has tensors of another shape or dtype.
+        """
+        modules = dict(model.named_modules())
+        found = matched_names(files.codecs, modules, model.base_model_prefix)
+        if not found:
+            raise ValueError(
+                f"config.json says that the model is packed, but its files hold packed tensors for no layer of "
+                f"{type(model).__name__}"
+            )
+        tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+        for name, stored in found.items():
+            codec = files.codecs[stored]
+            check_packable(name, modules[name], codec, tied)
+            packed = _replace(model, name, codec)
+            files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         distributed = getattr(model.config, "distributed_config", None)
@@ -156,24 +156,20 @@ class PackedHfQuantizer(HfQuantizer):
 
     # ---------------------------------------------------------------------------------------- during loading
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for device maps: with `dequantize`, those that a packed weight takes when it is decoded."""
+        module, name = get_module_from_name(model, param_name)
+        if self.quantization_config.dequantize and isinstance(module, PackedModule):
+            entry = module.packed_parameters.get(name)
+            return 0 if entry is None else prod(entry.shape) * model.dtype.itemsize / param.numel()
+        return super().param_element_size(model, param_name, param)
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return not self.pre_quantized and isinstance(module, PackedModule) and name in module.packed_parameters
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
-
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"dequantize": Dequantize}
-
-    def _stored_names(self, parameter: str) -> list[str]:
-        """The tensors in which a dense parameter may be stored, whatever the codec of its module."""
-        suffixes = {
-            suffix: None
-            for codec in self.quantization_config.codecs
-            for suffix in codec.specs(codec.row_multiple, codec.multiple)
-        }
-        return [parameter_name(suffix, parameter) for suffix in suffixes]
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: nn.Module
@@ -186,22 +182,11 @@ class PackedHfQuantizer(HfQuantizer):
                 if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
                     conversion.quantization_operation = self.get_quantize_ops()
         # Converters that merge dense experts are kept: packed experts are stored as stacks and do not match them.
-        conversions = weight_conversions + self.get_weight_conversions()
-        if self.quantization_config.dequantize:
-            # Their names include the module's, because a dense layer may be called gate_up_proj too.
-            stacks = {
-                f"{name.rpartition('.')[2]}.{stack}"
-                for name, module in model.named_modules()
-                if is_fused_experts(module)
-                for stack in dense_weights(module)
-            }
-            for stack in sorted(stacks):
-                conversions.append(WeightConverter(self._stored_names(stack), stack, [Dequantize(self)]))
-        return conversions
+        return weight_conversions + self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.pre_quantized:
-            return super().get_weight_conversions()
+            return []
         # Disk offloading reads a weight from the source checkpoint unless a converter applies to it.
         return [WeightConverter("weight", "weight", [PassThrough()])]
 
@@ -219,14 +204,15 @@ class PackedHfQuantizer(HfQuantizer):
             self._progress = None
         if self.failure is not None:
             raise ValueError(self.failure)
+        held_out = None
         if self._to_calibrate:
             config = self.quantization_config
-            self.report = calibrate_model(
+            self.report, held_out = calibrate_model(
                 model,
                 self._to_calibrate,
                 config,
                 config.calibration.dataset,
-                find_tokenizer(config, model),
+                find_tokenizer(config, model, self._checkpoint_files),
                 progress=is_progress_bar_enabled(),
             )
         layers = _packed_modules(model)
@@ -234,8 +220,14 @@ class PackedHfQuantizer(HfQuantizer):
             _check_loaded(layers)
         for layer in layers.values():
             layer.reset_tables()
+        if self.quantization_config.dequantize:
+            self._dequantize(model, model.config.dtype)
+            self._settle_conversions(model)
+            return
         share_inputs(model)
         self._settle_conversions(model)
+        if held_out is not None:
+            self.report = with_comparison(self.report, model, held_out)
         if not self.pre_quantized:
             self._print_summary(len(layers))
 
@@ -265,16 +257,26 @@ class PackedHfQuantizer(HfQuantizer):
     # ------------------------------------------------------------------------------- saving and dequantizing
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, {"hf_pcdvq_format_version": str(FORMAT_VERSION)}
+        from transformers import modeling_utils  # not when this package is imported: it takes seconds
+
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only adapters are saved
+        save_with(modeling_utils)
+        return None, PackingRecord.of(model, self.quantization_config).metadata()
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
+        from accelerate.hooks import add_hook_to_module
+
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config may hold its name
         layers = _packed_modules(model)
         for name, layer in layers.items():
             if next(layer.parameters()).device.type == "meta":
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
         for name, layer in layers.items():
-            model.set_submodule(name, layer.dequantize(dtype))
+            dense = layer.dequantize(dtype)
+            model.set_submodule(name, dense)
+            if hasattr(layer, "_hf_hook"):  # of a model on several devices
+                add_hook_to_module(dense, layer._hf_hook)
         unshare_inputs(model)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
@@ -311,6 +313,16 @@ def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
         return getattr(tensor, "_is_hf_initialized", False)
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     return weights is not None and name in weights
+
+
+def _replace(model: nn.Module, name: str, codec: Codec) -> PackedModule:
+    """Put an empty packed module on the meta device in the place of a dense one, and return it."""
+    dense = model.get_submodule(name)
+    empty = packed_type(dense).empty_like(dense, codec)
+    # Transformers would try to initialize missing integers with normal noise; `_check_loaded` reports them.
+    empty._is_hf_initialized = True
+    model.set_submodule(name, empty)
+    return empty
 
 
 def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:

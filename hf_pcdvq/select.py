@@ -33,6 +33,7 @@ def select_layers(
     only: list[str] | None,
     tied: set[str],
     base_prefix: str,
+    added: dict[str, str],
 ) -> tuple[list[str], dict[str, str]]:
     """Decide which layers of a model are packed.
 
@@ -43,6 +44,7 @@ def select_layers(
         only: patterns of the modules to pack, or None for all; if given, `skip` is ignored.
         tied: names of parameters that share their storage with another.
         base_prefix: name of the base model's attribute, which `AutoModel` strips from names.
+        added: reasons not to pack modules and all that they contain, by name: see `added_modules`.
 
     Returns:
         The names of the layers to pack, in model order, and a dictionary from the parameters with two or more
@@ -73,6 +75,9 @@ def select_layers(
             reason = reason or "not in modules_to_convert"
         elif only is None and matches(name, skip, base_prefix):
             reason = reason or "in modules_to_not_convert"
+        owner = next((owner for owner in added if f"{name}.".startswith(f"{owner}.")), None)
+        if owner is not None:
+            reason = reason or added[owner]
         if reason:
             reasons.update(dict.fromkeys(matrices, reason))
         else:
@@ -81,6 +86,42 @@ def select_layers(
         if not any(matches(name, [pattern], base_prefix) for name in packed):
             raise ValueError(f"modules_to_convert: {pattern!r} matches no layer that can be packed")
     return packed, _fold(reasons)
+
+
+def added_modules(model: nn.Module) -> dict[str, str]:
+    """What the class of a model, or of a model inside it, adds to its base model: heads that were trained for a task.
+
+    Returns:
+        Reasons not to pack them, by name. Packing the base model leaves them alone whatever they are called.
+    """
+    added: dict[str, str] = {}
+    for path, part in model.named_modules():
+        base = getattr(part, getattr(part, "base_model_prefix", "") or "-", None)
+        if isinstance(base, nn.Module):
+            reason = f"{type(part).__name__} adds it to its base model"
+            names = [name for name, child in part.named_children() if child is not base]
+            added.update({f"{path}.{name}".removeprefix("."): reason for name in names})
+    return added
+
+
+def check_packable(name: str, module: nn.Module, codec: Codec, tied: set[str]) -> None:
+    """Check that a module of a model can hold the packed weight that a file has for it.
+
+    Args:
+        name: its name.
+        module: a dense module.
+        codec: the format in the file.
+        tied: names of parameters that share their storage with another.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    shared = tied.intersection(key for key, _ in module.named_parameters(name, recurse=False))
+    obstacle = "the model ties it to another weight" if shared else _obstacle(module, codec)
+    if obstacle:
+        raise ValueError(
+            f"the file holds a packed weight ({codec.format}) for {name}, which cannot be packed in this model: {obstacle}"
+        )
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
@@ -123,6 +164,8 @@ def _obstacle(module: nn.Module, codec: Codec) -> str | None:
 def _weight_obstacle(weight: nn.Parameter, codec: Codec) -> str | None:
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"weights are {weight.dtype}"
+    if not weight.numel():
+        return f"it is empty: {list(weight.shape)}"
     *_, outputs, inputs = weight.shape
     if inputs % codec.multiple:
         return f"{inputs} input features are not a multiple of {codec.multiple}"

@@ -2,23 +2,36 @@
 
 Most modules call their layers. Some compute with `self.proj.weight` instead, or take its dtype for that of their
 inputs. Whether they do is in their source: no inputs are needed, and branches that only other devices take count too.
+Branches that the module's configuration rules out do not (`if self.config.pretraining_tp > 1`).
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import re
 from functools import cache
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 _WEIGHT = "weight"
 _HARMLESS = {"device", "is_meta", "requires_grad"}  # a packed weight has the same as a dense one
 # The path from a variable to the layer that is read: of `self.blocks[i].down_proj.weight` it is
 # ("self", "blocks", "*", "down_proj").
 Path = tuple[str, ...]
+_COMPARISONS = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+_UNKNOWN = object()
 
 
 def read_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -30,7 +43,7 @@ def read_layers(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
-        paths = _paths_read_by(type(owner))
+        paths = _paths_read_by(owner)
         if not paths:
             continue
         for layer in _layers_at(owner, paths):
@@ -38,7 +51,7 @@ def read_layers(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
-def _layers_at(owner: nn.Module, paths: frozenset[Path]) -> list[nn.Module]:
+def _layers_at(owner: nn.Module, paths: set[Path]) -> list[nn.Module]:
     layers = {name: module for name, module in owner.named_modules() if isinstance(module, nn.Linear) and name}
     patterns = []
     for root, *names in paths:
@@ -47,10 +60,11 @@ def _layers_at(owner: nn.Module, paths: frozenset[Path]) -> list[nn.Module]:
     return [layer for name, layer in layers.items() if any(pattern.fullmatch(name) for pattern in patterns)]
 
 
-@cache
-def _paths_read_by(owner: type[nn.Module]) -> frozenset[Path]:
-    """Paths to the layers whose weight the forward pass of a class reads."""
-    own = [base for base in owner.__mro__ if base not in PreTrainedModel.__mro__]
+def _paths_read_by(owner: nn.Module) -> set[Path]:
+    """Paths to the layers whose weight the forward pass of a module reads."""
+    from transformers import PreTrainedModel  # here: it imports much, and this module is imported to register
+
+    own = [base for base in type(owner).__mro__ if base not in PreTrainedModel.__mro__]
     paths: set[Path] = set()
     visited: set[str] = set()
     pending = ["forward"]
@@ -64,24 +78,27 @@ def _paths_read_by(owner: type[nn.Module]) -> frozenset[Path]:
                 continue
             tree = _source(vars(base)[name])
             if tree is not None:
-                reader = _Reader()
+                reader = _Reader(owner)
                 reader.visit(tree)
                 paths |= reader.paths
                 pending += reader.used
             if tree is None or not reader.calls_super:
                 break
-    return frozenset(path for path in paths if len(path) > 1)
+    return {path for path in paths if len(path) > 1}
 
 
-def _source(member: object) -> ast.AST | None:
+def _source(member: Any) -> ast.AST | None:
     """The syntax tree of a method or property; None for anything else, and for what has no source."""
     if isinstance(member, property):
         member = member.fget
-    member = inspect.unwrap(getattr(member, "__func__", member))
-    if not inspect.isfunction(member):
-        return None
+    member = inspect.unwrap(member.__func__ if isinstance(member, (classmethod, staticmethod)) else member)
+    return _parsed(member) if inspect.isfunction(member) else None
+
+
+@cache
+def _parsed(function: Any) -> ast.AST | None:
     try:
-        source = inspect.getsource(member)
+        source = inspect.getsource(function)
     except OSError:
         return None
     return ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
@@ -90,13 +107,17 @@ def _source(member: object) -> ast.AST | None:
 class _Reader(ast.NodeVisitor):
     """Collects what one function reads.
 
+    Args:
+        owner: the module whose function it is; its configuration decides between branches.
+
     Attributes:
         paths: of the layers whose weight it reads.
         used: names of the attributes of `self` that it uses, methods among them.
         calls_super: whether it may continue in a base class.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
         self.paths: set[Path] = set()
         self.used: list[str] = []
         self.calls_super = False
@@ -117,6 +138,43 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     visit_GeneratorExp = visit_ListComp
+
+    def visit_If(self, node: ast.If) -> None:
+        self.visit(node.test)
+        value = self._value(node.test)
+        for statement in [*(node.body if value else []), *(node.orelse if value is _UNKNOWN or not value else [])]:
+            self.visit(statement)
+
+    def _value(self, node: ast.expr) -> Any:
+        """What a condition on the module's own settings is; `_UNKNOWN`, which is true, if it depends on anything else."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Attribute):
+            return self._setting(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            value = self._value(node.operand)
+            return _UNKNOWN if value is _UNKNOWN else not value
+        if isinstance(node, ast.BoolOp):
+            values = [self._value(part) for part in node.values]
+            decisive = isinstance(node.op, ast.Or)
+            if any(value is not _UNKNOWN and bool(value) is decisive for value in values):
+                return decisive
+            return _UNKNOWN if _UNKNOWN in values else not decisive
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+            pair = self._value(node.left), self._value(node.comparators[0])
+            same = _UNKNOWN not in pair and (type(pair[0]) is type(pair[1]) or None in pair)
+            return _COMPARISONS[type(node.ops[0])](*pair) if same else _UNKNOWN
+        return _UNKNOWN
+
+    def _setting(self, node: ast.Attribute) -> Any:
+        """The value of a plain attribute of the module, of its configuration mostly."""
+        path = self._path(node)
+        if path is None or path[0] != "self" or path[-1] == "training":
+            return _UNKNOWN
+        value: Any = self._owner
+        for name in path[1:]:
+            value = getattr(value, name, _UNKNOWN)
+        return value if value is None or isinstance(value, (bool, int, float, str)) else _UNKNOWN
 
     def _bind_element(self, loop: ast.For | ast.comprehension) -> None:
         path = self._path(loop.iter)

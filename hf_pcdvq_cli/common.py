@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("bfloat16", "float16", "float32")
-_COMMAND_LINE = "hf_pcdvq.command_line"
+_COMMAND_LINE = "hf_pcdvq.command_line"  # the words after the command's name
 
 
 class Command(click.Command):
@@ -23,24 +23,32 @@ class Command(click.Command):
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[_COMMAND_LINE] = shlex.join(["hf-pcdvq", ctx.info_name, *args])
+        ctx.meta[_COMMAND_LINE] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from hf_pcdvq.files.scratch import sigterm_as_exit
+
         debug = ctx.params.pop("debug")
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            with sigterm_as_exit():
+                return super().invoke(ctx)
+        except (click.UsageError, click.Abort, click.exceptions.Exit):
+            raise
+        except click.ClickException as error:
+            error.message = printable(error.message)
             raise
         except Exception as error:
             if debug:
                 raise
-            raise click.ClickException(_message(error)) from error
+            raise click.ClickException(printable(_message(error))) from error
 
 
 def command_line(ctx: click.Context) -> str:
-    """The command line as typed, quoted for a shell."""
-    return ctx.meta[_COMMAND_LINE]
+    """The command line as typed, quoted for a shell, without the places of files on this machine: it is published."""
+    from hf_pcdvq.files.text import word_without_place
+
+    return shlex.join(["hf-pcdvq", ctx.info_name, *map(word_without_place, ctx.meta[_COMMAND_LINE])])
 
 
 def _message(error: Exception) -> str:
@@ -104,16 +112,32 @@ def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
-    """Load a causal language model, packed or not; by default on the accelerator, if there is one."""
+    """Load a model that writes text, packed or not; by default on the accelerator, if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
     import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
 
     if device_map is None and torch.accelerator.is_available():
         device_map = torch.accelerator.current_accelerator().type
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
+    source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    kind = type(AutoConfig.from_pretrained(model, **source))
+    # Some models that also read images are registered as causal language models, some are not.
+    images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
+
+
+def printable(text: str) -> str:
+    """The text without what a file of a stranger may have put in to steer the terminal."""
+    from hf_pcdvq.files.text import visible
+
+    return visible(text, keep="\n")
 
 
 def note(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)

@@ -97,13 +97,10 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
 
 def _read(file: Path | None) -> tuple[str, str]:
     """A text and its name."""
+    from hf_pcdvq.calibration.texts import read_text
     from hf_pcdvq.evaluation.tasks import WIKITEXT2, wikitext2
 
-    if file is None:
-        return wikitext2(), WIKITEXT2
-    # newline="" keeps line ends as they are: they are part of the text.
-    with file.open(encoding="utf-8", newline="") as stream:
-        return stream.read(), str(file)
+    return (wikitext2(), WIKITEXT2) if file is None else (read_text(file), str(file))
 
 
 def _task_manager(tasks: list[str], folder: Path | None) -> Any:
@@ -174,7 +171,7 @@ def _run_tasks(
     limits = {"limit": ctx.params["limit"], "batch_size": ctx.params["batch_size"]}
     before, after = (run_tasks(model, tokenizer, tasks, manager, **limits) for model in (original, packed))
     scores = [
-        TaskScore(task, metric, score.mean, score.stderr, other.mean, other.stderr, score.samples)
+        TaskScore(task, metric, score.mean, score.stderr, other.mean, other.stderr, score.samples, score.dataset)
         for (task, metric), score in before.items()
         for other in [after[task, metric]]
     ]

@@ -34,7 +34,7 @@ def generate(
     Example:
       hf-pcdvq generate qwen-2bit --prompt "What is a codebook?" --max-new-tokens 64
     """
-    from transformers import AutoTokenizer, TextStreamer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     from hf_pcdvq.files.folders import check_source
 
@@ -46,11 +46,24 @@ def generate(
     if seed is not None:
         set_seed(seed)
     started = time.monotonic()
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _streamer(tokenizer)
     sample = seed is not None
     ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, do_sample=sample)
     seconds, count = time.monotonic() - started, ids.shape[1] - inputs["input_ids"].shape[1]
     note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} per second")
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Prints what is generated, without the control characters by which a model could steer the terminal."""
+    from transformers import TextStreamer
+
+    from hf_pcdvq.files.text import without_controls
+
+    class PlainStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(without_controls(text), stream_end)
+
+    return PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None) -> dict[str, Any]:

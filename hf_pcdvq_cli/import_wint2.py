@@ -9,8 +9,19 @@ import click
 
 from .common import Command, note
 
-# Files beside the weights that do not depend on their format.
-_COMPANIONS = ("*token*", "*.model", "vocab*", "merges.txt", "*.jinja", "generation_config.json", "LICENSE*")
+# Of the tokenizer, whose class may not be in Transformers, and the licence.
+_COMPANIONS = (
+    "tokenizer*.json",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
 
 
 @click.command("import-wint2", cls=Command)
@@ -36,6 +47,7 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
     from rich.console import Console
 
     from hf_pcdvq.estimate import read_model_config
+    from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.folders import folder_in_place
     from hf_pcdvq.files.size import count_folder
     from hf_pcdvq.importers.wint2 import import_wint2
@@ -49,6 +61,8 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
         for pattern in _COMPANIONS:
             for file in source.glob(pattern):
                 shutil.copy2(file, folder / file.name)
+        for missing in copy_companions(str(source), folder, read_model_config(str(folder))):
+            note(f"Warning: {missing}")
     if unused:
         note(f"Warning: the model does not use {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ...")
     Console().print(size_table(count_folder(out)))

@@ -43,6 +43,12 @@ def _card_options(command: Callable) -> Callable:
     return command
 
 
+def _trust_option(command: Callable) -> Callable:
+    return click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")(
+        command
+    )
+
+
 def _card_arguments(
     base_model: str | None, license: str | None, language: tuple[str, ...], loader_stub: bool
 ) -> dict:
@@ -63,6 +69,10 @@ def _card_arguments(
 @click.option("--token", help="Access token. [default: the one that `hf auth login` stored]")
 @click.option("--dry-run", is_flag=True, help="Only check the model, and list what would be sent. Needs no network.")
 @click.option("--force", is_flag=True, help="Replace whatever model REPO contains.")
+@click.option(
+    "--include", multiple=True, metavar="FILE", help="Also send this file, by its path in DIR. May be repeated."
+)
+@_trust_option
 @_card_options
 def push(
     folder: Path,
@@ -73,11 +83,13 @@ def push(
     token: str | None,
     dry_run: bool,
     force: bool,
+    include: tuple[str, ...],
+    trust_remote_code: bool,
     **card: Any,
 ) -> None:
     """Publish the packed model in DIR on the Hugging Face Hub as REPO, with a model card.
 
-    The card states the measurements saved with the model: quantization_report.json, evaluation.json and speed.json.
+    Only files that a model needs are sent; --dry-run names those that stay behind, and --include adds to them. The card states the measurements saved with the model: quantization_report.json, evaluation.json and speed.json.
     The push is refused if DIR is damaged, if your own README.md states other figures, or if REPO contains another
     model. An interrupted push resumes when it is started again.
 
@@ -90,7 +102,7 @@ def push(
 
     if create_pr and revision:
         raise click.UsageError("--create-pr opens a pull request against the main branch; omit --revision")
-    options = _card_arguments(**card)
+    options = {**_card_arguments(**card), "include": include, "trust_remote_code": trust_remote_code}
     if dry_run:
         _show(planned(folder, repo, **options), repo)
         return
@@ -112,24 +124,28 @@ def _show(publication: Publication, repo: str) -> None:
     from rich.table import Table
 
     from hf_pcdvq.files.size import readable_size
+    from hf_pcdvq.files.text import visible
+
+    from .tables import as_is
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
     for name, size in publication.files.items():
-        table.add_row(name, readable_size(size))
+        table.add_row(as_is(name), readable_size(size))
     table.add_section()
     table.add_row("total", readable_size(sum(publication.files.values())), style="bold")
     Console().print(table)
     if publication.left_out:
-        note(f"Left out: {', '.join(publication.left_out)}")
+        note(f"Left out: {visible(', '.join(publication.left_out))}")
     if publication.card.data.get("license") is None:
         note("The licence is unknown; a push looks it up on the Hub if the original is there, or pass --license")
 
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=_FOLDER)
-def check(folder: Path) -> None:
+@_trust_option
+def check(folder: Path, trust_remote_code: bool) -> None:
     """Check the integrity of the packed model in DIR, without loading its weights.
 
     Every tensor that config.json requires must be there in the right shape, no shard may be truncated, all scales
@@ -142,7 +158,7 @@ def check(folder: Path) -> None:
     from hf_pcdvq.files.size import readable_size
     from hf_pcdvq.publish.integrity import check_folder
 
-    count = check_folder(folder)
+    count = check_folder(folder, trust_remote_code)
     click.echo(f"{folder} is complete: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
 
 
@@ -152,8 +168,9 @@ def check(folder: Path) -> None:
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file. [default: print it]"
 )
+@_trust_option
 @_card_options
-def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
+def card(folder: Path, repo: str, out: Path | None, trust_remote_code: bool, **options: Any) -> None:
     """Write the model card that the packed model in DIR would have if it were published as REPO.
 
     \b
@@ -163,7 +180,7 @@ def card(folder: Path, repo: str, out: Path | None, **options: Any) -> None:
     from hf_pcdvq.files.records import write_text
     from hf_pcdvq.publish.push import planned
 
-    text = str(planned(folder, repo, **_card_arguments(**options)).card)
+    text = str(planned(folder, repo, **_card_arguments(**options), trust_remote_code=trust_remote_code).card)
     if out is None:
         click.echo(text, nl=False)
     else:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -24,8 +24,9 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
 
@@ -77,7 +78,11 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 @click.option(
     "--max-shard-size", default="50GB", callback=_shard_size, show_default=True, help="Largest file to write."
 )
-@click.option("--force", is_flag=True, help="Replace the model in --out.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the model in --out, and compute again what --work-dir holds of another run, or damaged.",
+)
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @placement_options
 @click.pass_context
@@ -94,6 +99,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
+    from hf_pcdvq.calibration.held_out import with_comparison
     from hf_pcdvq.calibration.store import clear
     from hf_pcdvq.files.folders import check_source, folder_in_place
 
@@ -103,11 +109,21 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
-        has_tokenizer = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
+        result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
     clear(work_dir)
+    if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
+        with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
     _print_result(out, model, options["gguf_file"], time.monotonic() - started)
-    if not has_tokenizer:
+    if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
+
+
+class _Result(NamedTuple):
+    """A model that has been saved."""
+
+    model: PreTrainedModel
+    held_out: HeldOut | None  # what to compare it with its original on
+    has_tokenizer: bool
 
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
@@ -146,50 +162,70 @@ def _calibration(ctx: click.Context) -> Calibration | None:
 
 def _quantize_into(
     folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
-) -> bool:
-    """Quantize and save the model. Returns whether there was a tokenizer to save."""
+) -> _Result:
+    """Quantize and save the model."""
     import torch
 
+    from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
     from hf_pcdvq.files.records import package_versions
     from hf_pcdvq.importers.gguf import dense_from_gguf
-    from hf_pcdvq.quantize import quantize_model
+    from hf_pcdvq.quantize import quantize_uncompared
     from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
-    inherited, original = inherited_metadata(model, options["revision"]), hub_name(model)
+    inherited, original, given = inherited_metadata(model, options["revision"]), hub_name(model), model
     with ExitStack() as stack:
         if options["gguf_file"]:
-            # Beside the result, because the system's temporary folder may be too small for a dense model.
-            dense = stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent))
+            # In the result's folder, because the system's temporary folder may be too small for a dense model, and
+            # because a killed run is cleared away with it.
+            dense = stack.enter_context(tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder))
             dtype = torch.bfloat16 if options["dtype"] == "auto" else getattr(torch, options["dtype"])
             dense_from_gguf(model, options["gguf_file"], dense, dtype, options["revision"])
             model, source = dense, {}
-        _refuse_quantized(model, source)
+        model_config = _dense_config(model, source)
+        # First, so that what is missing is known before the long part; saving model and tokenizer replaces their files.
+        for missing in copy_companions(given, folder, model_config, options["revision"]):
+            note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
+        held_out = None
         if config.calibration is None:
             loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
         else:
             # On the CPU: the decoder blocks are moved to the accelerator one at a time.
             loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
-            loaded = quantize_model(loaded, tokenizer, config, work_dir=work_dir)
-        loaded.save_pretrained(folder, max_shard_size=options["max_shard_size"])
+            held_out = quantize_uncompared(loaded, tokenizer, config, work_dir=work_dir, restart=options["force"])
+        _save(loaded, folder, options["max_shard_size"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if loaded.hf_quantizer.report is not None:
             loaded.hf_quantizer.report.write(folder)
         commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
-    return tokenizer is not None
+    return _Result(loaded, held_out, tokenizer is not None)
 
 
-def _refuse_quantized(model: str, source: dict[str, Any]) -> None:
+def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """Save a model; an error of the safetensors library, which says neither what failed nor where, names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(
+            f"the model could not be saved in {folder}: {error}. After calibration, the same command goes on from here"
+        ) from error
+
+
+def _dense_config(model: str, source: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model that is not quantized yet."""
     from transformers import AutoConfig
 
-    found = getattr(AutoConfig.from_pretrained(model, **source), "quantization_config", None)
+    config = AutoConfig.from_pretrained(model, **source)
+    found = getattr(config, "quantization_config", None)
     if found is None:
-        return
+        return config
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
     raise click.ClickException(
         f"{model} is already quantized with {getattr(method, 'value', method)}; quantize the original, dense model"
@@ -240,6 +276,11 @@ def _print_comparison(out: Path) -> None:
     from .tables import evaluation_table
 
     file = out / f"{NAME}.json"
-    comparison = json.loads(file.read_text(encoding="utf-8"))["comparison"] if file.is_file() else None
-    if comparison is not None:
-        Console().print(evaluation_table(Evaluation(**comparison)))
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"comparison": None}
+    if report["comparison"] is not None:
+        Console().print(evaluation_table(Evaluation(**report["comparison"])))
+    elif report.get("comparison_failure"):
+        note(
+            f"Warning: the comparison with the original failed: {report['comparison_failure']}. The model is saved; "
+            "hf-pcdvq eval measures it"
+        )

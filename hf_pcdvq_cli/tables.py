@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hf_pcdvq.evaluation.metrics import Evaluation
 from hf_pcdvq.evaluation.tables import evaluation_rows, scope
 from hf_pcdvq.files.size import FolderCount, layer_groups, readable_size
+from hf_pcdvq.files.text import visible
 
 
 def size_table(count: FolderCount) -> Table:
     """The sizes of the parts of a saved model, and its bits per weight."""
-    table = Table(title=str(count.folder), title_justify="left", show_header=False)
+    table = Table(title=as_is(str(count.folder), "table.title"), title_justify="left", show_header=False)
     table.add_column("what", overflow="fold")
     table.add_column("size", justify="right", overflow="fold")
     table.add_row("method", count.config.describe() if count.config else "not packed")
     for pattern, setting in count.config.overrides.items() if count.config else ():
-        table.add_row(f"  {escape(pattern)}", setting or "as it was")
+        table.add_row(as_is(f"  {pattern}"), setting or "as it was")
     table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
     table.add_row("embeddings", readable_size(count.embedding_bytes))
     table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
@@ -41,7 +42,7 @@ def layer_table(count: FolderCount) -> Table:
         size = readable_size(sum(layer.nbytes for layer in layers))
         bits = f"{layers[0].bits_per_weight:.3f}"
         table.add_row(
-            name, str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
+            as_is(name), str(sum(layer.experts for layer in layers)), f"{out_features} x {in_features}", bits, size
         )
     return table
 
@@ -52,7 +53,7 @@ def left_table(left_unpacked: dict[str, str]) -> Table:
     table.add_column("parameter", overflow="fold")
     table.add_column("reason", overflow="fold")
     for name, reason in left_unpacked.items():
-        table.add_row(name, reason)
+        table.add_row(as_is(name), as_is(reason))
     return table
 
 
@@ -66,7 +67,7 @@ def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_
     """
     table = Table("", title=scope(result), title_justify="left")
     for heading in ("original", "packed", floor_name) if floor else ("original", "packed"):
-        table.add_column(heading, justify="right")
+        table.add_column(as_is(heading), justify="right")
     for row in evaluation_rows(result, floor):
         table.add_row(*row)
     return table
@@ -74,7 +75,14 @@ def evaluation_table(result: Evaluation, floor: Evaluation | None = None, floor_
 
 def plain_table(headings: list[str], rows: list[list[str]], title: str) -> Table:
     """Rows of text under their headings."""
-    table = Table(*headings, title=title, title_justify="left")
+    table = Table(title=as_is(title, "table.title"), title_justify="left")
+    for heading in headings:
+        table.add_column(as_is(heading))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(as_is, row))
     return table
+
+
+def as_is(text: str, style: str = "") -> Text:
+    """A text of a cell or title, without the markup of `rich` and what would steer the terminal."""
+    return Text(visible(text), style)

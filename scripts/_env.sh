@@ -3,7 +3,7 @@
 #     prepare_env NAME REQUIREMENT...
 #
 # installs the requirements at the versions of constraints.txt, and SmolLM2-135M-Instruct. It does nothing where it has
-# done so before and setup.cfg, pyproject.toml, constraints.txt and this file are unchanged. The log is .venv/NAME.log.
+# done so before and setup.cfg, setup.py, pyproject.toml, constraints.txt, the CPU kernels and this file are unchanged. The log is .venv/NAME.log.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 env_python=$root/.venv/bin/python
@@ -74,7 +74,7 @@ prepare_env() {
     shift
     stamp=$root/.venv/.ready-$name
     log=$root/.venv/$name.log
-    state="$root $* $(cd "$root" && cat setup.cfg pyproject.toml constraints.txt scripts/_env.sh | cksum)"
+    state="$root $* $(cd "$root" && cat setup.cfg setup.py pyproject.toml constraints.txt scripts/_env.sh kernels/torch-ext/hf_pcdvq_kernels/cpu/csrc/* | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && _is_new_enough "$env_python"; then
         return
     fi

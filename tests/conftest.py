@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from hf_pcdvq_kernels import set_backend
+from hf_pcdvq_kernels.cpu import library
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +22,15 @@ CHAT_TEMPLATE = (
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without-cpu-library", action="store_true", help="test what runs where the CPU kernels were not compiled"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-cpu-library"):
+        library.PATH = Path("not compiled")
     # A process of pytest-xdist has a core for itself, and so have the processes that its tests start: threads of several
     # that wait for each other take turns spinning.
     threads = 1 if hasattr(config, "workerinput") else int(os.environ.get("OMP_NUM_THREADS", 2))
@@ -90,3 +101,11 @@ def smollm2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             dense_from_gguf(Path(package.origin).parent, SMOLLM2_FILE, parent / "smollm2.partial")
             (parent / "smollm2.partial").rename(folder)
     return folder
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Products in PyTorch: those of the CPU kernels depend, in the fourth digit, on which tokens are multiplied together."""
+    set_backend("reference")
+    yield
+    set_backend("auto")

@@ -46,6 +46,12 @@ REFUSED = [
     (PcdvqConfig, {"magnitude": "median"}, r"magnitude must be one of 'norm', 'projection', got 'median'"),
     (PcdvqConfig, {"codebook": "e8p"}, r"unknown codebook 'e8p'.* pcdvq-a14-v1"),
     (PcdvqConfig, {"bits": 2.0, "codebook": "pcdvq-a16-v1"}, r"'pcdvq-a16-v1' is for 2.25 bits, but bits is 2.0"),
+    (
+        PcdvqConfig,
+        {"codebook": "../../x"},
+        r"unknown codebook '../../x'; this version of hf_pcdvq ships pcdvq-a14-v1",
+    ),
+    (PcdvqConfig, {"codebook": ["pcdvq-a16-v1"]}, r"codebook must be the name of a codebook, got \['pcdvq-a16-v1'\]"),
     (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode to different weights"),
     (CcqConfig, {"layout": "2"}, r"layout must be one of '2.75', '2.5', '2.0625', 'stream', got '2'"),
     (CcqConfig, {"layout": 2.5}, r"layout must be one of .*, got 2.5"),
@@ -59,6 +65,15 @@ REFUSED = [
     (PcdvqConfig, {"hadamard_seed": True}, r"hadamard_seed must be an integer .*, got True"),
     (PcdvqConfig, {"modules_to_not_convert": "lm_head"}, r"modules_to_not_convert must be a list .*, got 'lm_head'"),
     (CcqConfig, {"modules_to_convert": [3]}, r"modules_to_convert must be a list .*, got \[3\]"),
+    (CcqConfig, {"modules_to_convert": 3}, r"modules_to_convert must be a list .*, got 3"),
+    (CcqConfig, {"hadamard_block": 128.0}, r"hadamard_block must be a power of two from 8 to 1024, got 128.0"),
+    (CcqConfig, {"layout": "stream", "window_bits": [12]}, r"window_bits must be one of 12, .*, got \[12\]"),
+    (CcqConfig, {"layout": "stream", "bits": {}}, r"bits must be one of 2.0, .*, got \{\}"),
+    (CcqConfig, {"left_unpacked": ["x"]}, r"left_unpacked must map names of parameters to reasons, got \['x'\]"),
+    (CcqConfig, {"overrides": [[1.5, "int8"]]}, r"overrides: 1.5 is not a text of up to 1000 characters"),
+    (CcqConfig, {"overrides": 0}, r"overrides must map patterns to settings, got 0"),
+    (CcqConfig, {"overrides": {"(" * 900: "int8"}}, r"overrides: .* is not a regular expression"),
+    (CcqConfig, {"overrides": {"a" * 1001: "int8"}}, r"is not a text of up to 1000 characters"),
     (CcqConfig, {"dequantize": "yes"}, r"dequantize must be one of False, True, got 'yes'"),
     (CcqConfig, {"format_version": "1"}, r"format_version must be an integer .*, got '1'"),
     (CcqConfig, {"quant_method": "pcdvq"}, r"quant_method must be 'ccq', got 'pcdvq'"),
@@ -102,6 +117,11 @@ def test_calibration_may_be_its_dataset_its_fields_or_an_object_and_survives_jso
 
 def test_the_wish_to_dequantize_is_not_saved():
     assert "dequantize" not in PcdvqConfig(dequantize=True).to_dict()
+
+
+def test_a_file_cannot_wish_to_dequantize():
+    with pytest.raises(ValueError, match="dequantize is for callers and may not stand in config.json"):
+        PcdvqConfig.from_dict({**PcdvqConfig().to_dict(), "dequantize": True})
 
 
 def test_configs_do_not_share_lists():

@@ -84,7 +84,7 @@ def test_a_truncated_file_is_refused(folder):
 def test_a_missing_companion_is_named_when_dequantizing(folder):
     change(folder, lambda tensors: tensors.pop(f"{NAME}.weight_magnitude"))
     with (
-        pytest.raises(ValueError, match=f"{NAME}.weight: weight_magnitude not in the checkpoint"),
+        pytest.raises(ValueError, match=f"not in the checkpoint: {NAME}.weight_magnitude"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ ROOTS = {
     "hf_pcdvq_cli": ROOT / "hf_pcdvq_cli",
     "hf_pcdvq_kernels": ROOT / "kernels/torch-ext/hf_pcdvq_kernels",
 }
+LIBRARY = "hf_pcdvq_kernels/cpu/libhfp.so"
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
@@ -50,10 +51,10 @@ def packages_on_disk() -> set[str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads. Building in the checkout would leave build/ behind, or reuse an old one."""
     copy = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in ("hf_pcdvq", "hf_pcdvq_cli", "kernels", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
@@ -85,6 +86,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     for package, root in ROOTS.items():
         files = [file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
         expected |= {f"{package}/{file.relative_to(root).as_posix()}" for file in files}
+    # Built in the copy, whatever the checkout holds. The same wheel serves every version of Python and PyTorch.
+    expected |= {LIBRARY}
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"hf_pcdvq/codecs/data/pcdvq-a14-v1.safetensors", "hf_pcdvq/py.typed"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -103,9 +107,13 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     )
     files = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split()
     assert files == [str(target / name / "__init__.py") for name in ROOTS]
+    program = "from hf_pcdvq_kernels.cpu import library; print(library.PATH, type(library.load()).__name__)"
+    assert run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split() == [str(target / LIBRARY), "Library"]
 
 
-def test_an_editable_install_points_to_the_checkout(source, tmp_path):
+def test_an_editable_install_points_to_the_checkout_and_needs_no_compiler(source, tmp_path, monkeypatch):
+    for variable in ("CC", "CXX"):
+        monkeypatch.setenv(variable, "no-such-compiler")
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin/python"
@@ -122,6 +130,7 @@ def test_an_editable_install_points_to_the_checkout(source, tmp_path):
         source / "hf_pcdvq/__init__.py",
         source / "kernels/torch-ext/hf_pcdvq_kernels/__init__.py",
     ]
+    assert not (source / "kernels/torch-ext" / LIBRARY).exists()
     assert "Usage" in run(environment / "bin/hf-pcdvq", "--help", cwd=tmp_path)
 
 

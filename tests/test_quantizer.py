@@ -125,7 +125,8 @@ def test_sharded_save(packed_dir, tmp_path):
 def test_the_file_says_which_format_it_holds(packed_dir):
     folder, _ = packed_dir
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert file.metadata()["hf_pcdvq_format_version"] == "1"
+        record = json.loads(file.metadata()["hf_pcdvq"])
+        assert record["format_version"] == 1 and record["settings"]["bits"] == 2.25
         weight = file.get_slice("model.layers.0.mlp.up_proj.weight")
         assert weight.get_dtype() == "U8" and weight.get_shape() == [192, 32]
     saved = json.loads((folder / "config.json").read_text())["quantization_config"]

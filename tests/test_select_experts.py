@@ -57,7 +57,7 @@ def with_list_of_experts():
 
 
 def select(module):
-    return select_layers(module, lambda name: PcdvqConfig(bits=2.0).codec, [], None, set(), "")
+    return select_layers(module, lambda name: PcdvqConfig(bits=2.0).codec, [], None, set(), "", {})
 
 
 def test_experts_that_are_modules_of_their_own_are_packed_one_by_one():

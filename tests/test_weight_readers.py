@@ -77,9 +77,28 @@ class Variables(Base):
 
 class Indexed(Base):
     def forward(self, x):
-        for i, block in enumerate(self.blocks):
+        for _, block in enumerate(self.blocks):
             x = block["in"](x) @ block.out.weight
         return x + sum(x @ entry.weight for entry in self.list)
+
+
+class Configured(Base):
+    """One branch is ruled out by a setting, one depends on what the call is given."""
+
+    slices = 1
+    names = ["a", "b"]  # an attribute of the class that is neither method nor property
+
+    def forward(self, x, mask=None):
+        x = x * len(self.names)
+        if self.slices > 1 and self.training:
+            x = x @ self.a.weight
+        elif self.slices is None:
+            x = x @ self.b.weight
+        else:
+            x = self.c(x)
+        if mask is None or self.training:
+            return x @ self.d.weight
+        return self.e(x)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +111,7 @@ class Indexed(Base):
         (Inheriting, {"a"}),
         (Overriding, set()),
         (Variables, {"d", "list.0", "list.1"}),
+        (Configured, {"d"}),
         (Indexed, {"blocks.0.out", "blocks.1.out", "list.0", "list.1"}),
     ],
 )
@@ -136,4 +156,5 @@ def test_models_that_read_weights_compute_what_their_dequantized_twins_do(kind, 
     model.save_pretrained(tmp_path / "packed")
     twin = AutoModel.from_pretrained(tmp_path / "packed").eval().dequantize(torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(model(**inputs)[0], twin(**inputs)[0], rtol=1e-4, atol=1e-4)
+        out, expected = model(**inputs)[0], twin(**inputs)[0]
+    assert (out - expected).norm() < 1e-3 * expected.norm()  # the CPU kernels quantize activations to 15 bits

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tqdm import trange
 
 from hf_pcdvq.codecs.codebook import digest
-from hf_pcdvq.codecs.polar import VECTOR, nearest_direction, nearest_level
+from hf_pcdvq.codecs.directions import nearest_direction
+from hf_pcdvq.codecs.polar import VECTOR, nearest_level
 
 NORM = 127
 

@@ -1,8 +1,9 @@
 """A model as a sequence of decoder blocks: which they are, how they are called, and the hidden states between them.
 
 Nothing here depends on the architecture. The blocks are the outermost `nn.ModuleList` that holds most of the layers
-to quantize. What a block is called with besides the hidden states (masks, positions, rotary embeddings) is recorded
-from the model's own forward pass; it must not depend on the text.
+to quantize, in the part of the model that the input embeddings belong to. What a block is called with besides the hidden
+states (masks, positions, rotary embeddings) is recorded from the model's own forward pass; it must not depend on the
+text, and every block must run once, in the order of the list.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..emulation import to_device
+from ..emulation import placed, to_device
 from .inputs import Stop
 
 
@@ -38,18 +39,46 @@ class Call:
 def find_blocks(model: nn.Module, layers: list[str]) -> str:
     """Name of the list of decoder blocks.
 
+    A model with a tower for images may have most of its layers there. The blocks that text passes through are found from
+    the input embeddings: they belong to the smallest module that holds both.
+
     Raises:
         ValueError: no `nn.ModuleList` of the model holds any of the layers.
     """
-    best, most = "", 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            count = sum(layer.startswith(f"{name}.") for layer in layers)
-            if count > most:  # the outer list comes first, and an inner one never holds more
-                best, most = name, count
-    if not most:
-        raise ValueError(f"{type(model).__name__} has no list of decoder blocks; calibration works block by block")
-    return best
+    counts = {
+        name: sum(layer.startswith(f"{name}.") for layer in layers)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    embeddings = model.get_input_embeddings()
+    around = next((name for name, module in model.named_modules() if module is embeddings), "")
+    while True:
+        around = around.rpartition(".")[0]
+        inside = [name for name, count in counts.items() if count and name.startswith(around and f"{around}.")]
+        if inside:  # the outer list comes first, and an inner one never holds more
+            return max(inside, key=counts.__getitem__)
+        if not around:
+            raise ValueError(
+                f"{type(model).__name__} has no list of decoder blocks; calibration works block by block"
+            )
+
+
+def refuse_shared(model: nn.Module, prefix: str, layers: list[str]) -> None:
+    """Reject a layer that stands in several places of the list of blocks: its inputs would be those of the first alone.
+
+    Raises:
+        NotImplementedError: there is one; the message names it.
+    """
+    places: dict[nn.Module, list[str]] = {model.get_submodule(layer): [] for layer in layers}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in places and name.startswith(f"{prefix}."):
+            places[module].append(name)
+    for names in places.values():
+        if len(names) > 1:
+            raise NotImplementedError(
+                f"{names[0]} is also {names[1]}: layers that several decoder blocks share cannot be calibrated block by "
+                "block. Without calibration the model can be quantized"
+            )
 
 
 @torch.no_grad()
@@ -63,7 +92,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[l
         Hidden states `[1, L, D]` of every window, on the CPU, and one call per block.
 
     Raises:
-        NotImplementedError: the model does not run all blocks, or calls one with something that depends on the text.
+        NotImplementedError: the model does not run every block once and in order, or calls one with something that
+            depends on the text.
         ValueError: the blocks have device hooks.
     """
     hidden, calls = [], None
@@ -71,7 +101,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[l
     for number, window in enumerate(windows):
         if wrap is None:
             wrap = _output_form(model, blocks, window)
-        first, found = _record(model, blocks, window, wrap)
+        first, found = _record(model, blocks, window, wrap, to_the_end=number == 0)
         hidden.append(first.cpu())
         if calls is None:
             calls = found
@@ -90,7 +120,8 @@ class Shortcuts:
 
     Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
     known for a window, and nothing that runs before the layer will change, the module does not have to be computed
-    again: its output is the layer applied to that input. Running the block once shows which layers are final: the
+    again: its output is the layer applied to that input. That output takes the place of the input when it is first
+    needed, by when the layer must have its last weights. Running the block once shows which layers are final: the
     module then returns the same tensor object as the layer.
 
     Args:
@@ -102,7 +133,8 @@ class Shortcuts:
     def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
         self._layers = layers
         self._ends = _ending_modules(block, layers, hidden, call)
-        self._known: dict[str, dict[int, Tensor]] = {}
+        self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
+        self._applied: set[tuple[str, int]] = set()
 
     def keep(self, name: str, window: int, inputs: Tensor) -> None:
         """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
@@ -116,12 +148,20 @@ class Shortcuts:
             for name, known in self._known.items():
                 if window in known:
                     module, wrap = self._ends[name]
-                    stack.enter_context(_replaced_forward(module, self._replay(name, known[window], wrap)))
+                    stack.enter_context(_replaced_forward(module, self._replay(name, window, wrap)))
             yield
 
-    def _replay(self, name: str, inputs: Tensor, wrap: Callable[[Tensor], Any]) -> Callable:
-        layer = self._layers[name]
-        return lambda *args, **kwargs: wrap(layer(inputs.to(layer.weight.device)))
+    def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
+        return lambda *args, **kwargs: wrap(self._output(name, window))
+
+    def _output(self, name: str, window: int) -> Tensor:
+        layer, known = self._layers[name], self._known[name]
+        tensor = known[window].to(layer.weight.device)
+        if (name, window) not in self._applied:
+            tensor = layer(tensor)
+            known[window] = tensor.cpu()
+            self._applied.add((name, window))
+        return tensor
 
 
 def _ending_modules(
@@ -149,39 +189,89 @@ def _ending_modules(
     return ends
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, blocks: nn.ModuleList, window: Tensor, hidden: Tensor) -> Tensor:
-    """Logits `[L - 1, vocabulary]` from the hidden states `[1, L, D]` after the last block, for a window `[L]`."""
-    wrap = _output_form(model, blocks, window)
-    hidden = hidden.to(model.get_input_embeddings().weight)  # its device and its dtype
+@contextmanager
+def streamed(model: nn.Module, blocks: nn.ModuleList, device: torch.device, upcast: bool) -> Iterator[None]:
+    """Have a model compute its blocks on `device`, where they are moved one at a time while it runs.
+
+    Args:
+        model: on one device, where everything else is computed.
+        device: may be the model's own.
+        upcast: compute in float32 what is held in 16-bit floats.
+    """
+    home = model.get_input_embeddings().weight.device
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_replaced_forward(block, lambda *args, **kwargs: wrap(hidden)))
-        return _forward(model, window).logits[0, :-1]
+        if upcast:
+            for module in _outside(model, blocks):
+                stack.enter_context(placed(module, home, upcast))
+        if upcast or device != home:
+            for block in blocks:
+                stack.enter_context(_replaced_forward(block, _moved(block, device, home, upcast)))
+        yield
+
+
+def _moved(block: nn.Module, device: torch.device, home: torch.device, upcast: bool) -> Callable:
+    """The forward pass of a block, on another device."""
+    forward = block.forward
+
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        with placed(block, device, upcast):
+            output = forward(*_to_device(args, device, upcast), **_to_device(kwargs, device, upcast))
+            return _to_device(output, home, False)
+
+    return moved
+
+
+def _outside(module: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The largest modules with parameters that do not hold the blocks."""
+    for child in module.children():
+        if child is not blocks and blocks in child.modules():
+            yield from _outside(child, blocks)
+        elif child is not blocks and any(True for _ in child.parameters()):
+            yield child
 
 
 def _record(
-    model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any]
+    model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any], to_the_end: bool
 ) -> tuple[Tensor, list[Call]]:
-    """The first block's input and every block's call, with blocks that return their input instead of computing."""
+    """The first block's input and every block's call, with blocks that return their input instead of computing.
+
+    With `to_the_end`, the model runs on after the last block, up to its output head, which shows whether it runs blocks
+    again. Not further: a loss may be computed from what blocks would have returned.
+    """
     inputs: list[Tensor] = []
     calls: list[Call] = []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, call = _split(args, kwargs)
-        inputs.append(hidden)
-        calls.append(call)
-        if len(calls) == len(blocks):
-            raise Stop
-        return wrap(hidden)
+    def recorder(number: int) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if number != len(calls):
+                raise NotImplementedError(
+                    f"{type(model).__name__} runs its decoder block {number} "
+                    f"{'again' if number < len(calls) else f'before block {len(calls)}'}; only models that run every "
+                    "block once and in order can be calibrated. Without calibration it can be quantized"
+                )
+            hidden, call = _split(args, kwargs)
+            inputs.append(hidden)
+            calls.append(call)
+            if len(calls) == len(blocks) and not to_the_end:
+                raise Stop
+            return wrap(hidden)
+
+        return forward
 
     with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_replaced_forward(block, forward))
+        for number, block in enumerate(blocks):
+            stack.enter_context(_replaced_forward(block, recorder(number)))
+        head = model.get_output_embeddings()
+        if head is not None:
+            stack.enter_context(_replaced_forward(head, _stop))
         _run_until_stop(model, window)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
     return inputs[0], calls
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise Stop
 
 
 def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:

@@ -23,7 +23,6 @@ class DecoderBlock:
         call: what the block is called with besides hidden states, on `device`.
         original: hidden states `[1, L, D]` of every window in the original model, on the CPU.
         hidden: the same in the model quantized so far.
-        samples: number of windows to calibrate on; those after them are held out.
         device: where the block is computed.
     """
 
@@ -32,7 +31,6 @@ class DecoderBlock:
     call: Call
     original: list[Tensor]
     hidden: list[Tensor]
-    samples: int
     device: device
     shortcuts: Shortcuts | None = None
 
@@ -55,14 +53,13 @@ class DecoderBlock:
         """Replace the original's hidden states by those after the block, which must be unchanged.
 
         Returns:
-            The inputs of the layers for the windows to calibrate on, stored if `keep`.
+            The inputs of the layers for all windows, stored if `keep`.
         """
         found = OriginalInputs(list(self.layers), keep)
         with recorded_inputs(self.layers) as inputs:
             for index, states in enumerate(self.original):
                 self.original[index] = run_block(self.module, states.to(self.device), self.call).cpu()
-                if index < self.samples:
-                    found.add(inputs)
+                found.add(inputs)
                 inputs.clear()
         return found
 
@@ -80,7 +77,7 @@ class DecoderBlock:
         moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
         last = leaders[0] if len(leaders) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
-            for index in range(self.samples):
+            for index in range(len(self.hidden)):
                 with suppress(Stop):
                     self.forward(index)
                 for name, tensor in now.items():
@@ -92,5 +89,5 @@ class DecoderBlock:
 
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
         """The tokens that fused experts receive from the block in its current state."""
-        originals = [inputs.of(name, index) for index in range(self.samples)]
-        return routed_tokens(self.layers[name], range(self.samples), self.forward, originals)
+        originals = [inputs.of(name, index) for index in range(len(self.hidden))]
+        return routed_tokens(self.layers[name], range(len(self.hidden)), self.forward, originals)

@@ -19,11 +19,19 @@ def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> It
     Args:
         layers: by name.
         last: raise `Stop` before this layer runs; None lets all run.
+
+    Raises (in the forward pass):
+        NotImplementedError: a layer runs again before the dictionary is cleared.
     """
     inputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable:
         def record(module: nn.Module, args: tuple) -> None:
+            if name in inputs:
+                raise NotImplementedError(
+                    f"{name} runs more than once in its decoder block; such a layer cannot be calibrated. Leave it dense "
+                    "with modules_to_not_convert, or quantize without calibration"
+                )
             inputs[name] = args[0]
             if name == last:
                 raise Stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .data import read_windows, sample_from_model, split_windows
+from ..evaluation.metrics import check_length, check_windows
+from .blocks import find_blocks
+from .data import read_windows, split_windows
+from .held_out import HeldOut
+from .identity import Identity, model_identity, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
-from .store import BlockStore, fingerprint, keep_windows
+from .sampling import sample_from_model
+from .store import BlockStore, keep_windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..config import PackedConfig
 
@@ -29,8 +35,9 @@ def calibrate_model(
     *,
     device: torch.device | None = None,
     work_dir: Path | None = None,
+    restart: bool = False,
     progress: bool = True,
-) -> QuantizationReport:
+) -> tuple[QuantizationReport, HeldOut | None]:
     """Replace layers of a dense model by packed ones, calibrated on a dataset.
 
     Args:
@@ -41,51 +48,98 @@ def calibrate_model(
         tokenizer: may be None for token tensors and generated text.
         device: where blocks are computed; None takes the accelerator if there is one, or else the model's device.
         work_dir: folder that keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
+        restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
         progress: show progress bars.
 
     Returns:
-        The measurements of the run.
+        The measurements of the run, and what `with_comparison` completes them from once the model is usable; None if no
+        windows are held out, or the model has no output head.
 
     Raises:
         ValueError: the model is spread over several devices or is on meta, has no decoder blocks, or holds values
-            that are not finite; the dataset is unsuitable; or `work_dir` belongs to another run.
+            that are not finite; the dataset is unsuitable for it; or `work_dir` is damaged or belongs to another run.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `read_windows`.
+        OSError: `work_dir` cannot be written.
     """
     started, home = time.perf_counter(), _device_of(model)
     training = model.training
     model.eval()
-    windows = _all_windows(model, names, config, dataset, tokenizer, work_dir, progress)
+    blocks = find_blocks(model, names)
+    identity = None if work_dir is None else model_identity(model)
+    windows = _all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    check_windows(model, windows)
+    windows, holdout = split_windows(windows, config.calibration)
     store = None
     if work_dir is not None:
-        store = BlockStore(work_dir, fingerprint(model, names, config.to_dict(), windows))
-    windows, holdout = split_windows(windows, config.calibration)
+        store = BlockStore(work_dir, run_identity(identity, names, config, windows), restart)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
+    held_out = None
+    if len(holdout) and model.get_output_embeddings() is not None:
+        held_out = HeldOut(model, blocks, holdout, device, progress)
     run = CalibratedRun(
         model,
+        blocks,
         names,
         config.codec_of,
         config.calibration,
         windows,
-        holdout,
         device=device,
         store=store,
         progress=progress,
     )
     run.run()
     model.train(training)
-    return QuantizationReport.of(config, run, windows, time.perf_counter() - started)
+    return QuantizationReport.of(config, run, windows, time.perf_counter() - started), held_out
 
 
-def find_tokenizer(config: PackedConfig, model: nn.Module) -> Any:
-    """The tokenizer that the config holds or names, or else the model's own; None if there is nothing to tokenize."""
+def find_tokenizer(config: PackedConfig, model: PreTrainedModel, files: list[str] | None = None) -> Any:
+    """The tokenizer that the config holds or names, or else the model's own; None if there is nothing to tokenize.
+
+    Args:
+        config: of the calibration.
+        model: loaded with `from_pretrained`.
+        files: of its checkpoint. Its tokenizer is looked for in the same subfolder and at the same commit; code that comes
+            with it is run if the model's own has been, which took the user's consent.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded.
+    """
     given = config.tokenizer
     if config.calibration.dataset is None or not isinstance(given, (str, type(None))):
         return given
     from transformers import AutoTokenizer  # which loads what `import hf_pcdvq` need not wait for
 
-    return AutoTokenizer.from_pretrained(given or model.name_or_path)
+    options: dict[str, Any] = {}
+    if given is None:
+        trusted = type(model).__module__.startswith("transformers_modules.")  # where such code is imported
+        options = {"subfolder": _subfolder(model, files), "trust_remote_code": trusted}
+        options["revision"] = _commit(model)
+    try:
+        return AutoTokenizer.from_pretrained(given or model.name_or_path, **options)
+    except (OSError, ValueError) as error:
+        where = os.path.join(given or model.name_or_path, options.get("subfolder", ""))
+        raise ValueError(
+            f"the tokenizer to calibrate with could not be loaded from {where}: {error}. Load it yourself and pass it: "
+            "config.tokenizer = AutoTokenizer.from_pretrained(...)"
+        ) from error
+
+
+def _subfolder(model: PreTrainedModel, files: list[str] | None) -> str:
+    """The folder of checkpoint files in that of the model, or in a snapshot of the cache of the Hub; "" for that itself."""
+    if not files:
+        return ""
+    folder, root, commit = Path(files[0]).parent, Path(model.name_or_path), _commit(model)
+    if folder.is_relative_to(root):
+        return folder.relative_to(root).as_posix().removeprefix(".")
+    parts = folder.parts
+    return "/".join(parts[parts.index(commit) + 1 :]) if commit in parts else ""
+
+
+def _commit(model: PreTrainedModel) -> str | None:
+    """The commit of a model on the Hub; None for one in a folder."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -101,11 +155,12 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _all_windows(
     model: nn.Module,
-    names: list[str],
     config: PackedConfig,
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     work_dir: Path | None,
+    identity: Identity | None,
+    restart: bool,
     progress: bool,
 ) -> Tensor:
     """Windows of tokens to calibrate and to measure on, read from the dataset or generated by the model."""
@@ -113,11 +168,12 @@ def _all_windows(
     count, length, seed = settings.samples + settings.holdout, settings.length, settings.seed
     if dataset is not None:
         return read_windows(dataset, tokenizer, count, length, seed)
+    check_length(model, length)
 
     def generate() -> Tensor:
         return sample_from_model(model, count, length, seed, progress)
 
     if work_dir is None:
         return generate()
-    owner = fingerprint(model, names, {"count": count, "length": length, "seed": seed}, torch.empty(0))
-    return keep_windows(work_dir, owner, generate)
+    owner = {**identity, "the settings": f"{count} windows of {length} tokens, seed {seed}"}
+    return keep_windows(work_dir, owner, generate, restart)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.metrics import Evaluation
 from ..files.records import device_name, package_versions, write_text
 from ..files.size import count_folder
+from ..files.text import markdown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,8 @@ class QuantizationReport:
         device: name of the device that blocks were computed on.
         layers, blocks: a record of each.
         comparison: of the packed model with the original, on held-out windows of the same dataset; None if there were
-            none, or the model has no output head.
+            none, the model has no output head, or the comparison failed.
+        comparison_failure: why it failed.
         bits_per_packed_weight: counted on the files; None before the model is saved.
     """
 
@@ -48,7 +50,8 @@ class QuantizationReport:
     device: str
     layers: list[LayerRecord]
     blocks: list[BlockRecord]
-    comparison: Evaluation | None
+    comparison: Evaluation | None = None
+    comparison_failure: str | None = None
     bits_per_packed_weight: float | None = None
 
     @classmethod
@@ -56,18 +59,19 @@ class QuantizationReport:
         """The report of a finished run over `windows` `[n, L]`."""
         count, length = windows.shape
         fields = config.to_dict()
-        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks, run.comparison)
+        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean, with the versions that made them."""
         return {**asdict(self), "versions": package_versions()}
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model.
 
         Raises:
             FileNotFoundError: `folder` holds no saved model; the bits are counted on its files.
         """
+        folder = Path(folder)
         counted = replace(self, bits_per_packed_weight=count_folder(folder).bits_per_packed_weight)
         text = json.dumps(counted.to_dict(), indent=2) + "\n"
         write_text(folder / f"{NAME}.json", text)
@@ -84,8 +88,8 @@ class QuantizationReport:
         lines = [
             "# Quantization report",
             "",
-            f"Calibrated on {self.windows} windows of {self.length} tokens of {source}, seed {calibration['seed']}; "
-            f"{self.seconds:.0f} s on {self.device}.",
+            f"Calibrated on {self.windows} windows of {self.length} tokens of {markdown(source)}, seed {calibration['seed']}; "
+            f"{self.seconds:.0f} s on {markdown(self.device)}.",
             "",
             "| | original | quantized |",
             "|---|---|---|",
@@ -93,6 +97,8 @@ class QuantizationReport:
         bits = self.bits_per_packed_weight
         lines += [f"| bits per packed weight, counted on the file | | {bits:.3f} |"] if bits is not None else []
         lines += self._comparison_rows() if self.comparison else []
+        if self.comparison_failure is not None:
+            lines += ["", f"The comparison with the original failed: {self.comparison_failure}"]
         lines += ["", "## Layers", ""]
         if noted := sum(layer.note is not None for layer in self.layers):
             lines += [f"{noted} of {len(self.layers)} used a fallback, see their notes.", ""]
@@ -105,7 +111,9 @@ class QuantizationReport:
         ]
         lines += ["normal distribution has kurtosis 3. Proxy loss is tr(E H E^T) / tr(W H W^T).", ""]
         lines += ["## Blocks", "", "| block | squared error of the output, relative | seconds |", "|---|---|---|"]
-        lines += [f"| {block.name} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks]
+        lines += [
+            f"| {markdown(block.name)} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks
+        ]
         return "\n".join(lines) + "\n"
 
     def _comparison_rows(self) -> list[str]:
@@ -125,7 +133,7 @@ def _layer_row(layer: LayerRecord) -> str:
     notes += [f"{layer.dead_inputs} dead inputs"] if layer.dead_inputs else []
     size = f"{layer.out_features} x {layer.in_features}"
     figures = f"{layer.kurtosis:.2f} | {layer.largest:.2f} | {snr} | {loss} | {layer.seconds:.1f}"
-    return f"| {layer.name} | {size} | {figures} | {'; '.join(notes)} |"
+    return f"| {markdown(layer.name)} | {size} | {figures} | {markdown('; '.join(notes))} |"
 
 
 def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:

@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed, to_device
-from ..evaluation.metrics import Evaluation, compare_logits
 from ..modules import count_matrices, dense_weights, packed_type
-from .blocks import capture, find_blocks, logits_of
+from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
 from .hessian import InputMoments
@@ -43,11 +42,11 @@ class CalibratedRun:
 
     Args:
         model: a dense model on one device. Its layers are replaced during the run.
+        prefix: name of its list of decoder blocks.
         names: the modules to quantize, linear layers and fused experts.
         codec_of: the packed format of a module, by its name.
         settings: the options.
         windows: token ids int64 `[n, L]` to calibrate on.
-        holdout: further windows `[m, L]`, on which the two models are compared; m may be 0.
         device: where blocks are computed; they return to their own device.
         store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         progress: show a progress bar.
@@ -55,17 +54,16 @@ class CalibratedRun:
     Attributes, after `run`:
         layers: a record of every layer.
         blocks: a record of every decoder block.
-        comparison: of the two models on `holdout`; None if that is empty or the model has no output head.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        prefix: str,
         names: list[str],
         codec_of: Callable[[str], Codec],
         settings: Calibration,
         windows: Tensor,
-        holdout: Tensor,
         *,
         device: torch.device,
         store: BlockStore | None,
@@ -73,9 +71,9 @@ class CalibratedRun:
     ):
         self.layers: list[LayerRecord] = []
         self.blocks: list[BlockRecord] = []
-        self.comparison: Evaluation | None = None
-        self._model, self._names, self._codec_of, self._settings = model, names, codec_of, settings
-        self._windows, self._holdout, self.device, self._store = windows, holdout, device, store
+        self._model, self._prefix, self._names = model, prefix, names
+        self._codec_of, self._settings = codec_of, settings
+        self._windows, self.device, self._store = windows, device, store
         self._upcast = is_emulated(model.dtype, device)
         matrices = sum(count_matrices(model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
@@ -83,10 +81,11 @@ class CalibratedRun:
     @torch.no_grad()
     def run(self) -> None:
         """Quantize everything."""
-        prefix = find_blocks(self._model, self._names)
+        prefix = self._prefix
+        refuse_shared(self._model, prefix, self._names)
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
-            hidden, calls = capture(self._model, blocks, torch.cat([self._windows, self._holdout]))
+            hidden, calls = capture(self._model, blocks, self._windows)
             hidden = [to_device(states, states.device, self._upcast) for states in hidden]
             original = list(hidden)
             for number, (module, call) in enumerate(zip(blocks, calls)):
@@ -95,15 +94,10 @@ class CalibratedRun:
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
                 with placed(module, self.device, self._upcast):
                     call = call.to(self.device, self._upcast)
-                    samples = len(self._windows)
-                    block = DecoderBlock(module, layers, call, original, hidden, samples, self.device)
+                    block = DecoderBlock(module, layers, call, original, hidden, self.device)
                     self._run_block(number, block)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
-        if len(self._holdout) and self._model.get_output_embeddings() is not None:
-            home = self._model.get_input_embeddings().weight.device
-            with placed(self._model, home, self._upcast):
-                self.comparison = self._compare(blocks, original, hidden)
 
     # --------------------------------------------------------------------------------------------- one block
 
@@ -204,17 +198,6 @@ class CalibratedRun:
     def _replace(self, name: str, layer: nn.Module, packed: dict[str, Packed]) -> None:
         """Replace a dense module by the packed one."""
         self._model.set_submodule(name, packed_type(layer).from_packed(layer, self._codec_of(name), packed))
-
-    # -------------------------------------------------------------------------------------------- all blocks
-
-    def _compare(self, blocks: nn.ModuleList, original: list[Tensor], hidden: list[Tensor]) -> Evaluation:
-        """Compare both models' predictions on held-out windows, from the hidden states after the last block."""
-        start = len(self._windows)
-        pairs = (
-            tuple(logits_of(self._model, blocks, window, states) for states in both)
-            for window, both in zip(self._holdout, zip(original[start:], hidden[start:]))
-        )
-        return compare_logits(pairs, self._holdout, progress=not self._bar.disable)
 
 
 def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[list[str]]]:

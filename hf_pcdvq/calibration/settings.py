@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files.text import without_place
+
 # Fields with their smallest and largest values.
 _INTEGERS = (
     ("samples", 1, 1 << 20),
@@ -28,7 +30,8 @@ class Calibration:
             None: the model generates its own calibration text.
         samples: number of windows of tokens.
         length: tokens per window.
-        holdout: further windows, not calibrated on, on which the report compares the two models; 0 skips that.
+        holdout: further windows, not calibrated on, on which the report compares the two models; 0 skips that. The
+            original's logits on them are kept in memory meanwhile.
         seed: selects the windows, and seeds the text where the model generates it.
         damp_percent: added to the diagonal of every Hessian, as a fraction of its mean (0.01 is one percent); raised
             where that is not enough.
@@ -90,5 +93,5 @@ class Calibration:
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-clean."""
-        return asdict(self)
+        """The fields, JSON-clean. Of a dataset on this machine, only the name of the file: they are published."""
+        return {**asdict(self), "dataset": None if self.dataset is None else without_place(self.dataset)}

@@ -17,18 +17,19 @@ SETTINGS: dict[str, tuple[type[Codec], dict[str, Any]]] = {
 }
 
 
-def codec_of_setting(setting: str, max_block: int, seed: int) -> Codec:
+def codec_of_setting(setting: str, max_block: int, seed: int, **own: Any) -> Codec:
     """The codec of a named setting.
 
     Args:
         max_block, seed: of the rotation; ignored by settings without one.
+        own: fields of the codec that differ from the setting's.
 
     Raises:
-        ValueError: unknown setting.
+        ValueError: unknown setting, or a field has a value that is not allowed.
     """
     codec, fields = SETTINGS[one_of("setting", setting, tuple(SETTINGS))]
     rotated = fields.get("hadamard", True)
-    own = {name: value for name, value in fields.items() if name != "hadamard"}
+    own = {**{name: value for name, value in fields.items() if name != "hadamard"}, **own}
     return codec.of(max_block if rotated else 0, seed, **own)
 
 

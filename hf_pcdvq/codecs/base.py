@@ -189,11 +189,9 @@ class Codec(ABC):
         Returns:
             `[G, T, N]` in the dtype of `x`; None if the format has no kernels for it.
         """
-        if not self.has_kernels:
+        if not self.has_kernels and not (self.family.on_cpu and x.device.type == "cpu"):
             return None
-        return ops.grouped_matmul(
-            self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs")
-        )
+        return ops.grouped_matmul(self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs"))
 
     def arguments(self, packed: Packed, tables: Packed) -> list[Any]:
         """The arguments of the ops, in order."""

@@ -40,12 +40,11 @@ def load_codebook(codebook: str) -> dict[str, Tensor]:
         ValueError: no codebook with that id is shipped.
     """
     folder = resources.files(__package__) / "data"
-    file = folder / f"{codebook}.safetensors"
-    if not file.is_file():
-        known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
+    known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
+    if codebook not in known:  # rather than looking for such a file, which might be outside the folder
         raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq ships {', '.join(known)}")
     with torch.device("cpu"):
-        return load(file.read_bytes())
+        return load((folder / f"{codebook}.safetensors").read_bytes())
 
 
 @cache

@@ -43,13 +43,20 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from hf_pcdvq_kernels.formats.stream import STREAM_BITS, STREAM_RING, StreamLayout, StreamWeight, stream_layout
+from hf_pcdvq_kernels.formats.stream import (
+    STREAM_BITS,
+    STREAM_RING,
+    STREAM_WINDOW_BITS,
+    StreamLayout,
+    StreamWeight,
+    stream_layout,
+)
 from hf_pcdvq_kernels.reference.stream import values
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import viterbi
-from .base import Codec, Packed, UnitEncoder, row_scale
+from .base import Codec, Packed, UnitEncoder, one_of, row_scale
 
 # Standard deviation of a sum of four bytes.
 DEVIATION = (4 * (2**16 - 1) / 12) ** 0.5
@@ -81,6 +88,8 @@ class StreamCodec(Codec):
         cls, max_block: int, seed: int, layout: str, bits: float | None = None, window_bits: int | None = None
     ) -> Self:
         bits, window_bits = (2.0 if bits is None else bits), (12 if window_bits is None else window_bits)
+        one_of("bits", bits, STREAM_BITS)
+        one_of("window_bits", window_bits, STREAM_WINDOW_BITS)
         return cls(max_block, seed, float(stream_layout(bits, window_bits).bits), int(window_bits))
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.text import markdown
 from .record import EvaluationRecord, read_record
 from .tables import markdown_table, scope
 
@@ -98,7 +99,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The tables, then the plot."""
-        lines = ["# Comparison", "", self.title + ".", ""]
+        lines = ["# Comparison", "", markdown(self.title) + ".", ""]
         lines += markdown_table(HEADINGS, point_rows(self.points, self.originals))
         headings, rows = self.task_table()
         if rows:

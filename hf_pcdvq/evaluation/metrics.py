@@ -99,9 +99,9 @@ def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: 
         ValueError: the vocabularies differ in size, the windows do not fit the models, or logits are NaN.
     """
     for model in (original, packed):
-        _check_windows(model, windows)
+        check_windows(model, windows)
     with _inference(original), _inference(packed):
-        pairs = ((_logits(original, window), _logits(packed, window)) for window in windows)
+        pairs = ((window_logits(original, window), window_logits(packed, window)) for window in windows)
         return compare_logits(pairs, windows, progress)
 
 
@@ -151,20 +151,28 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
     Raises:
         ValueError: the windows do not fit the model, or its logits are NaN.
     """
-    _check_windows(model, windows)
+    check_windows(model, windows)
     total = 0.0
     with _inference(model):
         bar = tqdm(windows, desc="Perplexity", unit="window", disable=not progress)
         for index, window in enumerate(bar):
-            losses = _losses(_logits(model, window), window[1:])
+            losses = _losses(window_logits(model, window), window[1:])
             _refuse_nan(losses, type(model).__name__, index)
             total += losses.double().mean().item()
             bar.set_postfix(ppl=f"{math.exp(total / (index + 1)):.2f}")
     return math.exp(total / len(windows))
 
 
-def _check_windows(model: nn.Module, windows: Tensor) -> None:
-    """Reject windows that would end in an index error deep inside the model, or in a device-side assertion."""
+def check_windows(model: nn.Module, windows: Tensor) -> None:
+    """Reject windows that would end in an index error deep inside the model, or in a device-side assertion.
+
+    Args:
+        model: a causal language model.
+        windows: int64 `[n, L]`, L >= 2, on the CPU.
+
+    Raises:
+        ValueError: there are none, or they have token ids or more positions than the model has.
+    """
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
             f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}"
@@ -176,10 +184,15 @@ def _check_windows(model: nn.Module, windows: Tensor) -> None:
             f"the windows have token ids from {low} to {high}, but {type(model).__name__} has {tokens} tokens; "
             "tokenizer and model do not belong together"
         )
+    check_length(model, windows.shape[1])
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Reject windows of more tokens than a model has positions, with a ValueError."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and windows.shape[1] > positions:
+    if positions is not None and length > positions:
         raise ValueError(
-            f"windows of {windows.shape[1]} tokens are longer than the {positions} positions of {type(model).__name__}"
+            f"windows of {length} tokens are longer than the {positions} positions of {type(model).__name__}"
         )
 
 
@@ -195,7 +208,7 @@ def _inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _logits(model: nn.Module, window: Tensor) -> Tensor:
+def window_logits(model: nn.Module, window: Tensor) -> Tensor:
     """Logits `[L - 1, vocabulary]` of the predictions in one window `[L]`, in the model's dtype on its device."""
     device = model.get_input_embeddings().weight.device
     # Offloaded weights are on the meta device until accelerate's hook loads them; the hook also moves the input.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor
 
 from ..config import CONFIGS
+from ..files.fields import number, positive_integer, short_text, short_texts
 from ..files.folders import check_writable
+from ..files.provenance import hub_name
 from ..files.records import known_fields, read_json, write_text
 from ..files.size import count_folder
+from ..files.text import code_block, code_span, markdown, without_place
 from .metrics import Evaluation
 from .tables import TASK_HEADINGS, evaluation_rows, markdown_table, scope, task_rows
 
@@ -44,6 +49,7 @@ class TaskScore:
         original, packed: mean of the metric over the samples.
         original_stderr, packed_stderr: its standard error; None if lm-eval reports none.
         samples: number of samples.
+        dataset: name of the task's data set on the Hub; None if it is not there.
     """
 
     task: str
@@ -53,6 +59,7 @@ class TaskScore:
     packed: float
     packed_stderr: float | None
     samples: int
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,41 +96,55 @@ class EvaluationRecord:
         """The fields, JSON-clean, with the number of this format."""
         return {"format": FORMAT, **asdict(self)}
 
+    def without_places(self) -> EvaluationRecord:
+        """The record as it is published: of folders and files on this machine, only their names."""
+        original, packed, text = map(without_place, (self.original, self.packed, self.text))
+        return replace(self, original=original, packed=packed, text=text)
+
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationRecord:
         """The record from what `to_dict` returned; unknown fields are ignored.
 
         Raises:
-            ValueError: the content has another format, or is incomplete.
+            ValueError: the content has another format, is incomplete, or a field has another type.
         """
         known = known_fields(cls, content, FORMAT)
-        try:
-            known["metrics"] = Evaluation(**known["metrics"])
+        for name in ("original", "packed", "text", "tokens", "device"):
+            short_text(name, known[name])
+        short_text("command", known["command"], 10_000)
+        short_texts("versions", known["versions"])
+        for name in ("bits_per_packed_weight", "bits_per_parameter"):
+            if known[name] is not None:
+                number(name, known[name])
+        known["metrics"] = evaluation_from("metrics", known["metrics"])
+        with _complete():
             floor = known["noise_floor"]
-            known["noise_floor"] = floor and NoiseFloor(floor["dtype"], Evaluation(**floor["metrics"]))
-            known["tasks"] = known["tasks"] and [TaskScore(**task) for task in known["tasks"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the record is incomplete, {error}; create it with hf-pcdvq eval") from error
+            if floor is not None:
+                metrics = evaluation_from("noise_floor.metrics", floor["metrics"])
+                known["noise_floor"] = NoiseFloor(short_text("noise_floor.dtype", floor["dtype"]), metrics)
+            if known["tasks"] is not None:
+                known["tasks"] = [_task_from(task) for task in known["tasks"]]
         return cls(**known)
 
-    def write(self, folder: Path) -> None:
-        """Write `evaluation.json` and `evaluation.md`, each of them atomically."""
-        write_text(folder / f"{NAME}.json", json.dumps(self.to_dict(), indent=2) + "\n")
-        write_text(folder / f"{NAME}.md", self.markdown())
+    def write(self, folder: str | Path) -> None:
+        """Write `evaluation.json` and `evaluation.md`, each of them atomically, without places on this machine."""
+        folder, published = Path(folder), self.without_places()
+        write_text(folder / f"{NAME}.json", json.dumps(published.to_dict(), indent=2) + "\n")
+        write_text(folder / f"{NAME}.md", published.markdown())
 
     def markdown(self) -> str:
         """The figures as tables."""
-        lines = ["# Evaluation", "", f"`{self.packed}` against `{self.original}`.", ""]
+        lines = ["# Evaluation", "", f"{code_span(self.packed)} against {code_span(self.original)}.", ""]
         metrics, floor = self.metrics, self.noise_floor
-        lines += [f"{self.text}: {scope(metrics)}, on {self.device}.", ""]
+        lines += [f"{markdown(self.text)}: {scope(metrics)}, on {markdown(self.device)}.", ""]
         headings = ["", "original", "packed"] + ([f"original in {floor.dtype}"] if floor else [])
         rows = evaluation_rows(metrics, floor.metrics if floor else None)
         lines += markdown_table(headings, [*self._bit_rows(len(headings)), *rows])
         if self.tasks:
             lines += ["", "## Tasks", "", "Mean ± standard error, both models on the same samples.", ""]
             lines += markdown_table(TASK_HEADINGS, task_rows(self.tasks))
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        lines += ["", "Made with", "", "```bash", self.command, "```", "", f"and {versions}."]
+        versions = ", ".join(markdown(f"{name} {version}") for name, version in self.versions.items())
+        lines += ["", "Made with", "", code_block(self.command, "bash"), "", f"and {versions}."]
         return "\n".join(lines) + "\n"
 
     def _bit_rows(self, columns: int) -> list[list[str]]:
@@ -135,6 +156,44 @@ class EvaluationRecord:
             if bits is not None:
                 rows.append([label, "", f"{bits:.3f}", ""][:columns])
         return rows
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Turn the errors of missing, unknown and misplaced fields into one that says so."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record is incomplete, {error}; create it with hf-pcdvq eval") from error
+
+
+def evaluation_from(field: str, content: Any) -> Evaluation:
+    """The metrics of a record, each of the type that an evaluation returns; whether they are plausible is not checked.
+
+    Raises:
+        ValueError: one is missing or has another type; the message names it.
+    """
+    with _complete():
+        metrics = Evaluation(**content)
+    for name, value in asdict(metrics).items():
+        check = positive_integer if name in ("context_length", "windows", "predictions") else number
+        check(f"{field}.{name}", value)
+    return metrics
+
+
+def _task_from(content: Any) -> TaskScore:
+    task = TaskScore(**content)
+    for name in ("task", "metric"):
+        short_text(f"tasks.{name}", getattr(task, name))
+    for name in ("original", "packed"):
+        number(f"tasks.{name}", getattr(task, name))
+    for name in ("original_stderr", "packed_stderr"):
+        if getattr(task, name) is not None:
+            number(f"tasks.{name}", getattr(task, name))
+    positive_integer("tasks.samples", task.samples)
+    if task.dataset is not None and hub_name(short_text("tasks.dataset", task.dataset, 200)) is None:
+        raise ValueError(f"tasks.dataset must be a name on the Hub, got {task.dataset!r}")
+    return task
 
 
 def read_record(path: Path) -> EvaluationRecord:

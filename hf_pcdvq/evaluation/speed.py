@@ -13,6 +13,7 @@ import torch
 from hf_pcdvq_kernels.backend import use_triton
 from tqdm.auto import tqdm
 
+from ..files.fields import number, positive_integer, short_text
 from ..files.records import device_name, known_fields, package_versions, write_text
 
 if TYPE_CHECKING:
@@ -45,19 +46,27 @@ class Speed:
     cache_implementation: str | None
     peak_memory_bytes: int | None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write `speed.json` beside the model."""
         record = {"format": _FORMAT, **asdict(self), "versions": package_versions()}
-        write_text(folder / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+        write_text(Path(folder) / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Speed:
         """The result from the content of `speed.json`.
 
         Raises:
-            ValueError: the content has another format, or is incomplete.
+            ValueError: the content has another format, is incomplete, or a field has another type.
         """
-        return cls(**known_fields(cls, content, _FORMAT))
+        speed = cls(**known_fields(cls, content, _FORMAT))
+        number("tokens_per_second", speed.tokens_per_second)
+        for name in ("device", "dtype", "backend"):
+            short_text(name, getattr(speed, name))
+        for name in ("prompt_tokens", "new_tokens"):
+            positive_integer(name, getattr(speed, name))
+        if speed.peak_memory_bytes is not None:
+            positive_integer("peak_memory_bytes", speed.peak_memory_bytes)
+        return speed
 
 
 def measure_speed(

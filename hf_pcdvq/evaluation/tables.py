@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..files.text import markdown
+
 if TYPE_CHECKING:
     from .metrics import Evaluation
     from .record import TaskScore
@@ -49,7 +51,7 @@ def scope(metrics: Evaluation) -> str:
 
 
 def markdown_table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; vertical bars in cells are escaped."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [headings, *rows]]
+    """Lines of a Markdown table, in whose cells nothing is formatting, a link or HTML."""
+    cells = [[markdown(cell) for cell in row] for row in [headings, *rows]]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(headings), *lines[1:]]

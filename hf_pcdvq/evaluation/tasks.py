@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..files.provenance import hub_name
 from ..quiet import quiet
 
 if TYPE_CHECKING:
@@ -50,11 +51,13 @@ def wikitext2() -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of one metric of one task, its standard error (None if lm-eval reports none), and number of samples."""
+    """Mean of one metric of one task, its standard error (None if lm-eval reports none), number of samples, and name of
+    the task's data set on the Hub (None if it is not there)."""
 
     mean: float
     stderr: float | None
     samples: int
+    dataset: str | None = None
 
 
 def task_manager(tasks: Sequence[str], folder: Path | None = None) -> TaskManager:
@@ -115,8 +118,15 @@ def run_tasks(
             if not variant or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             label = metric if variant == "none" else f"{metric} ({variant})"
-            scores[task, label] = Score(float(value), _number(figures.get(f"{metric}_stderr,{variant}")), samples)
+            error = _number(figures.get(f"{metric}_stderr,{variant}"))
+            scores[task, label] = Score(float(value), error, samples, _dataset(task, found))
     return scores
+
+
+def _dataset(task: str, found: dict[str, Any]) -> str | None:
+    """The data set of a task on the Hub. Formats of local files, such as `json`, are no data sets."""
+    path = found.get("configs", {}).get(task, {}).get("dataset_path")
+    return hub_name(path) if isinstance(path, str) else None
 
 
 def _samples(task: str, found: dict[str, Any]) -> int:

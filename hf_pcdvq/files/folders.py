@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .headers import checkpoint_files
+from .scratch import sigterm_as_exit
 
 # A model on the Hub: "gpt2" or "organization/name".
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -74,25 +77,36 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def folder_in_place(out: Path, source: Path, force: bool) -> Iterator[Path]:
-    """Create a folder beside `out`, rename it to `out` on success, and delete it if the body raises.
+    """Create a folder beside `out`, rename it to `out` on success, and delete it if the body raises or SIGTERM comes.
 
-    Takes the arguments and raises the errors of `check_destination`, which runs before and after the body.
+    What a killed process left beside `out` is cleared first: an unfinished folder is deleted, and a model that was to be
+    replaced, and has not been, is put back. A lock, which ends with its process, tells such remains from the work of
+    another process.
+
+    Takes the arguments and raises the errors of `check_destination`, which runs before and after the body; in addition,
+
+    Raises:
+        BlockingIOError: another process is writing `out`.
     """
-    check_destination(out, source, force)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        check_destination(out, source, force)  # it may have been filled in the meantime
-        replace_folder(out, partial)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+    check_writable(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out), sigterm_as_exit():
+        _clear_remains(out)
+        check_destination(out, source, force)
+        partial = _beside(out, "partial")
+        partial.mkdir()
+        try:
+            yield partial
+            check_destination(out, source, force)  # it may have been filled in the meantime
+            replace_folder(out, partial)
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial)
 
 
 def replace_folder(out: Path, partial: Path) -> None:
     """Rename `partial` to `out`. An existing `out` is deleted afterwards, or restored if the rename fails."""
-    old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+    old = _beside(out, "replaced")
     if out.exists():
         out.rename(old)
     try:
@@ -103,6 +117,35 @@ def replace_folder(out: Path, partial: Path) -> None:
         raise
     if old.exists():
         shutil.rmtree(old)
+
+
+def _beside(out: Path, purpose: str) -> Path:
+    return out.with_name(f".{out.name}.{purpose}")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other processes from writing `out`."""
+    lock = FileLock(_beside(out, "lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another process is writing {out}; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        _beside(out, "lock").unlink(missing_ok=True)  # before the release, after which it may be another's
+        lock.release()
+
+
+def _clear_remains(out: Path) -> None:
+    """Clear what a killed process left beside `out`, which this process has locked."""
+    old, partial = _beside(out, "replaced"), _beside(out, "partial")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for remains in (old, partial):
+        if remains.exists():
+            shutil.rmtree(remains)
 
 
 def weight_bytes(folder: Path, gguf_file: str | None = None) -> int:

@@ -11,11 +11,13 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from .fields import short_text, short_texts
 from .records import known_fields, read_json, write_text
 
 NAME = "provenance.json"
 _FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_REVISION = re.compile(r"[\w./-]+")
 # Metadata that a quantized model inherits. The rest of a card describes the original itself.
 _INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -43,12 +45,28 @@ class Provenance:
         """Read the provenance of a saved model; empty if the folder has none.
 
         Raises:
-            ValueError: the file is damaged, or was written by a newer version.
+            ValueError: the file is damaged, was written by a newer version, or holds what no quantization writes; the
+                message names the field.
         """
         file = folder / NAME
-        if not file.is_file():
-            return cls()
-        return cls(**read_json(file, lambda content: known_fields(cls, content, _FORMAT)))
+        return read_json(file, cls._parse) if file.is_file() else cls()
+
+    @classmethod
+    def _parse(cls, content: Any) -> Provenance:
+        known = known_fields(cls, content, _FORMAT)
+        for name, pattern in (("original", _HUB_ID), ("revision", _REVISION)):
+            if known[name] is not None and not pattern.fullmatch(short_text(name, known[name], 200)):
+                raise ValueError(f"{name} must be a name on the Hub, got {known[name]!r}")
+        if known["command"] is not None:
+            short_text("command", known["command"], 10_000)
+        short_texts("versions", known["versions"])
+        inherited = known["inherited"]
+        if not isinstance(inherited, dict) or not inherited.keys() <= set(_INHERITED):
+            raise ValueError(f"inherited must be an object with {', '.join(_INHERITED)} at most")
+        for name, value in inherited.items():
+            for text in value if isinstance(value, list) else [value]:
+                short_text(f"inherited.{name}", text)
+        return cls(**known)
 
     def write(self, folder: Path) -> None:
         """Write `provenance.json` beside a saved model."""

@@ -65,8 +65,23 @@ def read_json(file: Path, parse: Callable[[Any], Record]) -> Record:
     """
     try:
         return parse(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; the message names it.
+    """
+
+    def parse(content: Any) -> dict[str, Any]:
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+        return content
+
+    return read_json(file, parse)
 
 
 def write_text(file: Path, text: str) -> None:

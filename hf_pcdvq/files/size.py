@@ -6,7 +6,6 @@ and norms, so every number here comes from the headers of the safetensors files,
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from ..codecs.base import Codec
 from ..config import CONFIGS, PackedConfig
 from ..modules import STACKS, parameter_name
 from .headers import StoredTensor, checkpoint_files, read_headers
+from .packing import PackedFiles
+from .records import read_object
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,12 @@ def count_folder(folder: Path) -> FolderCount:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{config_file} is missing; expected a model saved with save_pretrained in {folder}")
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    settings = read_object(config_file)
     files = checkpoint_files(folder)
-    stored = read_headers(files)
-    config = _packed_config(settings.get("quantization_config"), folder)
-    layers = _packed_layers(stored, config) if config else ()
+    config = packed_config(settings, config_file)
+    packed_files = PackedFiles.read(files, config) if config else None
+    stored = packed_files.tensors if packed_files else read_headers(files)
+    layers = _packed_layers(packed_files) if packed_files else ()
     packed = {tensor.name for layer in layers for tensor in layer.tensors}
     dense = [tensor for name, tensor in stored.items() if name not in packed]
     embeddings, heads = _vocabulary_tensors(dense, settings)
@@ -187,28 +189,38 @@ def count_folder(folder: Path) -> FolderCount:
     )
 
 
-def _packed_config(fields: dict[str, Any] | None, folder: Path) -> PackedConfig | None:
+def packed_config(settings: dict[str, Any], file: Path) -> PackedConfig | None:
+    """The quantization config in the content of a config.json; None if it has none.
+
+    Raises:
+        ValueError: it is damaged, or of another method; the message names the file.
+    """
+    fields = settings.get("quantization_config")
     if fields is None:
         return None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: quantization_config must be an object, got {fields!r:.100}")
     method = fields.get("quant_method")
-    if method not in CONFIGS:
-        raise ValueError(f"{folder} is quantized with {method!r}; only {', '.join(CONFIGS)} can be counted")
-    return CONFIGS[method].from_dict(fields)
+    if method not in tuple(CONFIGS):
+        raise ValueError(f"{file.parent} is quantized with {method!r:.100}; expected {' or '.join(CONFIGS)}")
+    try:
+        return CONFIGS[method].from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-def _packed_layers(stored: dict[str, StoredTensor], config: PackedConfig) -> tuple[LayerCount, ...]:
-    """The packed weights: every parameter with packed words, or with a companion of packed words."""
+def _packed_layers(files: PackedFiles) -> tuple[LayerCount, ...]:
+    """The packed weights of the packed modules."""
     found: dict[str, str] = {}
-    for module in {name.rpartition(".")[0] for name in stored}:
-        codec = config.codec_of(module)
-        for parameter in ("weight", *STACKS) if codec else ():
+    for module, codec in files.codecs.items():
+        for parameter in ("weight", *STACKS):
             for suffix, (_, dtype) in codec.specs(codec.row_multiple, codec.multiple).items():
-                tensor = stored.get(f"{module}.{parameter_name(suffix, parameter)}")
+                tensor = files.tensors.get(f"{module}.{parameter_name(suffix, parameter)}")
                 # A dense weight has the packed one's name, but never its integer dtype.
                 if tensor is not None and (suffix or tensor.dtype == dtype):
                     found[f"{module}.{parameter}"] = module
     names = sorted(found, key=_natural)
-    return tuple(_packed_layer(name, stored, config.codec_of(found[name])) for name in names)
+    return tuple(_packed_layer(name, files.tensors, files.codecs[found[name]]) for name in names)
 
 
 def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> LayerCount:
@@ -220,23 +232,28 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
     tensors = {suffix: stored.get(key) for suffix, key in names.items()}
     missing = [names[suffix] for suffix, tensor in tensors.items() if tensor is None]
     if missing:
-        raise ValueError(f"packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete")
+        files = sorted({str(tensor.file) for tensor in tensors.values() if tensor is not None})
+        raise ValueError(
+            f"{', '.join(files)}: packed layer {label!r} lacks {', '.join(missing)}; the checkpoint is incomplete"
+        )
     words, scale = tensors[""], tensors["scale"]
     per_unit, dimensions = unit[""][0][1], 2 if parameter == "weight" else 3
     if len(words.shape) != dimensions or words.shape[-1] % per_unit:
         raise ValueError(
-            f"{words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
+            f"{words.file}: {words.name} is {words.dtype} {list(words.shape)}; expected packed words of {dimensions} dimensions, the "
             f"last one a multiple of {per_unit}"
         )
     if len(scale.shape) != dimensions - 1:
-        raise ValueError(f"{scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel")
+        raise ValueError(
+            f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}; expected one scale per output channel"
+        )
     *stack, out_features = scale.shape
     in_features = words.shape[-1] // per_unit * codec.multiple
     for suffix, (shape, dtype) in codec.specs(out_features, in_features).items():
         found = tensors[suffix]
         if found.shape != (*stack, *shape) or found.dtype != dtype:
             raise ValueError(
-                f"{found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
+                f"{found.file}: {found.name} is {found.dtype} {list(found.shape)}, but a layer of {out_features} outputs and "
                 f"{in_features} inputs has {dtype} {[*stack, *shape]} there; file and config.json do not belong together"
             )
     return LayerCount(label, out_features, in_features, tuple(tensors.values()), codec, stack[0] if stack else 1)
@@ -250,7 +267,8 @@ def _vocabulary_tensors(
     Both are matrices with one row per token. The head is a module of the outer model, the embeddings are deeper, in
     its base model. If there is only one such matrix, it is the embedding, and the head is tied to it.
     """
-    vocabulary = (settings.get("text_config") or settings).get("vocab_size")
+    text = settings.get("text_config")
+    vocabulary = (text if isinstance(text, dict) else settings).get("vocab_size")
     matrices = [tensor for tensor in dense if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary]
     depths = [tensor.name.count(".") for tensor in matrices]
     outer = min(depths, default=0) if len(set(depths)) > 1 else -1

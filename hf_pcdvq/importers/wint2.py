@@ -24,16 +24,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import CcqConfig
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
+from ..files.packing import PackingRecord, save_file
 from ..modules import QuantExperts, is_fused_experts
 from ..quantizer import PackedHfQuantizer
-from ..version import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -120,12 +119,13 @@ def import_wint2(source: Path, folder: Path, model_config: PreTrainedConfig | No
     config = CcqConfig(layout="2.0625", hadamard=False, modules_to_convert=modules)
     model = _empty_model(model_config or AutoConfig.from_pretrained(source), config)
     shards = _shards(model)
+    record = PackingRecord.of(model, config)
     index: dict[str, str] = {}
     size = 0
     for number, names in enumerate(tqdm(shards, desc="Importing", unit="layer"), 1):
         tensors = dict(_tensors(model, names, checkpoint))
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt", "hf_pcdvq_format_version": str(FORMAT_VERSION)})
+        save_file(tensors, folder / file, {"format": "pt", **record.metadata()})
         index.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)

@@ -8,7 +8,7 @@ expert is a slice of every tensor.
 from __future__ import annotations
 
 import torch
-from hf_pcdvq_kernels.backend import use_triton
+from hf_pcdvq_kernels.backend import use_cpu, use_triton
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -17,6 +17,7 @@ from .packed import PackedModule
 STACKS = ("gate_up_proj", "down_proj")
 _SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
 _TILES = (16, 64)  # pairs per tile if there are more
+_PAIRS_ON_CPU = 16  # up to this many, one call for all of them is faster on a CPU than one for each expert
 # Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing requires, and the
 # problem with any other.
 _NEEDED = {
@@ -102,7 +103,7 @@ class QuantExperts(PackedModule):
         Returns:
             `[T, H]` in the dtype of `hidden_states`. Summed in float32, or in float64 if that is the dtype.
         """
-        if self._has_grouped_kernels(hidden_states):
+        if self._has_grouped_kernels(hidden_states, top_k_index.numel()):
             return self._forward_in_tiles(hidden_states, top_k_index, top_k_weights)
         summed = torch.promote_types(hidden_states.dtype, torch.float32)
         out = torch.zeros_like(hidden_states, dtype=summed)
@@ -118,11 +119,14 @@ class QuantExperts(PackedModule):
     def _number(self) -> int:
         return len(self.down_proj)
 
-    def _has_grouped_kernels(self, hidden_states: Tensor) -> bool:
-        """Whether grouped kernels can be used: they are not differentiable and do not support float32."""
-        needs_grad = torch.is_grad_enabled() and hidden_states.requires_grad
+    def _has_grouped_kernels(self, hidden_states: Tensor, pairs: int) -> bool:
+        """Whether grouped kernels can be used, which are not differentiable, and pay for so many (token, expert) pairs."""
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return False
         device, dtype = hidden_states.device, hidden_states.dtype
-        return not needs_grad and dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
+        if self.codec.family.on_cpu and use_cpu(device, dtype):
+            return 0 < pairs <= _PAIRS_ON_CPU
+        return dtype in (torch.float16, torch.bfloat16) and use_triton(device, dtype)
 
     def _forward_in_tiles(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`forward` with one kernel launch for all experts, without data-dependent shapes or synchronization."""

@@ -13,14 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from ..calibration.report import NAME as REPORT
 from ..config import PackedConfig
+from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.tables import TASK_HEADINGS, markdown_table, task_rows
 from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
 from ..files.provenance import Provenance
 from ..files.size import FolderCount, layer_groups, readable_size
+from ..files.text import code_block, code_span, markdown
+from .architecture import architecture_name
 from .measurements import Measurements
+
+# Metadata that a card takes from the model or from measurements only.
+_NOT_GIVEN = {"base_model", "base_model_relation", "eval_results", "model-index", "model_name"}
 
 
 def model_card(
@@ -38,11 +48,13 @@ def model_card(
             `evaluation.json`, `speed.json`.
         repo_id: where it is published; the code in the card loads it from there.
         base_model: name of the original on the Hub; None takes the one in `provenance.json`.
-        metadata: further YAML metadata: `license`, `language`, ...; overrides that of the original's card.
+        metadata: further YAML metadata: `license`, `language`, ...; overrides that of the original's card. Its `tags`
+            are added to the generated ones.
         loader_stub: say that the model also loads with `trust_remote_code=True`.
 
     Raises:
-        ValueError: the model is not packed, or its folder holds a measurement of another model.
+        ValueError: the model is not packed, its folder holds a measurement of another model, or `metadata` names a field
+            that is not free to choose.
     """
     folder = count.folder
     if count.config is None:
@@ -51,23 +63,20 @@ def model_card(
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_model = base_model or provenance.original
     chat = (folder / "chat_template.jinja").is_file()
-    data = ModelCardData(
-        base_model=base_model,
-        base_model_relation="quantized" if base_model else None,
-        library_name="transformers",
-        pipeline_tag=_pipeline_tag(settings),
-        tags=[
+    auto_class, task = _usage(settings, folder / "config.json")
+    generated = {
+        "base_model": base_model,
+        "base_model_relation": "quantized" if base_model else None,
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "tags": [
             "hf_pcdvq",
             count.config.method,
             f"{int(count.config.codec.bits)}-bit",
             *(["conversational"] if chat else []),
         ],
-        model_name=repo_id.split("/")[-1],
-        eval_results=_eval_results(measured) or None,
-        **{**provenance.inherited, **(metadata or {})},
-    )
-    if not data.eval_results:
-        data.pop("model_name")  # it belongs to the results
+    }
+    data = _card_data({**generated, **provenance.inherited}, metadata or {}, repo_id.split("/")[-1], measured)
     facts = {
         **_size_facts(count),
         **_origin_facts(count.config, measured, provenance),
@@ -76,11 +85,14 @@ def model_card(
         "title": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "chat": chat,
+        "auto_class": auto_class,
+        "writes": task is not None,
+        "text_generation": task == "text-generation",
         "method": f"[{count.config.describe()}]({count.config.paper})",
         "loader_stub": loader_stub,
         "has_report": (folder / "quantization_report.md").is_file(),
         "has_plot": (folder / "quantization_report.png").is_file(),
-        "left_unpacked": count.left_unpacked,
+        "left_unpacked": {code_span(name): markdown(reason) for name, reason in count.left_unpacked.items()},
     }
     with as_file(files(__package__) / "data" / "model_card.md") as template:
         card = ModelCard.from_template(data, template_path=str(template), **facts)
@@ -88,16 +100,38 @@ def model_card(
     return card
 
 
-def _pipeline_tag(settings: dict[str, Any]) -> str | None:
-    architecture = (settings.get("architectures") or [None])[0]
-    return "text-generation" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+def _card_data(generated: dict[str, Any], given: dict[str, Any], title: str, measured: Measurements) -> ModelCardData:
+    """The YAML metadata: what is generated, under what the user gives; tags are added to the generated ones."""
+    refused = sorted(given.keys() & _NOT_GIVEN)
+    if refused:
+        raise ValueError(
+            f"metadata: {refused[0]} is not free to choose: pass base_model=, and measure results with hf-pcdvq eval"
+        )
+    tags = given.get("tags") or []
+    if not isinstance(tags, (list, tuple)) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"metadata: tags must be a list of texts, got {tags!r}")
+    fields = {**generated, **given, "tags": list(dict.fromkeys([*generated["tags"], *tags]))}
+    results = _eval_results(measured)
+    if results:
+        fields.update(eval_results=results, model_name=title)  # the name belongs to the results
+    return ModelCardData(**fields)
+
+
+def _usage(settings: dict[str, Any], file: Path) -> tuple[str, str | None]:
+    """The auto class that loads the model as its config names it, and the task that it has on the Hub."""
+    name = architecture_name(settings, file)
+    if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return "AutoModelForImageTextToText", "image-text-to-text"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForCausalLM", "text-generation"
+    return "AutoModel", None
 
 
 def _size_facts(count: FolderCount) -> dict[str, Any]:
     """Facts from the headers of the files."""
     packed_parts = [
         {
-            "name": name,
+            "name": code_span(name),
             "count": sum(layer.experts for layer in layers),
             "outputs": outputs,
             "inputs": inputs,
@@ -136,13 +170,14 @@ def _origin_facts(config: PackedConfig, measured: Measurements, provenance: Prov
             "data": _data_name(config.calibration.dataset),
             "seed": config.calibration.seed,
             "seconds": f"{report['seconds']:.0f}" if report else None,
-            "device": report.get("device"),
+            "device": markdown(report["device"]) if report else None,
         }
+    versions = provenance.versions or (measured.report or {}).get("versions") or {}
     return {
-        "command": provenance.command,
-        "revision": provenance.revision,
-        "versions": provenance.versions or (measured.report or {}).get("versions"),
-        "settings": json.dumps(settings, indent=2),
+        "command": code_block(provenance.command, "bash") if provenance.command else None,
+        "revision": code_span(provenance.revision) if provenance.revision else None,
+        "versions": [markdown(f"{name} {version}") for name, version in versions.items()],
+        "settings": code_block(json.dumps(settings, indent=2), "json"),
         "calibration": calibration,
     }
 
@@ -152,27 +187,44 @@ def _measured_facts(measured: Measurements) -> dict[str, Any]:
     evaluation, noise, tasks, speed = None, None, None, None
     record, report = measured.evaluation, measured.report
     if record is not None:
-        text = record.text if record.text == WIKITEXT2 else f"`{Path(record.text).name}`"
-        scope = {"text": text, "device": record.device, "command": record.command, "held_out": False}
+        text = record.text if record.text == WIKITEXT2 else code_span(Path(record.text).name)
+        command = code_block(record.command, "bash")
+        scope = {
+            "text": text,
+            "device": markdown(record.device),
+            "command": command,
+            "held_out": False,
+            "record": f"{EVALUATION}.json",
+        }
         evaluation = {**record.metrics.to_dict(), **scope}
         if record.noise_floor:
-            noise = {"dtype": record.noise_floor.dtype, **record.noise_floor.metrics.to_dict()}
+            noise = {"dtype": markdown(record.noise_floor.dtype), **record.noise_floor.metrics.to_dict()}
         if record.tasks:
-            lines = markdown_table(TASK_HEADINGS, task_rows(record.tasks))
-            tasks = {"table": "\n".join(lines), "lm_eval": record.versions.get("lm_eval")}
-    elif report is not None and report["comparison"]:
-        scope = {"text": "the calibration data", "device": report["device"], "command": None, "held_out": True}
-        evaluation = {**report["comparison"], **scope}
+            kept = [f"{100 * task.packed / task.original:.1f} %" if task.original else "" for task in record.tasks]
+            rows = [[*row, share] for row, share in zip(task_rows(record.tasks), kept)]
+            lines = markdown_table([*TASK_HEADINGS, "% of the original"], rows)
+            tasks = {"table": "\n".join(lines), "lm_eval": markdown(record.versions.get("lm_eval", ""))}
+    elif report is not None and report["comparison"] is not None:
+        device = markdown(report["device"])
+        scope = {
+            "text": "the calibration data",
+            "device": device,
+            "command": None,
+            "held_out": True,
+            "record": f"{REPORT}.json",
+        }
+        evaluation = {**report["comparison"].to_dict(), **scope}
     if measured.speed is not None:
         peak = measured.speed.peak_memory_bytes
-        speed = {**asdict(measured.speed), "peak_memory": readable_size(peak) if peak else None}
+        texts = {name: markdown(getattr(measured.speed, name)) for name in ("device", "dtype", "backend")}
+        speed = {**asdict(measured.speed), **texts, "peak_memory": readable_size(peak) if peak else None}
     return {"evaluation": evaluation, "noise": noise, "tasks": tasks, "speed": speed}
 
 
 def _data_name(data: str | None) -> str:
     if data is None:
         return "text that the model wrote itself"
-    return "data given in Python" if data == "given" else f"`{data}`"
+    return "data given in Python" if data == "given" else code_span(data)
 
 
 def _eval_results(measured: Measurements) -> list[EvalResult]:
@@ -191,7 +243,8 @@ def _eval_results(measured: Measurements) -> list[EvalResult]:
         )
     ]
     for task in record.tasks or []:
-        names = {"dataset_type": task.task, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
+        dataset = task.dataset or task.task
+        names = {"dataset_type": dataset, "dataset_name": task.task, "dataset_args": {"samples": task.samples}}
         results.append(_eval_result(task.metric, task.packed, **names))
     return results
 

@@ -1,26 +1,40 @@
-"""Integrity of a saved packed model: every tensor that its config requires, and a matching tokenizer.
+"""Integrity of a saved packed model: every tensor that its config requires, unchanged since it was saved, and a
+matching tokenizer.
 
-Only headers and scales are read: packed words have no invalid values, so changed bytes in them cannot be detected.
+All files are read, but the model is not built: their content is compared with the hashes that saving put into them.
+Files that another program saved have none; then only what is visible in shapes and values is found.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import get_hf_quantizer
 
-from ..files.headers import checkpoint_files, read_headers
+from ..files.headers import INDEX, checkpoint_files, read_index
+from ..files.packing import PackedFiles, config_hashes
+from ..files.records import read_object
 from ..files.size import FolderCount, count_folder
+from .architecture import architecture_of
+
+logger = logging.getLogger(__name__)
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
-    """Check a packed model that was saved with `save_pretrained`, without loading its weights.
+    """Check a packed model that was saved with `save_pretrained`, without building it.
 
     Args:
         folder: the saved model.
@@ -32,7 +46,8 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
     Raises:
         FileNotFoundError: config.json, a shard or the tokenizer is missing.
         ValueError: the model is not packed, or the folder contradicts its config: a tensor is missing, unexpected, of
-            the wrong shape or dtype, or not finite, or its file is truncated. The message names it.
+            the wrong shape or dtype, was changed since it was saved, holds NaN, or its file is truncated; or config.json
+            was changed. The message names it.
     """
     count = count_folder(folder)
     if count.config is None:
@@ -47,21 +62,55 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> FolderCount:
         raise ValueError(
             f"{strays[0]} does not belong to the model: no index lists it. It was left by another model; delete it"
         )
-    _check_names(folder, files, trust_remote_code)
-    _check_finite(count)
+    contents = PackedFiles.read(files, count.config)
+    if contents.record is None:
+        logger.warning(
+            "%s was saved by another program than hf_pcdvq: it holds no hashes, so changed bytes cannot be found",
+            folder,
+        )
+    _check_config(folder, contents)
+    _check_names(folder, files, contents, trust_remote_code)
+    _check_index(folder, contents)
+    _check_values(count, contents)
     _check_tokenizer(folder, trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _by_transformers(generation, lambda: GenerationConfig.from_pretrained(folder))
     return count
 
 
-def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> None:
-    """Compare the files with those that `save_pretrained` would write for this model."""
+def _check_index(folder: Path, contents: PackedFiles) -> None:
+    for name, file in read_index(folder / INDEX).items():
+        found = contents.tensors.get(name)
+        if found is None or found.file.name != file:
+            raise ValueError(f"{folder / INDEX}: {name} is not in {file}, where the index says it is")
+
+
+def _check_config(folder: Path, contents: PackedFiles) -> None:
+    """Compare config.json with the one that was saved with the weights."""
+    if contents.record is None:
+        return
+    file = folder / "config.json"
+    found, saved = config_hashes(read_object(file)), contents.record.config
+    changed = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
+    if changed:
+        raise ValueError(
+            f"{file}: {', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''} changed after the weights were saved. If "
+            "that is intended, load the model and save it again"
+        )
+
+
+def _check_names(folder: Path, files: list[Path], contents: PackedFiles, trust_remote_code: bool) -> None:
+    """Compare the files with those that `save_pretrained` would write for this model, and with their hashes."""
     model = _empty_model(folder, files, trust_remote_code)
-    expected = revert_weight_conversion(model, model.state_dict())
-    stored = read_headers(files)
+    state = model.state_dict()
+    expected = revert_weight_conversion(model, state)
+    stored = contents.tensors
     prefix = f"{model.base_model_prefix}."
-    tied = set(model.all_tied_weights_keys)
+    # Under the names of the files, which may not be those of the modules.
+    tied = revert_weight_conversion(
+        model, {name: state[name] for name in model.all_tied_weights_keys if name in state}
+    )
     missing = [name for name in expected if name not in stored and name not in tied]
     if missing:
         raise ValueError(f"{folder} lacks {_first(missing)}, which its config.json requires")
@@ -77,32 +126,50 @@ def _check_names(folder: Path, files: list[Path], trust_remote_code: bool) -> No
 
 
 def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> Any:
-    """The model on the meta device, with packed layers and no weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if architecture is not None:
-            model = architecture(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    """The model on the meta device, with packed layers and no weights. Its quantizer checks the hashes of the files."""
+    config = _model_config(folder, trust_remote_code)
+    architecture = architecture_of(config, folder / "config.json")
+
+    def build() -> Any:
+        with torch.device("meta"):
+            if architecture is not None:
+                return architecture(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    model = _by_transformers(folder / "config.json", build)
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
-    names = [str(file) for file in files]
-    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=names)
+    paths = [str(file) for file in files]
+    quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=paths)
     quantizer._settle_conversions(model)  # as after loading: packed experts are saved as stacks
     return model
 
 
-def _check_finite(count: FolderCount) -> None:
-    """Check the scales of every packed layer, a small part of the file."""
-    for layer in count.layers:
-        for tensor in layer.tensors:
-            if not isinstance(tensor.dtype, torch.dtype) or not tensor.dtype.is_floating_point:
-                continue
-            with safe_open(tensor.file, "pt") as file:
-                if not file.get_tensor(tensor.name).isfinite().all():
-                    raise ValueError(
-                        f"{tensor.file}: {tensor.name} contains infinite or NaN values; the file is damaged"
-                    )
+def _model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    return _by_transformers(
+        folder / "config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    )
+
+
+def _by_transformers(file: Path, read: Callable[[], Any]) -> Any:
+    """The result of a function of Transformers. What those raise for a damaged file may be anything, without its name."""
+    try:
+        return read()
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_values(count: FolderCount, contents: PackedFiles) -> None:
+    """Check all floating-point values: no NaN, and in packed layers no infinity and no negative scale."""
+    packed = {tensor.name for layer in count.layers for tensor in layer.tensors}
+    for name, tensor in contents.tensors.items():
+        if not isinstance(tensor.dtype, torch.dtype) or not tensor.dtype.is_floating_point:
+            continue
+        with safe_open(tensor.file, "pt") as file:
+            values = file.get_tensor(name).float()
+        if values.isnan().any() or (name in packed and values.isinf().any()):
+            raise ValueError(f"{tensor.file}: {name} contains infinite or NaN values; the file is damaged")
+        if name in packed and name.endswith("_scale") and not name.endswith("_code_scale") and (values < 0).any():
+            raise ValueError(f"{tensor.file}: {name} contains negative scales; the file is damaged")
 
 
 def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
@@ -111,8 +178,11 @@ def _check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
             f"{folder} has no tokenizer: tokenizer_config.json is missing. Save it there: "
             "AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    tokenizer = _by_transformers(
+        folder / "tokenizer_config.json",
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+    )
+    config = _model_config(folder, trust_remote_code).get_text_config()
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"the tokenizer in {folder} has special tokens only: its vocabulary file is missing")
     # Added tokens may be beyond the embeddings: a text model keeps the image token of its family.

@@ -13,9 +13,10 @@ from typing import Any
 from ..calibration.report import NAME as REPORT
 from ..evaluation.metrics import Evaluation
 from ..evaluation.record import NAME as EVALUATION
-from ..evaluation.record import EvaluationRecord
+from ..evaluation.record import EvaluationRecord, evaluation_from
 from ..evaluation.speed import NAME as SPEED
 from ..evaluation.speed import Speed
+from ..files.fields import number, positive_integer, short_text, short_texts
 from ..files.records import read_json
 from ..files.size import FolderCount
 
@@ -25,7 +26,8 @@ class Measurements:
     """The records in a model's folder, each None if its file is missing.
 
     Attributes:
-        report: `quantization_report.json`.
+        report: what a card states of `quantization_report.json`: `config`, `bits_per_packed_weight`, `windows`, `length`,
+            `seconds`, `device`, `versions`, and `comparison`, an `Evaluation` or None.
         evaluation: `evaluation.json`.
         speed: `speed.json`.
     """
@@ -50,7 +52,9 @@ class Measurements:
 
 
 def _report(file: Path, count: FolderCount) -> dict[str, Any]:
-    report = read_json(file, dict)
+    report = read_json(file, _report_fields)
+    if report["comparison"] is not None:
+        _check_metrics(file, report["comparison"])
     # Parsed into a config first, because a newer version may have added fields.
     same = (
         count.config is not None
@@ -61,6 +65,21 @@ def _report(file: Path, count: FolderCount) -> dict[str, Any]:
             f"{file} belongs to another model: its settings or bits per weight differ from those of the files beside it. "
             "Delete it, or quantize again"
         )
+    return report
+
+
+def _report_fields(content: Any) -> dict[str, Any]:
+    """The fields of a report that a card states, each of the type that a run writes."""
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError("expected a report with the config of the run; quantize again")
+    report = {name: content.get(name) for name in ("config", "bits_per_packed_weight")}
+    report["seconds"] = number("seconds", content.get("seconds"))
+    report["device"] = short_text("device", content.get("device"))
+    report["versions"] = short_texts("versions", content.get("versions"))
+    for name in ("windows", "length"):
+        report[name] = positive_integer(name, content.get(name))
+    comparison = content.get("comparison")
+    report["comparison"] = None if comparison is None else evaluation_from("comparison", comparison)
     return report
 
 
@@ -82,8 +101,8 @@ def _evaluation(file: Path, count: FolderCount) -> EvaluationRecord:
 
 def _speed(file: Path) -> Speed:
     speed = read_json(file, Speed.from_dict)
-    if not _finite(speed.tokens_per_second) or speed.tokens_per_second <= 0 or not speed.device:
-        raise ValueError(f"{file} has no valid speed and device; create it with hf-pcdvq speed")
+    if not _finite(speed.tokens_per_second) or speed.tokens_per_second <= 0:
+        raise ValueError(f"{file} has no valid speed; create it with hf-pcdvq speed")
     return speed
 
 
@@ -103,5 +122,5 @@ def _check_metrics(file: Path, metrics: Evaluation) -> None:
         )
 
 
-def _finite(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+def _finite(*values: float) -> bool:
+    return all(math.isfinite(value) for value in values)

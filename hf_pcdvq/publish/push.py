@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +24,22 @@ from ..calibration.report import NAME as REPORT
 from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.record import EvaluationRecord, read_record
 from ..evaluation.speed import NAME as SPEED
+from ..files.companions import copy_companions, missing_companions
 from ..files.provenance import Provenance, hub_name, inherited_metadata
 from ..files.records import package_versions, write_text
+from ..files.scratch import scratch_folder
 from .card import model_card, unmeasured_figures
 from .errors import PushError, told_plainly
 from .integrity import check_folder
 from .loader_stub import MODULE, add_loader_stub
 from .remote_model import refuse_other_model
+from .selection import CARD, select_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-_SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".py", ".safetensors", ".tiktoken", ".txt"}
-_NAMES = ("LICENSE", "LICENCE", "NOTICE")
-_FOLDERS = {"additional_chat_templates"}
 # Files of the previous model that must not remain if a push does not replace them.
 _REPLACED = [
     "model*.safetensors*",
@@ -85,13 +83,14 @@ def push_to_hub(
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
+    trust_remote_code: bool = False,
     work_dir: str | Path | None = None,
 ) -> CommitInfo:
     """Publish a packed model: weights, tokenizer, generation config, report, and a model card with the measurements.
 
     Args:
         model: quantized with `quantize_model` or while loading.
-        tokenizer: its tokenizer, with the chat template if there is one.
+        tokenizer: its tokenizer, with the chat template if there is one, or its processor.
         repo_id: `"namespace/name"`; created if it does not exist.
         private: make a new repository private. None takes the default of the namespace.
         revision: branch to push to; created if it does not exist. None is the main branch.
@@ -102,8 +101,10 @@ def push_to_hub(
         max_shard_size: largest file, as for `save_pretrained`.
         evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote for this model, or the folder that contains it.
         base_model: name of the original on the Hub; None takes the model that was quantized, if it is on the Hub.
-        metadata: further YAML metadata for the card, such as `license` and `language`.
+        metadata: further YAML metadata for the card, such as `license`, `language` and further `tags`.
         loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`.
+        trust_remote_code: run Python code that comes with the model, which checking it needs if its architecture is
+            not in Transformers.
         work_dir: folder for the files until they are sent; they are deleted afterwards. None takes the system's
             temporary folder.
 
@@ -111,21 +112,20 @@ def push_to_hub(
         The commit, with `commit_url` and, for a pull request, `pr_url`.
 
     Raises:
-        ValueError: the model is not packed, its files are damaged, the card states figures that were not measured, or
-            the repository contains another model.
+        ValueError: the model is not packed, its files are damaged, one of them is a link to something else, the card
+            states figures that were not measured, or the repository contains another model.
         OSError: the files cannot be saved, or the evaluation does not exist.
         PushError: the Hub or the network failed; the message says what to do.
     """
     if getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"{type(model).__name__} is not packed; quantize it first")
     record = None if evaluation is None else read_record(Path(evaluation))
-    with tempfile.TemporaryDirectory(prefix="hf_pcdvq-", dir=work_dir) as temporary:
-        folder = Path(temporary) / "model"
+    with scratch_folder(work_dir) as folder:
         try:
             _save(model, tokenizer, folder, max_shard_size, record)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"the files to push could not be saved in {temporary}: {error}. Free some space, or pass another work_dir"
+                f"the files to push could not be saved in {folder}: {error}. Free some space, or pass another work_dir"
             ) from error
         return push_folder(
             folder,
@@ -139,6 +139,7 @@ def push_to_hub(
             base_model=base_model,
             metadata=metadata,
             loader_stub=loader_stub,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -147,6 +148,12 @@ def _save(
 ) -> None:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        missing = copy_companions(model.name_or_path, folder, model.config)
+    else:
+        missing = missing_companions(folder, model.config)
+    for sentence in missing:
+        logger.warning("%s", sentence)
     report = model.hf_quantizer.report
     if report is not None:
         report.write(folder)
@@ -179,10 +186,13 @@ def push_folder(
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
+    include: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> CommitInfo:
     """Publish a packed model saved in a folder, with its tokenizer. An interrupted push resumes when it is repeated.
 
-    Arguments, return value and errors as for `push_to_hub`.
+    Only files that a model needs are sent, see `selection.select_files`; `include` adds others, by their paths in the
+    folder. The other arguments, return value and errors as for `push_to_hub`.
     """
     if create_pr and revision is not None:
         raise ValueError("create_pr opens a pull request against the main branch; omit the revision")
@@ -190,7 +200,8 @@ def push_folder(
     metadata = dict(metadata or {})
     with told_plainly(repo_id):
         inherited = {} if "license" in metadata else _inherited(folder, base_model, token)
-    with _staged(folder, repo_id, base_model, {**inherited, **metadata}, loader_stub) as (staging, publication):
+    options: dict[str, Any] = {"loader_stub": loader_stub, "include": include, "trust_remote_code": trust_remote_code}
+    with _staged(folder, repo_id, base_model, {**inherited, **metadata}, **options) as (staging, publication):
         if publication.card.data.get("license") is None:
             logger.warning(
                 "the card of %s states no licence: pass one with --license, or metadata={'license': ...}", repo_id
@@ -213,8 +224,9 @@ def planned(folder: Path, repo_id: str, **options: Any) -> Publication:
     """What `push_folder` would send, after all checks that need no network.
 
     Args:
-        options: `base_model`, `metadata` and `loader_stub` of `push_folder`. The original's card is not looked up, so
-            the licence is missing unless it was recorded during quantization, or is in `metadata`.
+        options: `base_model`, `metadata`, `loader_stub`, `include` and `trust_remote_code` of `push_folder`. The
+            original's card is not looked up, so the licence is missing unless it was recorded during quantization, or
+            is in `metadata`.
 
     Raises:
         ValueError, FileNotFoundError: see `push_to_hub`.
@@ -253,40 +265,31 @@ def _staged(
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
     loader_stub: bool = False,
+    include: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[Path, Publication]]:
     """Check the model, and stage everything that is sent in a temporary folder."""
-    count = check_folder(folder)
+    count = check_folder(folder, trust_remote_code)
+    chosen, left_out = select_files(folder, include, trust_remote_code)
     generated = model_card(count, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
     card = _card(folder / CARD, generated)
-    chosen, left_out = _selection(folder)
-    with tempfile.TemporaryDirectory(prefix="hf_pcdvq-push-") as temporary:
-        staging = Path(temporary)
+    with scratch_folder() as staging:
         for name in chosen:
             target = staging / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to((folder / name).resolve())
         if loader_stub:
             add_loader_stub(json.loads((folder / "config.json").read_text(encoding="utf-8")), staging)
         write_text(staging / CARD, str(card))
-        files = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
-        yield staging, Publication(files, tuple(left_out), card)
+        yield staging, Publication(_sizes(staging), tuple(left_out), card)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _selection(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files that belong to the model, and of all others."""
-    chosen: list[str] = []
-    left_out: list[str] = []
-    for path in _files(folder):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        placed = len(name.parts) == 1 or name.parts[0] in _FOLDERS
-        known = path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
-        (chosen if placed and known and not hidden else left_out).append(name.as_posix())
-    return chosen, left_out
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _card(file: Path, generated: ModelCard) -> ModelCard:

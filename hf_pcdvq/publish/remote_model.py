@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelInfo
 
 from ..config import CONFIGS
+from ..files.scratch import scratch_folder
 
 # Weight files of any library.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
@@ -35,7 +35,7 @@ def refuse_other_model(api: HfApi, info: ModelInfo, folder: Path, card: ModelCar
     if "config.json" not in names:
         difference = "weights without a config.json"
     else:
-        with tempfile.TemporaryDirectory(prefix="hf_pcdvq-remote-") as cache:
+        with scratch_folder() as cache:
             there = _read(api.hf_hub_download(info.id, "config.json", revision=info.sha, cache_dir=cache))
         difference = _difference(there, _read(folder / "config.json")) or _other_original(info, card)
     if difference:

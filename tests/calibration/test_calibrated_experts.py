@@ -131,7 +131,8 @@ def test_an_interrupted_run_with_experts_goes_on(tmp_path):
     model = tiny_mixtral()
 
     def stop(*args):
-        raise Interrupted
+        if any(tmp_path.glob("block-*")):
+            raise Interrupted
 
     handle = model.model.layers[1].mlp.experts.register_forward_pre_hook(stop)
     config = PcdvqConfig(calibration=settings())

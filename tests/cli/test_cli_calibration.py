@@ -1,12 +1,14 @@
 """`hf-pcdvq quantize` with calibration: what it writes, what it keeps for a retry, and incorrect usage."""
 
 import json
+import resource
 
 import pytest
 import torch
-from test_cli import fail, succeed
+from test_cli import fail, run, succeed
 from transformers import AutoModelForCausalLM
 
+import hf_pcdvq.calibration.held_out
 import hf_pcdvq.calibration.model
 import hf_pcdvq.calibration.run
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
@@ -78,6 +80,60 @@ def test_interrupted_command_goes_on_where_it_stopped(tiny_model_dir, text, tmp_
     succeed(*arguments)
     assert {name.split(".")[2] for name in names} == {"1"}
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
+
+
+def test_other_run_in_the_work_folder_is_replaced_with_force(tiny_model_dir, text, tmp_path, monkeypatch):
+    arguments = ("quantize", tiny_model_dir, "--out", tmp_path / "packed", "--dataset", text, *OPTIONS)
+    quantize = hf_pcdvq.calibration.run.quantize_layers
+
+    def broken(layers, *rest):
+        if any(name.startswith("model.layers.1.") for name in layers):
+            raise RuntimeError("the power went")
+        return quantize(layers, *rest)
+
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", broken)
+    fail(1, "the power went", *arguments)
+    monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", quantize)
+    other = (*arguments, "--setting", "pcdvq-2.0")
+    fail(1, "belongs to another run, which differs in the settings. Delete", *other)
+    succeed(*other, "--force")
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization_config"]["bits"] == 2.0
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_model_is_saved_before_it_is_compared(tiny_model_dir, text, tmp_path, monkeypatch, failure):
+    def fails(*args):
+        raise failure
+
+    monkeypatch.setattr(hf_pcdvq.calibration.held_out, "compare_logits", fails)
+    out = tmp_path / "packed"
+    result = run("quantize", tiny_model_dir, "--out", out, "--dataset", text, *OPTIONS)
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["comparison"] is None
+    if isinstance(failure, RuntimeError):
+        assert result.exit_code == 0
+        assert report["comparison_failure"] == "RuntimeError: out of memory"
+        assert "the comparison with the original failed: RuntimeError: out of memory" in result.output
+    AutoModelForCausalLM.from_pretrained(out)
+    assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
+
+
+def test_full_disk_is_named_and_costs_no_block(tiny_model_dir, text, tmp_path):
+    arguments = ("quantize", tiny_model_dir, "--out", tmp_path / "packed", "--dataset", text, *OPTIONS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # enough for the blocks, not for the model
+    try:
+        result = fail(1, "packed.partial: ", *arguments)
+        assert "File too large" in result.stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name for file in (tmp_path / ".packed.calibration").iterdir()} == {
+        "block-0000.safetensors",
+        "block-0001.safetensors",
+    }
+    succeed(*arguments)
 
 
 def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):

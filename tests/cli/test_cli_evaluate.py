@@ -67,9 +67,9 @@ def test_record_holds_the_figures_of_the_library(tiny_model_dir, packed, text):
     assert record["bits_per_packed_weight"] == count.bits_per_packed_weight
     assert record["bits_per_parameter"] == count.bits_per_parameter
     assert record["format"] == 1
-    assert (record["original"], record["packed"], record["text"]) == (str(tiny_model_dir), str(packed), str(text))
+    assert (record["original"], record["packed"], record["text"]) == ("model", "tiny-2.25", "text.txt")
     assert record["tasks"] is None
-    assert record["command"].startswith(f"hf-pcdvq eval {tiny_model_dir} {packed} --text ")
+    assert record["command"].startswith("hf-pcdvq eval model tiny-2.25 --text text.txt ")
     assert f"{expected['kl_mean']:.5f} nats" in shown
     assert "11 windows of 40 tokens, 429 predictions" in shown
 
@@ -190,7 +190,7 @@ def accuracy(folder, questions):
 
 
 @needs_lm_eval
-def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_dir):
+def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_dir, exact_products):
     options = ["--text", text, "--context", 40, "--tasks", "local_letters", "--task-dir", task_dir, "--limit", 20]
     shown = succeed("eval", tiny_model_dir, packed, *options).stdout
     record = read_record(packed)

@@ -286,7 +286,8 @@ def test_rotation_is_undone(layout):
     assert (decoded - weight).square().mean() < 0.125
     x = torch.randn(3, 192, generator=torch.Generator().manual_seed(12))
     product_ = rotated.matmul(x, packed, tables)
-    torch.testing.assert_close(product_, x @ decoded.T, rtol=1e-4, atol=1e-4)
+    # The CPU kernels quantize activations to 15 bits.
+    assert (product_ - x @ decoded.T).norm() < 3e-4 * product_.norm()
 
 
 @pytest.mark.parametrize("layout, dtype", list(product(LAYOUTS, (torch.bfloat16, torch.float16))))

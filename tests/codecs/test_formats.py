@@ -1,11 +1,12 @@
-"""A second decoder, in NumPy and written from docs/formats.md alone, decodes whole checkpoints identically."""
+"""A second decoder, in NumPy and written from docs/formats.md alone, decodes and checks whole checkpoints identically."""
 
 import json
-import re
+import struct
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -88,14 +89,33 @@ def decode_int8(config, words, scale, companions):
 SETTINGS = {
     "int8": {"quant_method": "int8"},
     "pcdvq-2.0": {"quant_method": "pcdvq", "bits": 2.0, "magnitude": "norm", "codebook": "pcdvq-a14-v1"},
-    "stream-4.0": {"quant_method": "ccq", "layout": "stream", "bits": 4.0, "window_bits": 12},
+    "pcdvq-2.25": {"quant_method": "pcdvq", "bits": 2.25, "magnitude": "norm", "codebook": "pcdvq-a16-v1"},
+    **{
+        f"ccq-{name}{suffix}": {"quant_method": "ccq", "layout": name}
+        for name in SHIFTS
+        for suffix in ("", "-published")
+    },
+    **{
+        f"stream-{bits}": {"quant_method": "ccq", "layout": "stream", "bits": bits, "window_bits": 12}
+        for bits in NEW_BITS
+    },
 }
 
 
-def config_of(config, module):
-    setting = next((name for pattern, name in config["overrides"] if re.search(pattern, module)), None)
-    rotation = {name: config[name] for name in ("hadamard_block", "hadamard_seed")}
-    return config if setting is None else {**SETTINGS[setting], **rotation}
+def header_of(file):
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def configs_of(file):
+    """The settings of every packed module, from the record in the file's metadata."""
+    record = json.loads(header_of(file)[0]["__metadata__"]["hf_pcdvq"])
+    return {
+        module: {**SETTINGS[described["setting"]], **described}
+        for described, modules in record["codecs"]
+        for module in modules
+    }
 
 
 def unrotate(rotated, limit, seed):
@@ -117,7 +137,7 @@ def decode(config, tensors, name, expert=...):
     }
     method = {"pcdvq": decode_pcdvq, "int8": decode_int8, "ccq": decode_ccq}[config["quant_method"]]
     rotated = (decode_stream if config.get("layout") == "stream" else method)(config, words, scale, companions)
-    if not config.get("hadamard", True):
+    if not config["hadamard_block"]:
         return rotated
     return unrotate(rotated, config["hadamard_block"], config["hadamard_seed"])
 
@@ -137,7 +157,7 @@ def decode(config, tensors, name, expert=...):
 )
 def test_the_specification_is_enough_to_decode_a_checkpoint(tiny_model_dir, tmp_path, config):
     AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config).save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    stored = configs_of(tmp_path / "model.safetensors")
     expected = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=type(config)(dequantize=True), dtype=torch.float32
     ).state_dict()
@@ -146,7 +166,10 @@ def test_the_specification_is_enough_to_decode_a_checkpoint(tiny_model_dir, tmp_
     layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     assert len(layers) == 14
     for layer in layers:
-        decoded, weight = decode(stored, tensors, f"{layer}.weight"), expected[f"{layer}.weight"].double().numpy()
+        decoded, weight = (
+            decode(stored[layer], tensors, f"{layer}.weight"),
+            expected[f"{layer}.weight"].double().numpy(),
+        )
         np.testing.assert_allclose(decoded, weight, rtol=0, atol=1e-5 * np.abs(weight).max())
 
 
@@ -159,15 +182,35 @@ def test_it_is_enough_for_experts_and_other_settings(tmp_path):
     config = PcdvqConfig(overrides=overrides, hadamard_seed=3)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     packed.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    stored = configs_of(tmp_path / "model.safetensors")
     tensors, expected = packed_tensors(tmp_path / "model.safetensors"), packed.dequantize("float32").state_dict()
     names = [name.removesuffix("_scale") for name in tensors if name.endswith("_scale")]
     assert sum(".experts." in name for name in names) == 4 and len(names) == 4 + 2 * 4
     for name in names:
         for expert in range(4) if ".experts." in name else [...]:
-            decoded = decode(config_of(stored, name.rpartition(".")[0]), tensors, name, expert)
+            decoded = decode(stored[name.rpartition(".")[0]], tensors, name, expert)
             weight = expected[name][expert].double().numpy()
             np.testing.assert_allclose(decoded, weight, rtol=0, atol=1e-5 * np.abs(weight).max())
+
+
+def test_it_is_enough_to_check_a_file(tiny_model_dir, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=PcdvqConfig()).save_pretrained(tmp_path)
+    header, data = header_of(tmp_path / "model.safetensors")
+    record = json.loads(header.pop("__metadata__")["hf_pcdvq"])
+    assert record["hashes"] == {
+        name: xxhash.xxh3_128_hexdigest(
+            f"{entry['dtype']} {entry['shape']} ".encode() + data[slice(*entry["data_offsets"])]
+        )
+        for name, entry in header.items()
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert record["settings"].items() <= settings.items()
+    for name in ("architectures", "dtype", "transformers_version"):
+        config.pop(name)
+    assert record["config"] == {
+        name: xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode()) for name, value in config.items()
+    }
 
 
 def packed_tensors(file):

@@ -1,6 +1,7 @@
 """PCDVQ: bit-exact decoding of every word, exactness of the encoder, distortion, and edge cases."""
 
 import struct
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import base
 from hf_pcdvq.codecs.codebook import codebook_hash, digest, load_codebook
-from hf_pcdvq.codecs.polar import nearest_direction, nearest_level, row_scale
+from hf_pcdvq.codecs.directions import nearest_direction, reference
+from hf_pcdvq.codecs.polar import nearest_level, row_scale
 
 
 def codec(bits, magnitude="projection", block=8):
@@ -58,21 +60,50 @@ def test_every_word_decodes_as_the_layout_says(bits):
             assert decoded[n][v] == naive_vector(bits, words[n][v], byte, v, scales[n], patterns, levels)
 
 
-@pytest.mark.parametrize("count", [128, 512])
-def test_the_chosen_direction_is_the_best_of_all(count):
-    """Against an explicit table of every direction: all patterns with all even sign flips."""
+def unit_patterns(count):
     patterns = load_codebook("pcdvq-a14-v1" if count == 128 else "pcdvq-a16-v1")["patterns"].float()
-    unit = patterns / patterns.norm(dim=1, keepdim=True)
+    return patterns / patterns.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("search", [nearest_direction, reference.search], ids=["chosen", "reference"])
+@pytest.mark.parametrize("count", [128, 512])
+def test_the_chosen_direction_is_the_best_of_all(count, search):
+    """Against an explicit table of every direction: all patterns with all even sign flips."""
+    unit = unit_patterns(count)
     flips = torch.tensor([[1 - 2 * (bits >> j & 1) for j in range(8)] for bits in range(256)])
     even = flips[flips.prod(1) == 1]
     vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     directions = (unit[:, None] * even).view(-1, 8)
     assert len(directions) == count * 128
-    index, signs, projection = nearest_direction(vectors, unit)
+    index, signs, projection = search(vectors, unit)
     assert torch.allclose(projection, (vectors @ directions.T).amax(1), rtol=1e-5)
     parity = sum(signs >> j & 1 for j in range(7)) & 1
     chosen = unit[index.long()] * torch.stack([1 - 2 * (signs >> j & 1) for j in range(7)] + [1 - 2 * parity], 1)
     assert torch.allclose((vectors * chosen).sum(1), projection, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [128, 512])
+def test_compiled_search_finds_what_the_reference_finds(count):
+    compiled = pytest.importorskip(
+        "hf_pcdvq.codecs.directions.numba", reason="Numba is not installed", exc_type=ImportError
+    )
+    unit = unit_patterns(count)
+    vectors = torch.randn(3001, 8, generator=torch.Generator().manual_seed(2))
+    vectors[:300] = vectors[:300].round()  # with zeros, and coordinates of one size
+    vectors[7] = 0
+    found, expected = compiled.search(vectors, unit), reference.search(vectors, unit)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
+    # Rounded vectors can be as near to one direction as to another.
+    assert all(torch.equal(a[300:], b[300:]) for a, b in zip(found[:2], expected[:2]))
+
+
+def test_without_numba_it_says_so_and_finds_the_same(monkeypatch):
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    expected = codec(2.25).encode(weight)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.warns(UserWarning, match=r"encoding PCDVQ .* without Numba \(pip install 'hf_pcdvq\[numba\]'\)"):
+        packed = codec(2.25).encode(weight)
+    assert all(torch.equal(packed[suffix], tensor) for suffix, tensor in expected.items())
 
 
 # Mean squared error per weight on unit-variance normal weights.

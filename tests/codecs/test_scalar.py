@@ -32,7 +32,7 @@ def test_error_and_product(codec):
     x = torch.randn(3, 264, generator=torch.Generator().manual_seed(1))
     expected = x @ codec.decode(packed, tables, torch.float32).T
     out = codec.matmul(x, packed, tables)
-    assert (out - expected).norm() / expected.norm() < 1e-6
+    assert (out - expected).norm() / expected.norm() < 3e-4  # the CPU kernels quantize activations to 15 bits
     half = codec.matmul(x.bfloat16(), packed, tables)
     assert half.dtype == torch.bfloat16 and (half.float() - expected).norm() / expected.norm() < 0.01
 

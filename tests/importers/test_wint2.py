@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -224,3 +225,14 @@ def test_what_there_is_no_place_for_is_named(checkpoint, tmp_path):
     folder = changed(checkpoint[0], tmp_path, replace("ernie.mtp_block.0.weight", torch.zeros(3)))
     done = run(folder, "--out", tmp_path / "packed")
     assert done.exit_code == 0 and "ernie.mtp_block.0.weight" in done.stderr
+
+
+def test_tokenizer_and_generation_config_come_along_and_credentials_do_not(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint[0], tmp_path / "source")
+    kept = ["tokenizer.model", "tokenizer_config.json", "tokenization_mine.py", "generation_config.json", "LICENSE"]
+    for name in [*kept, "token.txt", "my_tokens.json", "LICENSE.key"]:
+        (source / name).write_text("{}")
+    done = run(source, "--out", tmp_path / "packed")
+    assert done.exit_code == 0, done.output
+    found = {file.name for file in (tmp_path / "packed").iterdir() if "safetensors" not in file.name}
+    assert found == {"config.json", *kept}

@@ -9,6 +9,7 @@ from packing import SETTINGS as WITH_KERNELS
 from packing import family, op_pair, random_packed, random_stack, relative_error
 
 NAMESPACE = torch.ops.hf_pcdvq_kernels
+IN_PYTORCH = pytest.mark.usefixtures("reference")  # tests/kernels/test_cpu.py has the CPU backend's own
 SETTINGS = [*WITH_KERNELS, "int8"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The product is compared with that of the same decoded weight in float64, so only the rounding of the inputs and of
@@ -16,6 +17,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
 # rows x inputs; inputs a multiple of 64, including odd numbers of groups; more and fewer rows than a ring of 256
 SHAPES = [(1, 64), (5, 192), (123, 576), (64, 1088), (600, 64)]
+
+
+@pytest.fixture
+def reference():
+    ops.set_backend("reference")
+    yield
+    ops.set_backend("auto")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -40,6 +48,7 @@ def test_opcheck_hadamard(inverse):
     torch.library.opcheck(NAMESPACE.hadamard, (torch.randn(3, 12, requires_grad=True), signs), {"inverse": inverse})
 
 
+@IN_PYTORCH
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -76,7 +85,7 @@ def test_signs_rotate_the_weight_back(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_slices_join_into_the_same_weight(setting, monkeypatch):
+def test_slices_join_into_the_same_weight(setting, monkeypatch, reference):
     dequantize, matmul = op_pair(setting)
     packed = random_packed(setting, 600, 576)
     x, grad = torch.randn(4, 576), torch.randn(4, 600)
@@ -87,8 +96,8 @@ def test_slices_join_into_the_same_weight(setting, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, float("nan"), **options))
     cut = dequantize(*packed, torch.float32), matmul(x, *packed), matmul(grad, *packed, transposed=True)
     assert torch.equal(cut[0], whole[0])
-    for part, reference in zip(cut[1:], whole[1:]):
-        assert relative_error(part, reference.double()) < TOLERANCE[torch.float32]
+    for part, uncut in zip(cut[1:], whole[1:]):
+        assert relative_error(part, uncut.double()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -196,6 +205,8 @@ def test_wrong_rotations_are_refused():
         ops.matmul("pcdvq", torch.randn(2, 64), PCDVQ, signs=torch.ones(128))
     with pytest.raises(ValueError, match="power-of-two length, got 6"):
         ops.hadamard(torch.randn(2, 12), torch.ones(6))
+    with pytest.raises(ValueError, match="signs must have a length of at most 65536, got 131072"):
+        ops.hadamard(torch.randn(1, 1 << 17), torch.ones(1 << 17))
     with pytest.raises(ValueError, match="multiple of the block of 8"):
         ops.hadamard(torch.randn(2, 12), torch.ones(8))
     with pytest.raises(TypeError, match="signs must be torch.float32"):

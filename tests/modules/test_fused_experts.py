@@ -88,8 +88,8 @@ def test_dequantized_models_compute_the_same_and_save_as_the_original_did(dense_
         loaded = load(tmp_path / "packed", PcdvqConfig(dequantize=True))
     for number, dense in enumerate((loaded, packed.dequantize())):
         assert isinstance(dense.get_submodule(EXPERT_LAYER).gate_up_proj, nn.Parameter)
-        # float32, with the rotation applied to the weights instead of the activations
-        assert relative(logits(dense), expected) < 1e-4
+        # The CPU kernels quantize activations to 15 bits.
+        assert relative(logits(dense), expected) < 3e-4
         folder = tmp_path / f"dense{number}"
         dense.save_pretrained(folder)
         assert torch.equal(logits(load(folder)), logits(dense))
@@ -122,7 +122,7 @@ def test_float64_is_summed_in_float64():
     weights = torch.rand(5, 2)
     out = experts(x.double(), index, weights.double())
     assert out.dtype == torch.float64
-    torch.testing.assert_close(out.float(), experts(x, index, weights), rtol=1e-4, atol=1e-5)
+    assert relative(out.float(), experts(x, index, weights)) < 3e-4  # which the CPU kernels compute with 15-bit activations
 
 
 def test_tokens_of_other_devices_are_skipped():
@@ -138,7 +138,7 @@ def test_tokens_of_other_devices_are_skipped():
     with torch.no_grad():
         out = packed(hidden, index, weights)
         expected = packed.dequantize(torch.float32)(hidden, index.clamp(0, EXPERTS - 1), weights * here)
-    assert relative(out, expected) < 1e-5 and not out[3].any()
+    assert relative(out, expected) < 3e-4 and not out[3].any()  # the CPU kernels quantize activations to 15 bits
 
 
 @pytest.mark.parametrize("size", ("tp_size", "ep_size"))

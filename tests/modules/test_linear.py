@@ -36,8 +36,8 @@ X = torch.randn(2, 7, 192, generator=torch.Generator().manual_seed(1))
 
 def test_computes_with_the_decoded_weight_and_bias(layer):
     dense = layer.dequantize(torch.float32)
-    # the rotation is applied to the input instead of the weight: float32 rounding of sums over 192 inputs
-    torch.testing.assert_close(layer(X), dense(X), rtol=1e-4, atol=1e-5)
+    # The CPU kernels quantize activations to 15 bits.
+    assert (layer(X) - dense(X)).norm() < 3e-4 * dense(X).norm()
 
 
 def test_no_bias_stays_no_bias(codec):

@@ -50,8 +50,8 @@ def test_in_tiles_and_expert_by_expert_are_the_same(codec, tokens):
     weights = torch.rand(tokens, 3, generator=generator)
     expected = experts(hidden, index, weights)
     out = experts._forward_in_tiles(hidden, index, weights)
-    # The sums of three experts' bfloat16 results, in a different order.
-    assert (out - expected).float().norm() <= 4e-3 * expected.float().norm()
+    # The sums of three experts' bfloat16 results, in a different order, and on a CPU of different kernels.
+    assert (out - expected).float().norm() <= 6e-3 * expected.float().norm()
 
 
 def test_gradients_reach_the_tokens():

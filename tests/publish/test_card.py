@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from hf_pcdvq.evaluation.record import TaskScore, read_record
+from hf_pcdvq.evaluation.speed import Speed
 from hf_pcdvq.evaluation.tasks import WIKITEXT2
 from hf_pcdvq.files.provenance import Provenance
 from hf_pcdvq.files.size import count_folder
@@ -75,7 +78,7 @@ def test_text_states_what_the_files_hold(packed):
     perplexities = f"{metrics['perplexity_original']:.3f} | {metrics['perplexity_packed']:.3f}"
     assert f"| perplexity at context 64 | {perplexities} |" in text
     assert f"{metrics['kl_mean']:.4f}" in text and f"{100 * metrics['top1_agreement']:.2f} %" in text
-    assert "| piqa | acc | 0.7123 ± 0.0100 | 0.6543 | 200 |" in text
+    assert "| piqa | acc | 0.7123 ± 0.0100 | 0.6543 | 200 | 91.9 % |" in text
     assert "noise floor: the original in float32, KL mean | | 0.000000 |" in text
     assert "in the same run, with lm-eval 0.4.99." in text
     assert f"| the same: median, 90 %, 99 % | | {metrics['kl_median']:.4f}, {metrics['kl_p90']:.4f}, " in text
@@ -104,12 +107,11 @@ def test_speed_is_stated_once_it_was_measured(packed):
 def test_wikitext_and_large_figures_are_named_as_they_are(packed):
     """The name of `hf-pcdvq eval`'s default text is not a path, and a task's perplexity is not a percentage."""
     record = read_record(packed)
-    replace(record, text=WIKITEXT2, tasks=[TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200)]).write(
-        packed
-    )
+    task = TaskScore("lambada", "perplexity", 44.08, 8.4, 311.2, 74.4, 200, "EleutherAI/lambada_openai")
+    replace(record, text=WIKITEXT2, tasks=[task]).write(packed)
     card = written(packed)
     assert f"| 8 windows of 64 tokens of {WIKITEXT2} | original | this model |" in card.text
-    assert "| lambada | perplexity | 44.08 ± 8.40 | 311.20 ± 74.40 | 200 |" in card.text
+    assert "| lambada | perplexity | 44.08 ± 8.40 | 311.20 ± 74.40 | 200 | 706.0 % |" in card.text
     first, *_, last = card.data.eval_results
     assert (first.dataset_type, first.dataset_config, first.dataset_split) == (
         "Salesforce/wikitext",
@@ -117,6 +119,9 @@ def test_wikitext_and_large_figures_are_named_as_they_are(packed):
         "test",
     )
     assert (last.dataset_name, last.metric_value, last.dataset_args) == ("lambada", 311.2, {"samples": 200})
+    assert (
+        last.dataset_type == "EleutherAI/lambada_openai"
+    )  # the Hub links it, which it does not do for a task's name
 
 
 def test_what_was_not_measured_is_left_out(packed):
@@ -196,6 +201,101 @@ def test_results_in_the_metadata_are_checked_too(packed):
     assert unmeasured_figures(own, generated) == ["1.01"]
 
 
+TASK = asdict(TaskScore("piqa", "acc", 0.7, 0.01, 0.6, None, 200))
+HOSTILE = "x` | </code><script>alert(1)</script> [a](https://evil.example)\n\n# heading\n```\n\x1b[31m"
+
+
+def elements(card):
+    """How often each element occurs in the HTML of a card."""
+    rendered = MarkdownIt().enable("table").render(card.text)
+    return Counter(re.findall(r"<(\w+)", rendered)), rendered
+
+
+def test_strings_of_a_stranger_are_text_in_the_card(packed):
+    """Every string that a downloaded folder can hold, against the same card with harmless ones."""
+
+    def fill(text):
+        def config(record):
+            record["quantization_config"]["left_unpacked"] = {text: text}
+            record["quantization_config"]["calibration"]["dataset"] = text
+
+        def report(record):
+            record["config"]["left_unpacked"] = {text: text}
+            record["config"]["calibration"]["dataset"] = text
+            record.update(device=text, versions={text: text})
+
+        def evaluation(record):
+            record.update(text=text, device=text, command=text, versions={"lm_eval": text})
+            record["noise_floor"]["dtype"] = text
+            record["tasks"][0].update(task=text, metric=text)
+
+        edit(packed, "config.json", config)
+        edit(packed, "quantization_report.json", report)
+        edit(packed, "evaluation.json", evaluation)
+        Speed(9.5, 4, 4, text, text, text, None, 1000).write(packed)
+        Provenance("org/tiny", "abc", text, {text: text}, {"license": "mit"}).write(packed)
+        return written(packed)
+
+    expected, _ = elements(fill("harmless"))
+    card = fill(HOSTILE)
+    found, rendered = elements(card)
+    assert found == expected
+    assert "evil.example" in rendered and 'href="https://evil' not in rendered
+    assert "\x1b" not in str(card)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("provenance.json", {"original": "](https://evil.example)"}, "original must be a name on the Hub"),
+        ("provenance.json", {"revision": "`x`"}, "revision must be a name on the Hub"),
+        ("provenance.json", {"command": 5}, "command must be a text of 1 to 10000 characters, got 5"),
+        ("provenance.json", {"versions": {"torch": ["2"]}}, "versions.torch must be a text"),
+        ("provenance.json", {"inherited": {"model-index": []}}, "inherited must be an object with license"),
+        ("evaluation.json", {"device": "x" * 501}, "device must be a text of 1 to 500 characters"),
+        ("evaluation.json", {"tasks": 5}, "the record is incomplete"),
+        ("evaluation.json", {"tasks": [{**TASK, "dataset": "../x"}]}, "tasks.dataset must be a name on the Hub"),
+        ("evaluation.json", {"tasks": [{**TASK, "samples": 2.5}]}, "tasks.samples must be a positive integer"),
+        ("evaluation.json", {"bits_per_parameter": "2"}, "bits_per_parameter must be a number, got '2'"),
+        ("quantization_report.json", {"windows": "4"}, "windows must be a positive integer, got '4'"),
+        ("quantization_report.json", {"seconds": None}, "seconds must be a number"),
+        ("quantization_report.json", {"comparison": {"kl_mean": 0.1}}, "the record is incomplete"),
+        ("quantization_report.json", {"config": []}, "expected a report with the config"),
+        ("speed.json", {"new_tokens": True}, "new_tokens must be a positive integer, got True"),
+        ("speed.json", {"backend": ""}, "backend must be a text"),
+    ],
+)
+def test_fields_of_records_are_bounded_and_named(packed, name, change, message):
+    Speed(9.5, 4, 4, "a CPU", "float32", "reference", None, None).write(packed)
+    Provenance().write(packed)
+    edit(packed, name, lambda record: record.update(change))
+    with pytest.raises(ValueError, match=rf"{name}: .*{re.escape(message)}"):
+        model_card(count_folder(packed), REPO)
+
+
+def test_figures_of_the_report_are_checked_like_those_of_an_evaluation(packed):
+    (packed / "evaluation.json").unlink()
+    text = written(packed).text
+    assert (
+        "These are the publisher's figures, as recorded in `quantization_report.json`; nobody else has verified"
+        in text
+    )
+    edit(packed, "quantization_report.json", lambda record: record["comparison"].update(top1_agreement=1.5))
+    with pytest.raises(ValueError, match="quantization_report.json has metrics that no evaluation can return"):
+        model_card(count_folder(packed), REPO)
+
+
+def test_metadata_of_the_user_is_added_to_the_generated(packed):
+    card = written(packed, metadata={"tags": ["chat", "hf_pcdvq"], "pipeline_tag": "translation", "license": "mit"})
+    assert card.data.tags == ["hf_pcdvq", "pcdvq", "2-bit", "conversational", "chat"]
+    assert (card.data.pipeline_tag, card.data.license) == ("translation", "mit")
+    for name in ("base_model", "eval_results", "model-index", "model_name"):
+        with pytest.raises(ValueError, match=f"metadata: {name} is not free to choose"):
+            written(packed, metadata={name: "x"})
+    with pytest.raises(ValueError, match="tags must be a list of texts, got 'chat'"):
+        written(packed, metadata={"tags": "chat"})
+
+
 def test_card_command_writes_the_file_whole(packed, tmp_path):
     out = tmp_path / "card.md"
     arguments = ["card", str(packed), REPO, "--license", "mit", "--language", "en", "--out", str(out)]
@@ -213,7 +313,7 @@ def test_quantize_records_what_the_card_needs(tiny_model_dir, tmp_path, monkeypa
     assert CliRunner().invoke(main, arguments).exit_code == 0
     card = written(tmp_path / "packed")
     assert (card.data.license, card.data.language) == ("mit", ["en"])
-    assert f"hf-pcdvq quantize '{dense}' --no-calibration --out {tmp_path}/packed" in card.text
+    assert "hf-pcdvq quantize 'dense model' --no-calibration --out packed" in card.text
     assert "base_model" not in card.data.to_dict()  # a local folder is not a name on the Hub
     assert "99.9" not in card.text and "Every weight was rounded to the nearest code" in card.text
     # Nor is one that could be such a name, even if the card is written from another folder.

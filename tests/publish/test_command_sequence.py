@@ -27,6 +27,12 @@ def test_from_a_dense_model_to_a_card_with_everything_that_was_measured(tiny_mod
     assert hub.requests == []
     succeed("push", packed, REPO, *options)
 
+    # Nothing that is published says where files are on this machine.
+    for name, content in hub.repos[REPO].files().items():
+        assert str(tmp_path).encode() not in content and str(tiny_model_dir.parent).encode() not in content, name
+    recorded = json.loads((packed / "config.json").read_text())["quantization_config"]["calibration"]
+    assert recorded["dataset"] == "river.txt"
+
     card = ModelCard(hub.repos[REPO].files()["README.md"].decode())
     assert str(card) == printed
     record, speed = read_record(packed), json.loads((packed / "speed.json").read_text())
@@ -39,7 +45,8 @@ def test_from_a_dense_model_to_a_card_with_everything_that_was_measured(tiny_mod
         f"{record.bits_per_packed_weight:.3f} bits per packed weight",
         f"{speed['tokens_per_second']:.1f} tokens per second on {speed['device']}",
         f"computed on {record.device}",
-        record.command,
+        "hf-pcdvq eval model packed --text river.txt --context 64 --noise-floor float32",
+        "hf-pcdvq quantize model --out packed --dataset river.txt --samples 4 --length 32",
         "Calibrated on 4 windows of 32 tokens",
     ):
         assert figure in card.text, figure

@@ -1,13 +1,24 @@
 """A complete push over HTTP, and loading the result in new processes with empty caches."""
 
+import json
 import re
 
+import pytest
 import torch
 from fake_hub import FakeHub
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    pipeline,
+)
 
 import hf_pcdvq
-from hf_pcdvq.publish.push import push_folder
+from hf_pcdvq.publish.push import planned, push_folder
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -19,12 +30,14 @@ LOAD = """
 import re, sys
 from huggingface_hub import hf_hub_download
 card = open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8").read()
-exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1])
+blocks = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+exec(blocks[0])
 
 import torch
 from transformers import pipeline
 logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(2, 40)[None]).logits
 torch.save(logits, sys.argv[2])
+exec("\\n".join(blocks[1:]))
 print("pipeline", pipeline("text-generation", sys.argv[1])("abc", max_new_tokens=8, do_sample=False))
 """
 
@@ -47,7 +60,21 @@ try:
 except ImportError as error:
     print("missing:", error)
 del sys.meta_path[0]
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+import transformers
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+print("config:", type(config).__name__, hasattr(config, "auto_map"), "hf_pcdvq" in sys.modules)
+# As `transformers serve` does it: the class that the config names.
+served = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1], trust_remote_code=True)
 model, logits = load(sys.argv[1])
+assert torch.equal(served(torch.arange(2, 40)[None]).logits, logits)
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(base(torch.arange(2, 40)[None]).last_hidden_state @ model.lm_head.weight.T, logits)
+print("base:", type(base).__name__)
+untrusted = AutoConfig.from_pretrained(sys.argv[1])
+assert hasattr(untrusted, "auto_map")
+again = AutoModelForCausalLM.from_pretrained(sys.argv[1], config=untrusted, trust_remote_code=True)
+assert torch.equal(again(torch.arange(2, 40)[None]).logits, logits)
 torch.save(logits, sys.argv[2])
 print("class:", type(model).__name__)
 model.save_pretrained(sys.argv[3])
@@ -73,6 +100,7 @@ def test_pushed_model_loads_in_a_new_process_bit_identically(evaluated_once, run
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
     local = pipeline("text-generation", str(evaluated_once))("abc", max_new_tokens=8, do_sample=False)
     assert f"pipeline {local}" in shown
+    assert "generated_text" in shown and "trainable params:" in shown  # what the card's further snippets print
 
 
 def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_model_dir, hub, run_with, tmp_path):
@@ -89,7 +117,39 @@ def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_mode
     shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
     assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
     assert "class: MixtralForCausalLM" in shown
+    assert "config: MixtralConfig False True" in shown and "base: MixtralModel" in shown
     assert "trust_remote_code=True" in hub.repos[REPO].files()["README.md"].decode()
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(torch.arange(2, 40)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+BARE = """
+import sys
+from transformers import AutoModel
+print("class:", type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)
+"""
+
+
+def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hub, run_with, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, vocab_size=258)).save_pretrained(tmp_path / "dense")
+    packed = tmp_path / "packed"
+    AutoModel.from_pretrained(tmp_path / "dense", quantization_config=hf_pcdvq.PcdvqConfig()).save_pretrained(packed)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(packed)
+    card = planned(packed, REPO).card
+    assert card.data.pipeline_tag is None
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    shown = run_with(hub, code.replace(REPO, str(packed)))
+    assert shown == "torch.Size([1, 25, 64])\n"
+    push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})
+    assert "class: BertModel" in run_with(hub, BARE, REPO)
+    files = hub.repos[REPO].files()
+    for name in ("config.json", "modeling_hf_pcdvq.py"):
+        (packed / name).write_bytes(files[name])
+    push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})  # a folder from the Hub, sent again
+    assert hub.repos[REPO].files() == files
+    config = json.loads(files["config.json"])
+    (packed / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "mine.Model"}}))
+    with pytest.raises(ValueError, match="already has code of its own"):
+        push_folder(packed, REPO, loader_stub=True)

@@ -15,12 +15,11 @@ installed, otherwise PyTorch operations (`reference.py`), which are the referenc
 
 from __future__ import annotations
 
-import warnings
-
-from hf_pcdvq_kernels.backend import get_backend, use_triton
+from hf_pcdvq_kernels.backend import use_triton
 from hf_pcdvq_kernels.formats.stream import StreamLayout
 from torch import Tensor
 
+from ..compiled import use_numba
 from . import reference
 from .reference import OVERLAP
 
@@ -48,15 +47,8 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout) 
         from . import triton
 
         return triton.search(targets, cost, values, layout, OVERLAP)
-    if get_backend() != "reference" and targets.device.type == "cpu":
-        try:
-            from . import numba
-        except ImportError as reason:
-            warnings.warn(
-                "encoding the stream layout takes many times as long without Numba (pip install 'hf_pcdvq[stream]'), "
-                f"which cannot be imported: {reason}",
-                stacklevel=2,
-            )
-        else:
-            return numba.search(targets, cost, values, layout, OVERLAP)
+    if use_numba(targets.device, "the stream layout"):
+        from . import numba
+
+        return numba.search(targets, cost, values, layout, OVERLAP)
     return reference.search(targets, cost, values, layout)

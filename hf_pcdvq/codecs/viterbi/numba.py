@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hf_pcdvq_kernels.formats.stream import STREAM_RING, StreamLayout
-from numba import config, get_num_threads, njit, prange, set_num_threads
+from numba import njit, prange
 from torch import Tensor
 
+from ..compiled import torch_threads
 from .reference import FORBIDDEN
 
 
@@ -19,17 +20,10 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
     table = values.numpy()
     by_code = {stride: np.ascontiguousarray(table.reshape(-1, 1 << stride).T) for stride in set(layout.strides)}
     tables = tuple(by_code.get(stride, np.empty((0, 0), np.float32)) for stride in (2, 3, 4))
-    most = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # Numba sets it at run time
-    threads = torch.get_num_threads()  # Numba's OpenMP layer sets it to all cores when it starts its own
-    before = get_num_threads()
-    set_num_threads(min(threads, most))
-    try:
+    with torch_threads():
         _search(
             targets.contiguous().numpy(), cost.numpy(), table, tables, strides, layout.window_bits, overlap, found
         )
-    finally:
-        set_num_threads(before)
-        torch.set_num_threads(threads)
     return torch.from_numpy(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+MAX_BLOCK = 1 << 16  # of a rotation: the kernels have 16 steps
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -81,6 +82,8 @@ def check_signs(op: str, signs: torch.Tensor, columns: int, device: torch.device
     block = signs.numel()
     if block == 0 or block & (block - 1):
         raise ValueError(f"{op}: signs must have a power-of-two length, got {block}")
+    if block > MAX_BLOCK:
+        raise ValueError(f"{op}: signs must have a length of at most {MAX_BLOCK}, got {block}")
     check_tensor(op, "signs", signs, torch.float32, (block,), device)
     if columns % block:
         raise ValueError(f"{op}: {columns} values cannot be rotated in blocks of {block}, the length of signs")

@@ -27,7 +27,7 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 
     Args:
         x: `[..., K]`, bfloat16, float16, float32 or float64; `K` a multiple of `block`.
-        signs: float32 `[block]` of +-1, `block` a power of two; the same for every block of `x`.
+        signs: float32 `[block]` of +-1, `block` a power of two up to 2^16; the same for every block of `x`.
         inverse: apply the inverse, `signs * (H x) / sqrt(block)`.
 
     Returns:

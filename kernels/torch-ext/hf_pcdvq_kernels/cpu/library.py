@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..formats import FORMATS, PackedWeight
+from ..formats import PackedWeight
 
 INTERFACE_VERSION = 1
 PATH = Path(__file__).parent / "libhfp.so"
@@ -47,7 +47,7 @@ class Weight(Structure):
     ]
 
 
-_TENSORS = [name for name, kind in Weight._fields_ if kind is c_void_p]
+_TENSORS = [field[0] for field in Weight._fields_ if field[1] is c_void_p]
 
 
 def describe(weight: PackedWeight, stack: dict[str, torch.Tensor | None] | None = None) -> Weight:
@@ -125,7 +125,6 @@ class Library:
             self._library.hfp_set_fork.argtypes = [c_void_p]
             self._library.hfp_set_fork(fork)
         self.has_threads = fork is not None
-
 
     @property
     def instructions(self) -> tuple[str, ...]:

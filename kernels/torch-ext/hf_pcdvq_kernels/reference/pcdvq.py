@@ -39,7 +39,9 @@ def dequantize(
 
     factor = scale.float()[:, None] * levels.float()[level]
     # Both lookups take rows of small tables, on a CPU many times as fast as unpacking every sign bit of every vector.
-    vector = patterns.float().index_select(0, index.flatten())
-    vector *= sign_table(weight.device).index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
+    # As integers, which have no negative zero.
+    vector = patterns.index_select(0, index.flatten())
+    vector *= sign_table(weight.device).to(torch.int8).index_select(0, (words & ((1 << SIGN_BITS) - 1)).flatten())
+    vector = vector.float()
     vector *= factor.reshape(-1, 1)
     return vector.reshape(rows, vectors * VECTOR).to(dtype)

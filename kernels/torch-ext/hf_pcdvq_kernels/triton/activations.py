@@ -54,7 +54,7 @@ class Order:
 @triton.jit
 def _rotate(x, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Hadamard transform, in Sylvester's order, of every `BLOCK` of `TILE` values, times 1 / sqrt(BLOCK)."""
-    for step in tl.static_range(16):  # enough for any block
+    for step in tl.static_range(16):  # enough for any block: see MAX_BLOCK
         if (1 << step) < BLOCK:
             pairs = tl.reshape(x, [TILE // (2 << step), 2, 1 << step])
             first, second = tl.split(tl.permute(pairs, (0, 2, 1)))

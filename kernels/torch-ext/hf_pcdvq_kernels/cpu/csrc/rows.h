@@ -50,7 +50,7 @@ INLINE void multiply_rows(const Format& format, int64_t row, const Quantized* x,
         Float32 sums[ROWS][TOKENS] = {};
         const int64_t stop = start + BLOCK / GROUP < whole ? start + BLOCK / GROUP : whole;
         for (int64_t group = start; group < stop; group++) add_group(format, rows, group, group, x, sums);
-        if (stop == whole && whole < groups) {
+        if (groups > whole && groups <= start + BLOCK / GROUP) {  // the last block, with a partial group
             typename Format::Storage storage[ROWS];
             typename Format::Row copies[ROWS];
             for (int r = 0; r < ROWS; r++) copies[r] = format.copy(rows[r], whole, storage[r]);

@@ -1,0 +1,85 @@
+"""What the result of a calibrated run depends on, as hashes by name, so that one run is never resumed as another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files.records import package_versions
+
+if TYPE_CHECKING:
+    from ..config import PackedConfig
+
+Identity = dict[str, str]  # a hash, or the value itself, by the name of what it is of
+
+# Fields of a calibration that finished blocks do not depend on: the name of the text, whose tokens are hashed, and how
+# many further windows the result is compared on.
+_IRRELEVANT = ("dataset", "holdout")
+
+
+def model_identity(model: nn.Module) -> Identity:
+    """Of a dense model: every tensor of its state with name, dtype, shape and contents, its class and its config."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib computes without the GIL
+        digests = pool.map(lambda pair: _tensor_digest(*pair), model.state_dict().items())
+        weights = hashlib.sha256(b"".join(digests)).hexdigest()
+    return {
+        "the model's weights": weights,
+        "the model's config": _digest([type(model).__name__, _model_config(model)]),
+        "the versions of packages": json.dumps(package_versions()),
+    }
+
+
+def run_identity(model: Identity, names: list[str], config: PackedConfig, windows: Tensor) -> Identity:
+    """Of a run that quantizes the modules `names` of a model, calibrated on windows int64 `[n, L]`."""
+    settings = config.to_dict()
+    settings["calibration"] = {
+        name: value for name, value in config.calibration.to_dict().items() if name not in _IRRELEVANT
+    }
+    tokens = hashlib.sha256()
+    update_with_tensor(tokens, "windows", windows)
+    return {
+        **model,
+        "the settings": _digest([settings, names]),
+        "the calibration data": tokens.hexdigest(),
+    }
+
+
+def differences(found: Any, expected: Identity) -> str:
+    """The names of what differs, in words; everything if `found` is no identity."""
+    known = found if isinstance(found, dict) else {}
+    return " and ".join(name for name, value in expected.items() if known.get(name) != value) or "what it records"
+
+
+def update_with_tensor(sha: Any, name: str, tensor: Tensor) -> None:
+    """Add name, dtype, shape and contents of a tensor to a hash."""
+    sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _tensor_digest(name: str, tensor: Tensor) -> bytes:
+    sha = hashlib.sha256()
+    update_with_tensor(sha, name, tensor)
+    return sha.digest()
+
+
+def _model_config(model: nn.Module) -> dict[str, Any]:
+    """The model's config without what says where it was read from."""
+    return _without(model.config.to_dict(), {"_name_or_path", "_commit_hash", "quantization_config"})
+
+
+def _without(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in names
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

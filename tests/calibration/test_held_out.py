@@ -1,0 +1,138 @@
+"""The comparison in the report is that of the two models; when it fails, the result stays."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
+
+from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+from hf_pcdvq.calibration import held_out
+from hf_pcdvq.calibration.blocks import find_blocks, streamed
+from hf_pcdvq.evaluation.metrics import evaluate, window_logits
+
+TOKENS = torch.randint(2, 90, (10, 16), generator=torch.Generator().manual_seed(0))
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2}
+
+
+def quantize(model):
+    settings = Calibration(samples=7, length=16, holdout=3)
+    return quantize_model(model, None, PcdvqConfig(calibration=settings), TOKENS, progress=False)
+
+
+def opt():
+    """A model with packed layers between the embeddings and the blocks, and between the blocks and the head."""
+    config = OPTConfig(
+        **SIZES, num_hidden_layers=2, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=32, init_std=0.2
+    )
+    torch.manual_seed(0)
+    return OPTForCausalLM(config).eval()
+
+
+def test_figures_are_those_of_the_two_models_where_layers_outside_the_blocks_are_packed():
+    model = opt()
+    dense = copy.deepcopy(model)
+    report = quantize(model).hf_quantizer.report
+    assert {"model.decoder.project_in", "model.decoder.project_out"} <= {layer.name for layer in report.layers}
+    assert report.comparison == evaluate(dense, model, TOKENS[7:], progress=False)
+    assert report.comparison.kl_mean > 0.1
+
+
+def test_block_that_runs_again_is_refused_by_name():
+    config = AlbertConfig(**SIZES, num_hidden_layers=3, embedding_size=32, intermediate_size=64)
+    with pytest.raises(NotImplementedError, match="AlbertForMaskedLM runs its decoder block 0 again"):
+        quantize(AlbertForMaskedLM(config).eval())
+
+
+def test_layer_that_runs_twice_in_its_block_is_refused_by_name():
+    class Twice(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(self.mlp(x))
+
+    model = tiny_llama()
+    model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
+    with pytest.raises(
+        NotImplementedError, match=r"layers.1.mlp.mlp.gate_proj runs more than once in its decoder block"
+    ):
+        quantize(model)
+
+
+def test_layer_that_two_blocks_share_is_refused_by_name():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.up_proj is also model.layers.1.mlp.up_proj"):
+        quantize(model)
+
+
+def paligemma():
+    """A model with more layers for images than for text."""
+    text = {**SIZES, "model_type": "gemma", "num_key_value_heads": 1, "head_dim": 32}
+    config = PaliGemmaConfig(
+        text_config={**text, "num_hidden_layers": 1, "intermediate_size": 64},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        image_token_index=95,
+        projection_dim=64,
+    )
+    torch.manual_seed(0)
+    return PaliGemmaForConditionalGeneration(config).eval()
+
+
+def test_blocks_are_those_of_the_language_model_however_many_layers_another_tower_has():
+    report = quantize(paligemma()).hf_quantizer.report
+    assert [block.name for block in report.blocks] == ["model.language_model.layers.0"]
+    calibrated = [layer.name for layer in report.layers if layer.tokens]
+    assert len(calibrated) == 7 and all(name.startswith("model.language_model.") for name in calibrated)
+    assert all("no token reached it" in layer.note for layer in report.layers if not layer.tokens)
+
+
+def test_blocks_computed_one_at_a_time_give_the_same_logits_and_go_back():
+    # In float32 instead of bfloat16, as on another device: with one device at hand, this moves the blocks.
+    model = tiny_llama()
+    before = {name: (id(tensor), tensor.dtype) for name, tensor in model.named_parameters()}
+    blocks = model.get_submodule(find_blocks(model, ["model.layers.0.mlp.up_proj"]))
+    with torch.no_grad(), streamed(model, blocks, model.device, upcast=True):
+        found = window_logits(model, TOKENS[0])
+    with torch.no_grad():
+        expected = window_logits(tiny_llama().float(), TOKENS[0])
+    assert torch.equal(found, expected)
+    assert {name: (id(tensor), tensor.dtype) for name, tensor in model.named_parameters()} == before
+    assert not any(tensor.is_inference() for tensor in model.parameters())
+
+
+def test_failed_comparison_is_said_and_the_model_stays(monkeypatch, caplog, tmp_path):
+    def overflow(*args):
+        raise ValueError("the logits of the packed model are NaN in window 0")
+
+    monkeypatch.setattr(held_out, "compare_logits", overflow)
+    model = quantize(tiny_llama())
+    report = model.hf_quantizer.report
+    assert report.comparison is None
+    assert report.comparison_failure == "ValueError: the logits of the packed model are NaN in window 0"
+    assert "comparing it with its original failed: ValueError: the logits of the packed" in caplog.text
+    model.save_pretrained(tmp_path)
+    report.write(str(tmp_path))
+    assert "The comparison with the original failed: ValueError" in (tmp_path / "quantization_report.md").read_text()
+
+
+def test_comparison_leaves_the_mode_of_the_model():
+    assert quantize(tiny_llama().train()).training
