@@ -24,18 +24,16 @@ from typing import Any
 
 import torch
 from bench_options import add_options, settle
+from random_models import dense_model, packed_model, tiny
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import hf_pcdvq
-from hf_pcdvq.codecs.base import Codec, Packed
-from hf_pcdvq.config import SETTINGS, config_of_setting
+from hf_pcdvq.config import SETTINGS
 from hf_pcdvq.evaluation.speed import measure_speed
 from hf_pcdvq.files.records import package_versions, write_text
 from hf_pcdvq.files.size import readable_size
-from hf_pcdvq.modules import QuantLinear
-from hf_pcdvq.quantizer import PackedHfQuantizer
 
 CHOICES = [name for name, (codec, _) in SETTINGS.items() if codec.method is not None]
 DEFAULT = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.5", "stream-2.0")
@@ -54,43 +52,6 @@ def llama_3_8b() -> LlamaConfig:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
     )
-
-
-def tiny() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
-    )
-
-
-def dense_model(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """A model of random weights in bf16."""
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def packed_model(config: PreTrainedConfig, setting: str, device: torch.device) -> PreTrainedModel:
-    """The same model with random codes in the layers that the setting packs."""
-    model, quantization = dense_model(config, device), config_of_setting(setting)
-    for name in PackedHfQuantizer(quantization, pre_quantized=False).select(model):
-        layer = model.get_submodule(name)
-        if not isinstance(layer, torch.nn.Linear):
-            raise ValueError(f"{name} is {type(layer).__name__}; only models of linear layers are measured here")
-        codec = quantization.codec
-        codes = random_codes(codec, layer.out_features, layer.in_features, device)
-        model.set_submodule(name, QuantLinear.from_packed(layer, codec, {"weight": codes}))
-    return model
-
-
-def random_codes(codec: Codec, outputs: int, inputs: int, device: torch.device) -> Packed:
-    """Packed tensors of a weight `[outputs, inputs]`: random bits, and small scales so that activations stay finite."""
-    packed = {}
-    for suffix, (shape, dtype) in codec.specs(outputs, inputs).items():
-        if dtype.is_floating_point:
-            packed[suffix] = torch.rand(shape, dtype=dtype, device=device) / 1000
-        else:
-            bits = torch.iinfo(dtype)
-            packed[suffix] = torch.randint(bits.min, bits.max + 1, shape, device=device).to(dtype)
-    return packed
 
 
 def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:

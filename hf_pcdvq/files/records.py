@@ -27,12 +27,12 @@ def device_name(device: torch.device) -> str:
     """The product name of a device; for a CPU with the number of threads, on which its speed depends."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"a CPU ({_cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
+        return f"a CPU ({cpu_name()}, {threads} thread{'s' if threads > 1 else ''})"
     module = torch.get_device_module(device)
     return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     file = Path("/proc/cpuinfo")  # Linux
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
