@@ -108,7 +108,10 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     files = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split()
     assert files == [str(target / name / "__init__.py") for name in ROOTS]
     program = "from hf_pcdvq_kernels.cpu import library; print(library.PATH, type(library.load()).__name__)"
-    assert run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split() == [str(target / LIBRARY), "Library"]
+    assert run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split() == [
+        str(target / LIBRARY),
+        "Library",
+    ]
 
 
 def test_an_editable_install_points_to_the_checkout_and_needs_no_compiler(source, tmp_path, monkeypatch):

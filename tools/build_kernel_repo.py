@@ -41,7 +41,7 @@ def add_variant(build: Path, backend: str, general: dict[str, Any]) -> None:
     """Copy the package to `build/torch-<backend>` and describe it in metadata.json there."""
     package = general["name"].replace("-", "_")
     variant = build / f"torch-{backend}"
-    shutil.copytree(SOURCE / "torch-ext" / package, variant, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE / "torch-ext" / package, variant, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     files = files_of(variant)
     version = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:10]
     metadata = {

@@ -95,12 +95,14 @@ class QuantLinear(PackedModule, nn.Linear):
         parameters, buffers, entry = self._parameters, self._buffers, self.packed_parameters["weight"]
         tensors = [parameters[name] for name in entry.tensors.values()]
         tensors += [buffers[name] for name in entry.tables.values()]
+        if any(not tensor.is_cpu for tensor in tensors):
+            return None
         product = self._direct
         if product is None or not product.holds(tensors):
             arguments = self.codec.arguments(self.packed, self.tables)
             signs = self.tables.get("signs")
             product = self._direct = DirectProduct(self.codec.family.family, arguments, signs, tensors)
-        return product(x, self._prepared(x, buffers.get("signs")))
+        return product(x, self._prepared(x, buffers.get("signs"))) if product.takes(x) else None
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the decoded weight in `dtype`, on the same device."""

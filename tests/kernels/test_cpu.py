@@ -1,7 +1,9 @@
 """The CPU backend against the reference: every format, instruction set and dtype, ugly shapes, every code word."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import hf_pcdvq_kernels as ops
 import pytest
@@ -15,7 +17,7 @@ from packing import random_stack, relative_error
 from torch import nn
 
 from hf_pcdvq.codecs import codec_of_setting
-from hf_pcdvq.modules import QuantLinear
+from hf_pcdvq.modules import QuantLinear, share_inputs
 
 LOADED = library.load()
 pytestmark = pytest.mark.skipif(not isinstance(LOADED, library.Library), reason=f"no CPU kernels: {LOADED}")
@@ -186,6 +188,32 @@ def test_opcheck_of_prepare():
         torch.library.opcheck(torch.ops.hf_pcdvq_kernels.prepare.default, (x, None, "stream-2.0"))
 
 
+def test_every_float16_is_read_and_written():
+    """By a rotation in blocks of one, which changes nothing."""
+    halves = torch.arange(65536).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    assert torch.equal(launch.hadamard(halves, torch.ones(1), False).view(torch.int16), halves.view(torch.int16))
+
+
+@pytest.mark.parametrize("format", ["pcdvq-2.0", "stream-2.0", "int8"])
+def test_float16_is_rounded_to_nearest(format):
+    """Decoded values between, below and beyond what float16 holds."""
+    weight = random_weights.random_weight(format, 64, 256)
+    for factor in (1e-5, 1e-7, 1.0, 1e4):
+        weight.scale.mul_(factor)
+        expected = products.dequantize(weight, torch.float16)
+        assert torch.equal(dequantize(weight, torch.float16).view(torch.int16), expected.view(torch.int16))
+        weight.scale.div_(factor)
+
+
+def test_arguments_of_prepare_are_checked():
+    for signs in (torch.ones(512), torch.ones(64, dtype=torch.float64), torch.ones(3), torch.ones(128)[::2]):
+        with pytest.raises((ValueError, TypeError)):
+            ops.prepare(torch.randn(1, 64), signs, "pcdvq-2.25")
+    with torch.device("meta"):  # a default device is not that of the activations
+        assert ops.prepare(torch.randn(1, 64, device="cpu"), None, "pcdvq-2.25").device.type == "cpu"
+
+
 def test_words_at_odd_addresses():
     packed = random_weights.random_packed("pcdvq-2.25", 8, 96)
     for index, tensor in enumerate(packed):
@@ -242,6 +270,38 @@ def test_a_layer_notices_that_its_tensors_have_changed():
     packed.set_packed("weight", other.packed)
     packed.bias = other.bias
     assert torch.equal(packed(x), expected)
+
+
+@torch.no_grad()
+def test_a_layer_elsewhere_is_refused_by_name_and_does_not_keep_what_it_had():
+    packed, x = layer(), torch.randn(1, 64)
+    packed(x)
+    words = weakref.ref(packed.weight)
+    packed.to("meta")
+    gc.collect()
+    assert words() is None
+    with pytest.raises(ValueError, match="x is on cpu, weight on meta"):
+        packed(x)
+
+
+@torch.no_grad()
+def test_layers_that_share_an_input_of_a_wrong_size_refuse_it():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (
+                QuantLinear.from_linear(nn.Linear(1024, 8), codec_of_setting("pcdvq-2.25", 1024, 0)) for _ in range(2)
+            )
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    pair = Pair()
+    share_inputs(pair)
+    assert pair(torch.randn(2, 1024)).isfinite().all()
+    for x in (torch.randn(1, 64), torch.tensor(1.0)):
+        with pytest.raises(ValueError):
+            pair(x)
 
 
 @torch.no_grad()

@@ -61,9 +61,13 @@ print(ops.matmul("pcdvq", x, packed).isfinite().all().item())
 @needs_library
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_threads_are_those_of_pytorch():
-    """No second OpenMP runtime is loaded, and no thread is added beyond those that PyTorch uses."""
+    """No thread is added beyond those that PyTorch uses, even if another package has loaded an OpenMP runtime of its own."""
     result = run("""
 import os
+try:
+    import sklearn.metrics
+except ImportError:
+    pass
 torch.set_num_threads(3)
 big = random_weights.random_packed("pcdvq-2.25", 4096, 512)
 torch.randn(512, 512) @ torch.randn(512, 512)
@@ -72,7 +76,5 @@ before = len(os.listdir("/proc/self/task"))
 for _ in range(5):
     ops.matmul("pcdvq", torch.ones(2, 512), big)
 print(library.load().has_threads, len(os.listdir("/proc/self/task")) - before)
-maps = Path("/proc/self/maps").read_text()
-print(len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}))
 """)
-    assert result.stdout.splitlines() == ["True 0", "1"]
+    assert result.stdout.splitlines() == ["True 0"]

@@ -122,7 +122,9 @@ def test_float64_is_summed_in_float64():
     weights = torch.rand(5, 2)
     out = experts(x.double(), index, weights.double())
     assert out.dtype == torch.float64
-    assert relative(out.float(), experts(x, index, weights)) < 3e-4  # which the CPU kernels compute with 15-bit activations
+    assert (
+        relative(out.float(), experts(x, index, weights)) < 3e-4
+    )  # which the CPU kernels compute with 15-bit activations
 
 
 def test_tokens_of_other_devices_are_skipped():

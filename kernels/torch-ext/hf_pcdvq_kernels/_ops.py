@@ -43,6 +43,7 @@ def _(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 
 
 def _rotate(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
+    # The library of the CPU backend rotates in its products only: encoders rotate with this op, and codes must stay the same.
     if use_triton(x.device, x.dtype):
         from .triton import launch
 

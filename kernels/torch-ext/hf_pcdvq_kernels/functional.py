@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ._checks import check_prepare
 from ._ops import OPS
 from .backend import use_cpu, use_triton
 from .formats import family_named, family_of
@@ -40,7 +41,7 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
 
 
 def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
-    """Do once, for several products, what the Triton kernels do to activations before any product with a weight.
+    """Do once, for several products, what kernels do to activations before any product with a weight.
 
     Args:
         x: `[..., K]`.
@@ -52,7 +53,7 @@ def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
         of output features; None if products would not read it, because PyTorch computes them or they have no kernel.
 
     Raises:
-        ValueError: a wrong shape, device or stride, or an unknown format.
+        TypeError: a dtype that the kernels do not take. ValueError: a wrong shape, device or stride, or an unknown format.
     """
     family = family_of(format)
     if family.on_cpu and use_cpu(x.device, x.dtype):
@@ -73,7 +74,10 @@ def _prepare_on_cpu(x: Tensor, signs: Tensor | None, format: str) -> Tensor | No
         return None
     from .cpu import direct, launch
 
-    if not x.numel() or x.numel() // x.shape[-1] > launch.MOST_TOKENS:
+    if not x.numel():
+        return None
+    check_prepare(x, signs)
+    if x.numel() // x.shape[-1] > launch.MOST_TOKENS:
         return None
     return launch.prepare(x, signs, format) if direct.can_skip_dispatcher(x) else OPS.prepare(x, signs, format)
 
@@ -125,8 +129,8 @@ def grouped_matmul(
 ) -> Tensor:
     """`x[g] @ W[experts[g]].T` for every group `g` of tokens and a stack of weights `W`. Not differentiable.
 
-    Runs as one Triton kernel if there is one: 16-bit `x`, at most 64 tokens per group. The host then never
-    synchronizes with the device.
+    On a GPU it runs as one Triton kernel if there is one: 16-bit `x`, at most 64 tokens per group. The host then never
+    synchronizes with the device. On a CPU it is one call of the compiled library, with at most 16 tokens per group.
 
     Args:
         family: family of the weights' format.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ class DirectProduct:
         watched: the tensors among these, in any order, which `holds` compares.
 
     Raises:
-        TypeError, ValueError: as `hf_pcdvq_kernels.matmul`.
+        TypeError, ValueError: as `hf_pcdvq_kernels.matmul`; or the weight is not on the CPU.
     """
 
     __slots__ = ("_addresses", "_columns", "_rows", "_signs", "_tensors", "_weight")
@@ -33,10 +34,13 @@ class DirectProduct:
         weight = family_named(family).checked(f"{family}_matmul", *packed)
         if signs is not None:
             launch.checks.check_signs(f"{family}_matmul", signs, weight.columns, weight.weight.device)
+        if weight.weight.device.type != "cpu":
+            raise ValueError(f"{family}_matmul: the weight is on {weight.weight.device}, expected the CPU")
         self._rows, self._columns = weight.rows, weight.columns
-        self._weight, self._signs = describe(weight), signs
-        self._tensors = tuple(watched)
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._weight, self._signs = describe(weight), None if signs is None else weakref.ref(signs)
+        # Weakly, so that a model whose weights are moved to disk does not keep them in memory.
+        self._tensors = [weakref.ref(tensor) for tensor in watched]
+        self._addresses = [tensor.data_ptr() for tensor in watched]
 
     def __reduce__(self):
         return type(None), ()
@@ -44,15 +48,18 @@ class DirectProduct:
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the watched tensors, with the memory that they had."""
         for tensor, own, address in zip(tensors, self._tensors, self._addresses, strict=True):
-            if tensor is not own or tensor.data_ptr() != address:
+            if own() is not tensor or tensor.data_ptr() != address:
                 return False
         return True
 
-    def __call__(self, x: Tensor, prepared: Tensor | None) -> Tensor | None:
-        """`x @ W.T` for `x` `[..., K]`; None where this is not the way: call the op then, which also names what is wrong."""
-        if x.shape[-1] != self._columns or not 0 < x.numel() <= launch.MOST_TOKENS * self._columns:
-            return None
-        return launch.multiply(x, self._weight, self._rows, self._signs, prepared)
+    def takes(self, x: Tensor) -> bool:
+        """Whether `x` can be multiplied in this way; if not, call the op, which also names what may be wrong with it."""
+        return x.ndim > 0 and x.shape[-1] == self._columns and 0 < x.numel() <= launch.MOST_TOKENS * self._columns
+
+    def __call__(self, x: Tensor, prepared: Tensor | None) -> Tensor:
+        """`x @ W.T` for `x` `[..., K]` that `takes` accepts, and what `prepare` returned for it, or None."""
+        signs = None if self._signs is None else self._signs()
+        return launch.multiply(x, self._weight, self._rows, signs, prepared)
 
 
 def can_skip_dispatcher(x: Tensor) -> bool:
@@ -65,6 +72,7 @@ def can_skip_dispatcher(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and use_cpu(x.device, x.dtype)
     )

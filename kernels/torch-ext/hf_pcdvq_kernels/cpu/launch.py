@@ -16,6 +16,8 @@ from .library import DTYPE_CODES, FORMAT_CODES, Library, Weight, describe, load
 # Up to this many tokens are multiplied straight from the codes; for more, decoding a slice of rows and leaving the product to
 # PyTorch is faster. Measured by `benchmarks/bench_cpu.py`.
 MOST_TOKENS = 16
+# Fewer rows than this at a time, as there would be in layers with many inputs, PyTorch multiplies less efficiently.
+SLICE_ROWS = 256
 
 
 @cache
@@ -37,7 +39,7 @@ def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
     """Rotated and quantized activations `[..., K]`, int32 words."""
     x, columns = x.contiguous(), x.shape[-1]
     tokens = x.numel() // columns
-    prepared = torch.empty(prepared_words(tokens, columns), dtype=torch.int32)
+    prepared = torch.empty(prepared_words(tokens, columns), dtype=torch.int32, device=x.device)
     ok = library().prepare(
         FORMAT_CODES[format],
         x.data_ptr(),
@@ -63,7 +65,7 @@ def rotation(signs: Tensor | None) -> tuple[int | None, int]:
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
-    """See `hf_pcdvq_kernels.hadamard`."""
+    """The rotation of a product, see `hf_pcdvq_kernels.hadamard`, which computes in PyTorch on a CPU."""
     x = x.contiguous()
     out = torch.empty_like(x)
     columns = x.shape[-1]
@@ -110,7 +112,7 @@ def _decoded_matmul(x: Tensor, weight: PackedWeight, transposed: bool, signs: Te
     if signs is not None and not transposed:
         x = hadamard(x, signs, False)
     size = weight.rows, weight.columns
-    out = sliced_matmul(x, *size, _decode(weight, x.dtype), transposed, weight.row_multiple, SLICE)
+    out = sliced_matmul(x, *size, _decode(weight, x.dtype), transposed, max(weight.row_multiple, SLICE_ROWS), SLICE)
     return hadamard(out, signs, True) if signs is not None and transposed else out
 
 
@@ -123,7 +125,7 @@ def _decode(weight: PackedWeight, dtype: torch.dtype) -> Decode:
     described, decode = describe(weight), library().dequantize
 
     def rows(start: int, stop: int) -> Tensor:
-        out = torch.empty(stop - start, weight.columns, dtype=dtype)
+        out = torch.empty(stop - start, weight.columns, dtype=dtype, device=weight.weight.device)
         decode(described, start, stop, out.data_ptr(), DTYPE_CODES[dtype], torch.get_num_threads())
         return out
 

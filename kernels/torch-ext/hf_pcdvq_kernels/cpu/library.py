@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
 from functools import cache
@@ -124,6 +125,10 @@ class Library:
         if fork is not None:
             self._library.hfp_set_fork.argtypes = [c_void_p]
             self._library.hfp_set_fork(fork)
+        else:
+            warnings.warn(
+                "hf_pcdvq multiplies on one thread: PyTorch has no OpenMP runtime with GOMP_parallel", stacklevel=3
+            )
         self.has_threads = fork is not None
 
     @property
@@ -155,17 +160,10 @@ def load() -> Library | OSError | RuntimeError:
 
 
 def _openmp_fork() -> int | None:
-    """The address of GOMP_parallel in the OpenMP runtime of this process, if there is one."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if ".so" in line}
-    # Other packages may have loaded runtimes of their own; PyTorch's wheels carry theirs.
-    home = str(Path(torch.__file__).parent.parent)
-    for path in sorted(loaded, key=lambda path: (not path.startswith(home), path)):
-        name = path.rsplit("/", 1)[-1]
-        if name.startswith(("libgomp", "libomp", "libiomp5")):
-            runtime = ctypes.CDLL(path)
-            if hasattr(runtime, "GOMP_parallel"):
-                return ctypes.cast(runtime.GOMP_parallel, c_void_p).value
+    """The address of GOMP_parallel in the OpenMP runtime that PyTorch is linked to, if it has that function."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        # A library's symbols are looked up in what it is linked to as well; other packages may have loaded other runtimes.
+        if path.exists() and hasattr(linked := ctypes.CDLL(str(path)), "GOMP_parallel"):
+            return ctypes.cast(linked.GOMP_parallel, c_void_p).value
     return None

@@ -4,8 +4,6 @@
 // multiply them, which depends on the instruction set, see `place`.
 #pragma once
 
-constexpr int GROUP = 64;
-constexpr int BLOCK = 256;
 constexpr int LARGEST = 127 * 128;  // sums of products with any block of weights fit in 32 bits
 
 struct Quantized {
@@ -13,12 +11,9 @@ struct Quantized {
     const float* scale;
 };
 
-INLINE int64_t padded(int64_t columns) { return (columns + GROUP - 1) / GROUP * GROUP; }
-
 INLINE Quantized view(const int32_t* prepared, int64_t token, int64_t columns) {
-    const int64_t all = padded(columns) / 2, words = all + (columns + BLOCK - 1) / BLOCK;
-    const int32_t* start = prepared + token * words;
-    return {(const int16_t*)start, (const float*)(start + all)};
+    const int32_t* start = prepared + token * prepared_words(columns);
+    return {(const int16_t*)start, (const float*)(start + padded(columns) / 2)};
 }
 
 INLINE bool is_stream(int32_t format) { return format >= HFP_STREAM_2_0 && format <= HFP_STREAM_4_0; }
@@ -110,7 +105,7 @@ INLINE float quantize_block(const float* x, int64_t count, int32_t* out) {
     __builtin_memcpy(&largest, &largest_bits, 4);
     const bool finite = largest <= 3.4028234e38f;
     // The smallest values have no reciprocal in float32.
-    const float factor = finite && largest > 1e-30f ? LARGEST / largest : 0;
+    const float factor = finite && largest > 1e-34f ? LARGEST / largest : 0;
     const float magic = 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer, which its low bits hold
     for (int64_t k = 0; k < count; k += LANES) {
         const Float32 sum = finite ? load<Float32>(x + k) * factor + magic : broadcast(magic);

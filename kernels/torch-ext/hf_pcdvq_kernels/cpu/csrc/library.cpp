@@ -69,11 +69,11 @@ int64_t units_of(const HfpWeight& weight, int64_t rows) {
     return (rows + kernels.rows - 1) / kernels.rows * kernels.units;
 }
 
-int64_t padded(int64_t columns) { return (columns + 63) / 64 * 64; }
+int64_t size_of(int32_t dtype) { return dtype == HFP_FLOAT32 ? 4 : 2; }
 
 bool prepare(int32_t format, const void* x, int32_t dtype, int64_t tokens, int64_t columns, const float* signs, int64_t block,
              int32_t* prepared, int32_t threads) {
-    const int64_t words = hfp_prepared_words(1, columns), size = dtype == HFP_FLOAT32 ? 4 : 2;
+    const int64_t words = prepared_words(columns), size = size_of(dtype);
     std::atomic<bool> enough{true};
     parallel(tokens, columns, threads, [&](int64_t start, int64_t stop) {
         Memory scratch(padded(columns) * 4);
@@ -128,7 +128,7 @@ int32_t hfp_set_instructions(const char* name) {
     return 0;
 }
 
-int64_t hfp_prepared_words(int64_t tokens, int64_t columns) { return tokens * (padded(columns) / 2 + (columns + 255) / 256); }
+int64_t hfp_prepared_words(int64_t tokens, int64_t columns) { return tokens * prepared_words(columns); }
 
 int32_t hfp_prepare(int32_t format, const void* x, int32_t dtype, int64_t tokens, int64_t columns, const float* signs, int64_t block,
                     int32_t* prepared, int32_t threads) {
@@ -154,7 +154,7 @@ int32_t hfp_linear(const HfpWeight* weight, const void* x, int32_t dtype, int64_
 
 int32_t hfp_grouped_linear(const HfpWeight* stack, const int32_t* experts, int64_t groups, const void* x, int32_t dtype, int64_t tokens,
                            const float* signs, int64_t block, void* y, int32_t threads) {
-    const int64_t size = dtype == HFP_FLOAT32 ? 4 : 2, all = groups * tokens;
+    const int64_t size = size_of(dtype), all = groups * tokens;
     const int64_t words = hfp_prepared_words(tokens, stack->columns), result = tokens * stack->rows * size;
     Memory prepared(4 * groups * words);
     if (!prepared.start) return 0;
@@ -187,7 +187,7 @@ void hfp_dequantize(const HfpWeight* weight, int64_t start, int64_t stop, void* 
 
 int32_t hfp_hadamard(const void* x, int32_t dtype, int64_t rows, int64_t columns, const float* signs, int64_t block, int32_t inverse,
                      void* y, int32_t threads) {
-    const int64_t size = dtype == HFP_FLOAT32 ? 4 : 2;
+    const int64_t size = size_of(dtype);
     std::atomic<bool> enough{true};
     parallel(rows, columns, threads, [&](int64_t start, int64_t stop) {
         Memory scratch(padded(columns) * 4);

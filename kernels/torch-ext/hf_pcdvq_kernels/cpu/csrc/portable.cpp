@@ -1,7 +1,7 @@
 // The kernels for every other CPU, 64-bit ARM among them.
 #include "table.h"
 
-#if defined(__ARM_NEON)
+#if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 

@@ -7,6 +7,13 @@
 
 #include "interface.h"
 
+constexpr int GROUP = 64;   // inputs that are decoded together
+constexpr int BLOCK = 256;  // activations with one scale
+
+// Room for the values of a token, and words of int32 for its prepared form: int16 values, then a float32 scale for every block.
+inline int64_t padded(int64_t columns) { return (columns + GROUP - 1) / GROUP * GROUP; }
+inline int64_t prepared_words(int64_t columns) { return padded(columns) / 2 + (columns + BLOCK - 1) / BLOCK; }
+
 // A unit is what is decoded at once: a row of the weight or, in `stream`, a row of words.
 struct FormatKernels {
     int64_t units, rows;  // so many units decode to so many rows

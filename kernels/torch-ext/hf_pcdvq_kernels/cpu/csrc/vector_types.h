@@ -25,6 +25,12 @@ INLINE Number number_at(const void* from, int64_t index) {
     return number;
 }
 
+template <class To, class From>
+INLINE To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    return number_at<To>(&from, 0);
+}
+
 template <class Vector>
 INLINE void store(void* to, Vector vector) {
     __builtin_memcpy(to, &vector, sizeof vector);

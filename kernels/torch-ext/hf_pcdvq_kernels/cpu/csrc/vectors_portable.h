@@ -8,7 +8,7 @@ INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return a * b + 
 // -------------------------------------------------------------------------------------------------- products
 
 // For every two elements, the sum of their products.
-#if defined(__ARM_NEON)
+#if defined(__aarch64__)
 INLINE Int32 products(Int16 a, Int16 b) {
     const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
     return (Int32)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
@@ -101,19 +101,39 @@ INLINE UInt8 windows_2_0625(const uint8_t* group, int part, float code_scale, fl
 
 // ------------------------------------------------------------------------------------------------------ float16
 
+// In integers, because many compilers lack a type for it.
+
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t magnitude = half & 0x7FFF, sign = (uint32_t)(half & 0x8000) << 16;
+    // As the bits of a float it is too small by 2^112, subnormal or not.
+    const float scaled = same_bits<float>(magnitude << 13) * 0x1p112f;
+    const uint32_t bits = magnitude < 0x7C00 ? same_bits<uint32_t>(scaled) : 0x7F800000 | magnitude << 13;
+    return same_bits<float>(bits | sign);
+}
+
+INLINE uint16_t float_to_half(float x) {
+    const uint32_t bits = same_bits<uint32_t>(x), magnitude = bits & 0x7FFFFFFF;
+    uint32_t half;
+    if (magnitude > 0x7F800000) {
+        half = 0x7E00;  // NaN
+    } else if (magnitude >= 0x477FF000) {
+        half = 0x7C00;  // rounds to infinity
+    } else if (magnitude < 0x38800000) {
+        // Subnormal: adding 0.5 leaves the bits of the result, rounded, at the end of the sum.
+        const float sum = same_bits<float>(magnitude) + 0.5f;
+        half = same_bits<uint32_t>(sum) - 0x3F000000;
+    } else {
+        half = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    }
+    return (uint16_t)(half | (bits >> 16 & 0x8000));
+}
+
 INLINE Float32 from_half(const uint16_t* x) {
     Float32 result;
-    for (int i = 0; i < LANES; i++) {
-        _Float16 half;
-        __builtin_memcpy(&half, x + i, 2);
-        result[i] = (float)half;
-    }
+    for (int i = 0; i < LANES; i++) result[i] = half_to_float(x[i]);
     return result;
 }
 
 INLINE void to_half(uint16_t* y, Float32 x) {
-    for (int i = 0; i < LANES; i++) {
-        const _Float16 half = (_Float16)x[i];
-        __builtin_memcpy(y + i, &half, 2);
-    }
+    for (int i = 0; i < LANES; i++) y[i] = float_to_half(x[i]);
 }
