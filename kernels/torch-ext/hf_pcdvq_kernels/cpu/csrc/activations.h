@@ -19,10 +19,10 @@ INLINE Quantized view(const int32_t* prepared, int64_t token, int64_t columns) {
 INLINE bool is_stream(int32_t format) { return format >= HFP_STREAM_2_0 && format <= HFP_STREAM_4_0; }
 
 // Where the value of input `i` of a group is. Formats stored by rows: in every BYTES inputs, the first four of every eight come
-// before all others, see `widen`. `stream`: in every 2 * LANES, inputs at LANES from each other come together, see `interleave`.
+// before all others, see `widen`. `stream`: in every 2 * LANES, four of the first half and four of the second alternate, see `narrow`.
 INLINE int place(bool stream, int i) {
     const int run = stream ? 2 * LANES : BYTES, j = i % run;
-    return i - j + (stream ? j % LANES * 2 + j / LANES : j / 8 * 4 + j % 4 + (j % 8 < 4 ? 0 : BYTES / 2));
+    return i - j + (stream ? j % LANES / 4 * 8 + j / LANES * 4 + j % 4 : j / 8 * 4 + j % 4 + (j % 8 < 4 ? 0 : BYTES / 2));
 }
 
 // ------------------------------------------------------------------------------------------------------ rotation

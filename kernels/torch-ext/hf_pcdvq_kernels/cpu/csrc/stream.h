@@ -106,8 +106,8 @@ INLINE void multiply_channels(const Words& row, const int* shift, const Quantize
             for (int t = 0; t < TOKENS; t++) activations[t] = load<Int16>(x[t].values + k);
 #pragma GCC unroll 16
             for (int i = 0; i < COUNT; i++) {
-                const Int16 weights = interleave(decoded<CROSSING>(word[0], previous[0], row.mask, shift[i]),
-                                                 decoded<CROSSING>(word[1], previous[1], row.mask, shift[i]));
+                const Int16 weights = narrow(decoded<CROSSING>(word[0], previous[0], row.mask, shift[i]),
+                                             decoded<CROSSING>(word[1], previous[1], row.mask, shift[i]));
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; t++) sums[i][t] = add_products(sums[i][t], weights, activations[t]);
             }

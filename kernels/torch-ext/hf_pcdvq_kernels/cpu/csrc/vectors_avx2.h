@@ -23,10 +23,8 @@ INLINE Int32 sum_of_bytes(Int32 bytes) {
     return (Int32)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)bytes), _mm256_set1_epi16(1));
 }
 
-// Elements of 16 bits, alternately from one vector and the other.
-INLINE Int16 interleave(Int32 even, Int32 odd) {
-    return (Int16)_mm256_blend_epi16((__m256i)even, _mm256_slli_epi32((__m256i)odd, 16), 0xAA);
-}
+// Elements of two vectors as 16 bits: in every 16 bytes four of the first, then four of the second.
+INLINE Int16 narrow(Int32 first, Int32 second) { return (Int16)_mm256_packs_epi32((__m256i)first, (__m256i)second); }
 
 // The low 32 bits of (high:low) >> shift.
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {

@@ -23,10 +23,8 @@ INLINE Int32 sum_of_bytes(Int32 bytes) {
     return (Int32)_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), (__m512i)bytes);
 }
 
-// Elements of 16 bits, alternately from one vector and the other.
-INLINE Int16 interleave(Int32 even, Int32 odd) {
-    return (Int16)_mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)even, _mm512_slli_epi32((__m512i)odd, 16));
-}
+// Elements of two vectors as 16 bits: in every 16 bytes four of the first, then four of the second.
+INLINE Int16 narrow(Int32 first, Int32 second) { return (Int16)_mm512_packs_epi32((__m512i)first, (__m512i)second); }
 
 // The low 32 bits of (high:low) >> shift.
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {

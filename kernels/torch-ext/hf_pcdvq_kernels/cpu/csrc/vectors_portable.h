@@ -33,8 +33,14 @@ INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
 // For every element the sum of its four signed bytes.
 INLINE Int32 sum_of_bytes(Int32 bytes) { return (bytes << 24 >> 24) + (bytes << 16 >> 24) + (bytes << 8 >> 24) + (bytes >> 24); }
 
-// Elements of 16 bits, alternately from one vector and the other.
-INLINE Int16 interleave(Int32 even, Int32 odd) { return (Int16)((even & 0xFFFF) | odd << 16); }
+// Elements of two vectors as 16 bits: in every 16 bytes four of the first, then four of the second.
+INLINE Int16 narrow(Int32 first, Int32 second) {
+    typedef int16_t Half __attribute__((vector_size(BYTES / 2)));
+    struct {
+        Half first, second;
+    } both = {__builtin_convertvector(first, Half), __builtin_convertvector(second, Half)};
+    return same_bits<Int16>(both);
+}
 
 // The low 32 bits of (high:low) >> shift.
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
