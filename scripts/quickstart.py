@@ -24,6 +24,7 @@ from hf_pcdvq import Calibration, quantize_model
 from hf_pcdvq.config import PackedConfig, config_of_setting
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluation.metrics import Evaluation, evaluate, token_windows
+from hf_pcdvq.evaluation.speed import measure_speed
 from hf_pcdvq.files.folders import folder_in_place
 from hf_pcdvq.files.size import FolderCount, count_folder, readable_size
 from hf_pcdvq.importers.gguf import dense_from_gguf
@@ -145,13 +146,19 @@ def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:
         return token_windows(AutoTokenizer.from_pretrained(original), stream.read(), args.context, args.windows)
 
 
-def compare(original: Path, packed: Path, windows: torch.Tensor) -> Evaluation:
+def compare(original: Path, packed: Path, windows: torch.Tensor) -> tuple[Evaluation, list[str]]:
+    """The evaluation, and tokens per second of the original and of the packed model."""
     # The small one first: "auto" may fill the device with the other.
     packed_model = load(packed)
-    return evaluate(load(original), packed_model, windows, progress=sys.stderr.isatty())
+    original_model = load(original)
+    result = evaluate(original_model, packed_model, windows, progress=sys.stderr.isatty())
+    measured = (measure_speed(model, 16, 32, runs=3, progress=False) for model in (original_model, packed_model))
+    return result, [f"{speed.tokens_per_second:.1f}" for speed in measured]
 
 
-def result_table(before: FolderCount, after: FolderCount, result: Evaluation, seconds: dict[str, float]) -> Table:
+def result_table(
+    before: FolderCount, after: FolderCount, result: Evaluation, speeds: list[str], seconds: dict[str, float]
+) -> Table:
     table = Table(title=f"{before.folder.name}, {after.config.describe()}", title_justify="left")
     table.add_column("")
     table.add_column("original", justify="right")
@@ -168,6 +175,7 @@ def result_table(before: FolderCount, after: FolderCount, result: Evaluation, se
     table.add_row("KL(original || packed), 90th percentile", "", f"{result.kl_p90:.3f} nats")
     table.add_row("same likeliest token as the original", "", f"{100 * result.top1_agreement:.1f} %")
     table.add_section()
+    table.add_row("tokens per second, one sequence", *speeds)
     for name, duration in seconds.items():
         table.add_row(f"seconds: {name}", "", f"{duration:.1f}")
     return table
@@ -204,9 +212,9 @@ def main() -> None:
     with step("load and generate in a new process"):
         sentence = generate(packed)
     with step("evaluate"):
-        result = compare(original, packed, windows)
+        result, speeds = compare(original, packed, windows)
 
-    console.print(result_table(before, count_folder(packed), result, seconds))
+    console.print(result_table(before, count_folder(packed), result, speeds, seconds))
     console.print(f"The packed model writes: {sentence!r}", markup=False)
     if args.config.calibration is None:
         console.print(ROUNDING_NOTE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hf_pcdvq_kernels.backend import use_triton
+from hf_pcdvq_kernels.backend import backend_for
 from tqdm.auto import tqdm
 
 from ..files.fields import number, positive_integer, short_text
@@ -32,7 +32,7 @@ class Speed:
         prompt_tokens, new_tokens: number of each in one run.
         device: name of the device.
         dtype: dtype of what is not packed.
-        backend: what decoded the weights, `"triton"` or `"reference"`.
+        backend: what decoded the weights, `"triton"`, `"cpu"` or `"reference"`.
         cache_implementation: as passed to `measure_speed`.
         peak_memory_bytes: peak of the memory allocated on the accelerator; None on a CPU.
     """
@@ -116,7 +116,7 @@ def measure_speed(
         new_tokens=new_tokens,
         device=device_name(device),
         dtype=str(model.dtype).removeprefix("torch."),
-        backend="triton" if use_triton(device, model.dtype) else "reference",
+        backend=backend_for(device, model.dtype),
         cache_implementation=cache_implementation,
         peak_memory_bytes=accelerator.max_memory_allocated(device) if accelerator is not None else None,
     )

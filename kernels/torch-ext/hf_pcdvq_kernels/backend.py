@@ -40,6 +40,17 @@ def get_backend() -> str:
     return _Choice.backend
 
 
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs an op on this device, with activations of this dtype: `"triton"`, `"cpu"` or `"reference"`.
+
+    Raises:
+        RuntimeError: the chosen backend cannot run it.
+    """
+    if use_triton(device, dtype):
+        return "triton"
+    return "cpu" if use_cpu(device, dtype) else "reference"
+
+
 def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether an op on this device, with activations or a result of this dtype, runs on Triton kernels.
 
