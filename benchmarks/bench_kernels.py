@@ -30,7 +30,19 @@ import torch
 import triton
 from bench_options import add_options, settle
 from bench_peers import PEERS, Product
-from bench_results import DENSE, LAYERS, SMOKE_LAYERS, Layer, Results, Row, own_rows, plot, table, target_lines
+from bench_results import (
+    DENSE,
+    LAYERS,
+    SMOKE_LAYERS,
+    Layer,
+    Results,
+    Row,
+    check_setup,
+    own_rows,
+    plot,
+    table,
+    target_lines,
+)
 from hf_pcdvq_kernels.random_weights import random_packed
 from hf_pcdvq_kernels.triton import timing, tuned
 from torch.nn.functional import linear
@@ -111,13 +123,7 @@ def opened(file: Path, device: torch.device, smoke: bool) -> Results:
     if not file.is_file():
         return Results(here, timing.copy_rate(device, 1 << 20 if smoke else timing.COPIED))
     results = Results.read(file)
-    other = [
-        f"{name} {results.setup.get(name)}, here {here[name]}"
-        for name in here
-        if results.setup.get(name) != here[name]
-    ]
-    if other:
-        raise ValueError(f"{file} was measured with {'; '.join(other)}. Delete it, or give another --out")
+    check_setup(file, results.setup, here)
     return results
 
 

@@ -7,12 +7,23 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_pcdvq_kernels import FORMATS
 
 FORMAT = 1
 DENSE = "bf16"
+
+
+def check_setup(file: Path, recorded: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse to add to results that were measured with something else.
+
+    Raises:
+        ValueError: an entry of `here` is recorded differently.
+    """
+    other = [f"{name} {recorded.get(name)}, here {here[name]}" for name in here if recorded.get(name) != here[name]]
+    if other:
+        raise ValueError(f"{file} was measured with {'; '.join(other)}. Delete it, or give another --out")
 
 
 class Layer(NamedTuple):

@@ -116,6 +116,12 @@ def stream_products(weight: StreamWeight) -> dict[str, Product]:
 
 
 @njit(inline="always")
+def _row_before(row):  # pragma: no cover
+    """The row of words before one in its ring."""
+    return row // RING_WORDS * RING_WORDS + (row + RING_WORDS - 1) % RING_WORDS
+
+
+@njit(inline="always")
 def _window(before, word, shift, mask):  # pragma: no cover
     """The window with `shift` bits below it."""
     both = np.uint64(before) << np.uint64(32) | np.uint64(word)
@@ -135,7 +141,7 @@ def _stream_table(words, scale, mask, table, x):  # pragma: no cover
     rows, columns = words.shape
     out = np.empty(16 * rows, np.float32)
     for r in prange(rows):
-        word, before = words[r], words[r // RING_WORDS * RING_WORDS + (r + RING_WORDS - 1) % RING_WORDS]
+        word, before = words[r], words[_row_before(r)]
         for channel in range(16):
             shift = np.uint64(30 - 2 * channel)
             total = np.float32(0)
@@ -150,7 +156,7 @@ def _stream_float(words, scale, mask, x):  # pragma: no cover
     rows, columns = words.shape
     out = np.empty(16 * rows, np.float32)
     for r in prange(rows):
-        word, before = words[r], words[r // RING_WORDS * RING_WORDS + (r + RING_WORDS - 1) % RING_WORDS]
+        word, before = words[r], words[_row_before(r)]
         for channel in range(16):
             shift = np.uint64(30 - 2 * channel)
             total = np.float32(0)
@@ -165,7 +171,7 @@ def _stream_integer(words, scale, mask, x, x_scale):  # pragma: no cover
     rows, columns = words.shape
     out = np.empty(16 * rows, np.float32)
     for r in prange(rows):
-        word, before = words[r], words[r // RING_WORDS * RING_WORDS + (r + RING_WORDS - 1) % RING_WORDS]
+        word, before = words[r], words[_row_before(r)]
         for channel in range(16):
             shift = np.uint64(30 - 2 * channel)
             total = np.float32(0)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench_results import check_setup
 from rich.table import Table
 
 from hf_pcdvq.files.records import write_text
@@ -70,13 +71,7 @@ class Results:
         if not file.is_file():
             return cls(file, setup)
         results = cls.read(file)
-        other = [
-            f"{key} {results.setup.get(key)}, here {setup[key]}"
-            for key in setup
-            if results.setup.get(key) != setup[key]
-        ]
-        if other:
-            raise ValueError(f"{file} was measured with {'; '.join(other)}. Delete it, or give another --out")
+        check_setup(file, results.setup, setup)
         return results
 
     def has(self, **about: Any) -> bool:

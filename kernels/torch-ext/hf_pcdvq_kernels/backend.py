@@ -24,8 +24,8 @@ def set_backend(backend: str) -> None:
     Args:
         backend: `"auto"`, Triton kernels for tensors on a GPU, the compiled library on a CPU, and PyTorch for all others;
             `"triton"` or `"cpu"`, only these, which raise where they have no kernels for the device or dtype; or
-            `"reference"`, PyTorch everywhere. Formats without kernels run in PyTorch whatever is chosen. The search that
-            encodes the stream layout obeys the choice too.
+            `"reference"`, PyTorch everywhere. Formats without kernels run in PyTorch whatever is chosen. The searches that
+            encode PCDVQ and the stream layout obey the choice too.
 
     Raises:
         ValueError: unknown backend.

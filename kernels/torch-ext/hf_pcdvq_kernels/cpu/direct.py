@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks as checks
 from ..backend import use_cpu
 from ..formats import family_named
 from . import launch
@@ -33,7 +34,7 @@ class DirectProduct:
     def __init__(self, family: str, packed: Sequence[Any], signs: Tensor | None, watched: Sequence[Tensor]):
         weight = family_named(family).checked(f"{family}_matmul", *packed)
         if signs is not None:
-            launch.checks.check_signs(f"{family}_matmul", signs, weight.columns, weight.weight.device)
+            checks.check_signs(f"{family}_matmul", signs, weight.columns, weight.weight.device)
         if weight.weight.device.type != "cpu":
             raise ValueError(f"{family}_matmul: the weight is on {weight.weight.device}, expected the CPU")
         self._rows, self._columns = weight.rows, weight.columns

@@ -140,7 +140,9 @@ struct Stream {
                 int shift[COUNT];
                 for (int i = 0; i < COUNT; i++) shift[i] = Layout::channels.shift[first + i < last ? first + i : last - 1];
                 float out[COUNT][TOKENS];
-                if (shift[0] > 16)  // the first window begins first
+                // Windows have up to 16 bits, and the first of these channels has most bits below its own: if that window lies
+                // within the word, so do all.
+                if (shift[0] > 16)
                     multiply_channels<COUNT, TOKENS, true>(words, shift, x, out);
                 else
                     multiply_channels<COUNT, TOKENS, false>(words, shift, x, out);
