@@ -96,7 +96,7 @@ def setup(device: torch.device, smoke: bool) -> dict[str, str]:
     """What figures depend on besides the product: device, versions, hashes of the kernels and the launch configs."""
     source = Path(ops.__file__).parent
     files = sorted(source.rglob("*.py"))
-    configs = tuned.file_of(device)
+    configs = sorted((str(shape), str(found.config)) for shape, found in tuned.load(device).items())
     return {
         "device": tuned.device_name(device),
         "torch": torch.__version__,
@@ -104,7 +104,7 @@ def setup(device: torch.device, smoke: bool) -> dict[str, str]:
         "kernels": digest(
             b"".join(file.relative_to(source).as_posix().encode() + file.read_bytes() for file in files)
         ),
-        "launch configs": digest(configs.read_bytes()) if configs.is_file() else "default",
+        "launch configs": digest(repr(configs).encode()) if configs else "default",
         "run": "smoke" if smoke else "full",
     }
 

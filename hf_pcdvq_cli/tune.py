@@ -50,7 +50,7 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
     from tqdm import tqdm
 
     shapes = _shapes(folder, tokens)
-    wanted = [shape for shape in shapes if force or shape not in tuned.load(where)]
+    wanted = [shape for shape in shapes if force or shape not in tuned.measured(where)]
     note(f"{len(wanted)} products to measure, {len(shapes) - len(wanted)} measured before")
     table = Table("format", "tokens", "outputs", "inputs", "block_n", "num_warps", "split_k", "µs", "default µs")
     for shape, found in tqdm(tuning.tune(wanted, where), total=len(wanted), unit="product"):

@@ -151,7 +151,7 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
     allocate, allocated = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *sizes, **kw: allocated.append(sizes) or allocate(*sizes, **kw))
     out = op_pair("pcdvq-2.0")[1](x, *on_device(packed))
-    tuned.load.cache_clear()
+    tuned.forget()
     parts = [sizes[0] for sizes in allocated if sizes[1:] == (1, 8)]
     assert len(parts) == 1 and default.split_k < parts[0] <= other.split_k  # some inputs are too few for all parts
     assert (

@@ -20,9 +20,9 @@ CONFIG = next(choice for choice in launch_config.candidates(SHAPE) if choice != 
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.load.cache_clear()
+    tuned.forget()
     yield tmp_path / "hf_pcdvq/cpu.json"
-    tuned.load.cache_clear()
+    tuned.forget()
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_what_was_measured_is_chosen_and_deleting_the_file_brings_the_default_ba
         assert tuned.choose(SHAPE, CPU) == CONFIG
         assert tuned.choose(OTHER, CPU) == launch_config.default(OTHER, launch_config.processors(CPU))
         written.unlink()
-        tuned.load.cache_clear()  # as in a new process
+        tuned.forget()  # as in a new process
         assert tuned.choose(SHAPE, CPU) == DEFAULT
 
 

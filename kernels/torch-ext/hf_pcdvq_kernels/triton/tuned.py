@@ -1,7 +1,8 @@
-"""Launch configs measured on a device: the file that holds them, and the choice of one for a product.
+"""Launch configs measured on a device: the files that hold them, and the choice of one for a product.
 
-One file per device model, `<user's cache folder>/hf_pcdvq/<device>.json`, written by `tuning.py` and read once per
-process. Without it, the defaults of `launch_config.py` apply.
+There is one file per device model, `<device>.json`. Those that come with this package, in `configs/`, hold the layers of
+common models. What `tuning.py` measures on the user's device goes to `<user's cache folder>/hf_pcdvq/` and takes precedence.
+Both are read once per process; the defaults of `launch_config.py` apply to all other products.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from . import launch_config
 from .launch_config import LaunchConfig, Shape
 
 FORMAT = 2  # increased whenever a change to the kernels invalidates old measurements
+SHIPPED = Path(__file__).with_name("configs")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,23 @@ class TunedConfig:
 
 def choose(shape: Shape, device: torch.device) -> LaunchConfig:
     """The tuned config for a product on a device, or else the default one."""
-    measured = load(device).get(shape)
-    return launch_config.default(shape, launch_config.processors(device)) if measured is None else measured.config
+    tuned = load(device).get(shape)
+    return launch_config.default(shape, launch_config.processors(device)) if tuned is None else tuned.config
 
 
 @cache
 def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
-    """The tuned configs for this device model; empty, with a warning, if the file cannot be used."""
+    """The tuned configs for this device model: those that come with the package, and the user's."""
+    shipped = SHIPPED / file_of(device).name
+    if not shipped.is_file():
+        return measured(device)
+    # Another version of Triton may have another fastest config, but hardly one that is slower than the default.
+    return {**read(shipped, launch_config.processors(device), any_triton=True), **measured(device)}
+
+
+@cache
+def measured(device: torch.device) -> Mapping[Shape, TunedConfig]:
+    """The configs that the user has measured; empty, with a warning, if their file cannot be used."""
     file = file_of(device)
     if not file.is_file():
         return {}
@@ -56,8 +68,14 @@ def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
         return {}
 
 
+def forget() -> None:
+    """Read the files again when a config is next asked for."""
+    load.cache_clear()
+    measured.cache_clear()
+
+
 def file_of(device: torch.device) -> Path:
-    """The path of the file with the configs measured on this device model."""
+    """The path of the file with the configs that the user has measured on this device model."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return folder / "hf_pcdvq" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name(device)).strip('-')}.json"
 
@@ -67,15 +85,20 @@ def device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
-def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
+def read(file: Path, processors: int, any_triton: bool = False) -> dict[Shape, TunedConfig]:
     """The configs in a file.
+
+    Args:
+        file: written by `write`.
+        processors: of the device, see `launch_config.processors`.
+        any_triton: accept measurements with another version of Triton.
 
     Raises:
         ValueError: it is damaged, from another format or Triton version, or has an unsupported config.
     """
     content = json.loads(file.read_text(encoding="utf-8"))  # raises a ValueError
     try:
-        versions = content["format"], content["triton"]
+        versions = content["format"], triton.__version__ if any_triton else content["triton"]
         if versions != (FORMAT, triton.__version__):
             raise ValueError(
                 f"it has format {versions[0]} and Triton {versions[1]}, expected {FORMAT} and {triton.__version__}"
@@ -84,30 +107,30 @@ def read(file: Path, processors: int) -> dict[Shape, TunedConfig]:
         found = {shape: TunedConfig(made, row["seconds"], row["default_seconds"]) for shape, made, row in rows}
     except (KeyError, TypeError) as error:
         raise ValueError(f"its structure is not as expected ({type(error).__name__}: {error})") from None
-    for shape, measured in found.items():
+    for shape, tuned in found.items():
         try:
             known = {*launch_config.candidates(shape), launch_config.default(shape, processors)}
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"no kernel supports {shape}") from None
-        if measured.config not in known:
-            raise ValueError(f"{measured.config} is not a launch config for {shape}")
+        if tuned.config not in known:
+            raise ValueError(f"{tuned.config} is not a launch config for {shape}")
     return found
 
 
-def write(file: Path, device: str, measured: Mapping[Shape, TunedConfig]) -> None:
+def write(file: Path, device: str, found: Mapping[Shape, TunedConfig]) -> None:
     """Write the file atomically; later products in this process use it."""
     products = [
         {
             "shape": asdict(shape),
-            "config": asdict(found.config),
-            "seconds": found.seconds,
-            "default_seconds": found.default_seconds,
+            "config": asdict(tuned.config),
+            "seconds": tuned.seconds,
+            "default_seconds": tuned.default_seconds,
         }
-        for shape, found in measured.items()
+        for shape, tuned in found.items()
     ]
     content = {"format": FORMAT, "triton": triton.__version__, "device": device, "products": products}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
-    load.cache_clear()
+    forget()

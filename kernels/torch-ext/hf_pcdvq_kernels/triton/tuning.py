@@ -24,7 +24,7 @@ def tune(shapes: Iterable[Shape], device: torch.device) -> Iterator[tuple[Shape,
     file = tuned.file_of(device)
     for shape in shapes:
         found = measure(shape, device)
-        tuned.write(file, tuned.device_name(device), {**tuned.load(device), shape: found})
+        tuned.write(file, tuned.device_name(device), {**tuned.measured(device), shape: found})
         yield shape, found
 
 

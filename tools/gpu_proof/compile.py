@@ -1,0 +1,156 @@
+"""Compiles the kernels that the other steps launch, in parallel processes, into Triton's cache.
+
+Nothing runs: every launch is told to compile only, with the arguments, and so with the specializations, of a real one.
+It therefore works without a GPU too, for the target given, and shows there what does not compile:
+
+    python tools/gpu_proof/compile.py --target 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import tune
+from hf_pcdvq_kernels.formats import FORMATS, PackedWeight
+from hf_pcdvq_kernels.triton import launch, launch_config, product
+from hf_pcdvq_kernels.triton.launch_config import Shape
+
+NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
+BENCHED = tune.FORMATS
+PROCESSORS = 132  # of an H100 or H200: default configs depend on it
+
+
+class Task(NamedTuple):
+    """Kernels of one format that one process compiles."""
+
+    name: str
+    tokens: int  # 0: the kernels that decode
+    sizes: tuple[tuple[int, int], ...]
+    every_config: bool
+    target: int | None
+
+
+def tasks(target: int | None) -> Iterator[Task]:
+    """All of them, those that the first steps need first."""
+    for tokens in (1, 4, 16, 64, 2, 8):
+        for name in sorted(NAMES, key=lambda name: name not in BENCHED):
+            sizes = tune.SIZES if name in BENCHED else tune.SIZES[:1]
+            yield Task(name, tokens, (*sizes, (19, 576)), name in BENCHED and tokens in tune.TOKENS, target)
+    for name in NAMES:
+        yield Task(name, 0, ((4096, 4096), (19, 576)), False, target)
+
+
+@contextmanager
+def compiling_only(target: int | None) -> Iterator[list[Any]]:
+    """Launches of Triton kernels compile and do not run; yields the list of what they compiled.
+
+    Args:
+        target: the compute capability to compile for, times ten, whatever device there is; None: that of this machine's.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Any] = []
+    launched = JITFunction.run
+
+    def run(self, *args, **options):
+        compiled.append(launched(self, *args, **{**options, "warmup": True}))
+
+    pretended = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", target, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    if target is not None:
+        driver.set_active(pretended)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        # Tensors are on the CPU, without contents; only their dtypes and addresses count.
+        mock.patch.object(product, "has_ptx", lambda device: True),
+        mock.patch.object(launch, "has_ptx", lambda device: True),
+    ):
+        yield compiled
+
+
+def empty_weight(name: str, rows: int, columns: int) -> PackedWeight:
+    """A weight of which nothing but the shapes and dtypes are defined."""
+    family = FORMATS[name]
+    tensors = {
+        argument: torch.empty(shape, dtype=dtype)
+        for specs in (family.specs(name, rows, columns), family.table_specs(name))
+        for argument, (shape, dtype) in specs.items()
+    }
+    values = {**family.parameters(name), **tensors}
+    return family.checked("compile", *(values.get(argument.name) for argument in family.arguments))
+
+
+def compile_all(task: Task) -> tuple[int, float, str]:
+    """Number of launches, seconds, and the traceback of the first error, or nothing."""
+    started, count = time.perf_counter(), 0
+    try:
+        with compiling_only(task.target) as compiled:
+            for rows, columns in task.sizes:
+                _compile(task, rows, columns)
+        count = len(compiled)
+    except Exception:
+        return count, time.perf_counter() - started, traceback.format_exc()
+    return count, time.perf_counter() - started, ""
+
+
+def _compile(task: Task, rows: int, columns: int) -> None:
+    weight = empty_weight(task.name, rows, columns)
+    if not task.tokens:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            launch.dequantize(weight, dtype)
+        return
+    shape = Shape(task.name, launch_config.tokens_per_program(task.tokens), rows, columns)
+    configs = dict.fromkeys([launch_config.default(shape, PROCESSORS)])
+    if task.every_config:
+        configs |= dict.fromkeys(launch_config.candidates(shape))
+    signs = torch.empty(min(128, columns & -columns))
+    for dtype in (torch.bfloat16, torch.float16) if columns < 4096 else (torch.bfloat16,):
+        x = torch.empty(1, task.tokens, columns, dtype=dtype)
+        for config in configs:
+            product.product(x, weight, signs, config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="not used: what is compiled goes to Triton's cache")
+    parser.add_argument("--target", type=int, help="compute capability times ten (default: this machine's GPU)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="compile one kernel for compute capability 9.0")
+    args = parser.parse_args()
+    wanted = list(tasks(90 if args.dry_run else args.target))
+    if args.dry_run:
+        os.environ.pop("TRITON_INTERPRET", None)  # of the processes below, which compile
+        wanted = [Task("ccq-2.5", 1, ((19, 576),), False, 90)]
+    started, failed = time.perf_counter(), 0
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for task, (count, seconds, error) in zip(wanted, pool.map(compile_all, wanted)):
+            what = f"{task.name}, {f'{task.tokens} tokens' if task.tokens else 'decoding'}"
+            print(f"{what}: {count} launches, {seconds:.1f} s{', failed' if error else ''}", flush=True)
+            if error:
+                failed += 1
+                print(error, flush=True)
+    print(f"{len(wanted)} tasks, {failed} failed, {time.perf_counter() - started:.0f} s")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One product of every format and dtype, and its decoded weight, against the PyTorch reference in float64.
+
+Every format runs in a process of its own, since an illegal access ends all work of the process that made it. For what
+fails, the traceback and the PTX of the kernels go to `failures.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import hf_pcdvq_kernels as ops
+import torch
+from hf_pcdvq_kernels.formats import FORMATS
+from hf_pcdvq_kernels.random_weights import random_packed
+from hf_pcdvq_kernels.triton.launch_config import kernels_of
+
+NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
+SHAPES = ((4096, 4096), (19, 576), (1024, 8192))
+TOKENS = (1, 2, 4, 8, 16, 64)
+DRY_NAMES, DRY_SHAPES, DRY_TOKENS = ("pcdvq-2.25", "stream-2.0"), ((19, 576),), (1,)
+# As in tests/kernels/test_triton.py, rounding to the dtype; for float32 that of sums over thousands of inputs.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}
+BLOCK = 64  # of the rotation
+
+
+def check(name: str, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: str) -> float:
+    """The relative error of a product; raises ValueError if a decoded weight differs from the reference by one bit."""
+    family = ops.family_of(name).family
+    packed = random_packed(name, *shape, device=device)
+    signs = torch.randint(0, 2, (BLOCK,), device=device).float() * 2 - 1
+    x = torch.randn(tokens, shape[1], device=device).to(dtype)
+    ops.set_backend("triton")
+    out = ops.matmul(family, x, packed, signs=signs)
+    decoded = ops.dequantize(family, packed, torch.float32)
+    ops.set_backend("reference")
+    weight = ops.dequantize(family, packed, torch.float64)
+    if not torch.equal(decoded, ops.dequantize(family, packed, torch.float32)):
+        raise ValueError(f"decoded weights differ from the reference: {name}, {shape}")
+    expected = ops.hadamard(x.double(), signs) @ weight.T
+    return ((out.double() - expected).norm() / expected.norm()).item()
+
+
+def check_format(name: str, device: str) -> tuple[list[dict[str, Any]], str]:
+    """Rows for all shapes of a format, and what is to be known of the failures."""
+    rows, failures = [], ""
+    dry = device == "cpu"
+    for shape in DRY_SHAPES if dry else SHAPES:
+        for tokens in DRY_TOKENS if dry else TOKENS:
+            for dtype in TOLERANCE:
+                row = {"format": name, "shape": shape, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+                try:
+                    row["error"] = check(name, shape, tokens, dtype, device)
+                    row["passed"] = row["error"] < TOLERANCE[dtype]  # False for NaN
+                except Exception:  # whatever it is, the others are still tried
+                    row["passed"] = False
+                    failures += f"== {row}\n{traceback.format_exc()}\n"
+                rows.append(row)
+    if not all(row["passed"] for row in rows):
+        failures += _ptx(name)
+    return rows, failures
+
+
+def _ptx(name: str) -> str:
+    """The PTX of a format's product kernels, as far as they were compiled."""
+    texts = []
+    for cache, *_ in kernels_of(name).matmul_kernel.device_caches.values():
+        texts += [f"== {name}: {compiled.metadata}\n{compiled.asm.get('ptx')}" for compiled in cache.values()]
+    return "\n".join(texts[:1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    device, names = ("cpu", DRY_NAMES) if args.dry_run else ("cuda", NAMES)
+    rows = []
+    with ProcessPoolExecutor(1 if args.dry_run else len(names), mp_context=get_context("spawn")) as pool:
+        for name, (found, failures) in zip(names, pool.map(check_format, names, [device] * len(names))):
+            rows += found
+            (args.out / "products.json").write_text(json.dumps(rows, indent=1) + "\n")
+            with open(args.out / "failures.txt", "a", encoding="utf-8") as file:
+                file.write(failures)
+            bad = [row for row in found if not row["passed"]]
+            largest = {
+                dtype: max((row.get("error", 0) for row in found if row["dtype"] == dtype), default=0)
+                for dtype in ("bfloat16", "float16", "float32")
+            }
+            errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in largest.items())
+            print(f"{name}: {len(found) - len(bad)} of {len(found)} products agree; largest errors {errors}", flush=True)
+            for row in bad[:4]:
+                print(f"  failed: {row}", flush=True)
+            if failures:
+                print("\n".join(failures.splitlines()[:30]), flush=True)
+    raise SystemExit(not all(row["passed"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
