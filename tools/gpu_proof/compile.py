@@ -26,7 +26,7 @@ import torch
 import tune
 from hf_pcdvq_kernels.formats import FORMATS, PackedWeight
 from hf_pcdvq_kernels.triton import launch, launch_config, product
-from hf_pcdvq_kernels.triton.launch_config import Shape
+from hf_pcdvq_kernels.triton.launch_config import LaunchConfig, Shape
 
 NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
 BENCHED = tune.FORMATS
@@ -34,12 +34,13 @@ PROCESSORS = 132  # of an H100 or H200: default configs depend on it
 
 
 class Task(NamedTuple):
-    """Kernels of one format that one process compiles."""
+    """Launches of one kernel, which one process compiles: few of them differ in what they are specialized for."""
 
     name: str
     tokens: int  # 0: the kernels that decode
-    sizes: tuple[tuple[int, int], ...]
-    every_config: bool
+    block_n: int
+    num_warps: int
+    launches: tuple[tuple[int, int, LaunchConfig | None], ...]  # rows, columns and config of each
     target: int | None
 
 
@@ -47,10 +48,23 @@ def tasks(target: int | None) -> Iterator[Task]:
     """All of them, those that the first steps need first."""
     for tokens in (1, 4, 16, 64, 2, 8):
         for name in sorted(NAMES, key=lambda name: name not in BENCHED):
-            sizes = tune.SIZES if name in BENCHED else tune.SIZES[:1]
-            yield Task(name, tokens, (*sizes, (19, 576)), name in BENCHED and tokens in tune.TOKENS, target)
-    for name in NAMES:
-        yield Task(name, 0, ((4096, 4096), (19, 576)), False, target)
+            yield from _products(name, tokens, target)
+        if tokens == 1:
+            for name in NAMES:
+                yield Task(name, 0, 0, 0, ((4096, 4096, None), (19, 576, None)), target)
+
+
+def _products(name: str, tokens: int, target: int | None) -> Iterator[Task]:
+    launches: dict[tuple[int, int], list[tuple[int, int, LaunchConfig | None]]] = {}
+    for rows, columns in (*(tune.SIZES if name in BENCHED else tune.SIZES[:1]), (19, 576)):
+        shape = Shape(name, launch_config.tokens_per_program(tokens), rows, columns)
+        configs = dict.fromkeys([launch_config.default(shape, PROCESSORS)])
+        if name in BENCHED and tokens in tune.TOKENS:
+            configs |= dict.fromkeys(launch_config.candidates(shape))
+        for config in configs:
+            launches.setdefault((config.block_n, config.num_warps), []).append((rows, columns, config))
+    for key, found in launches.items():
+        yield Task(name, tokens, *key, tuple(found), target)
 
 
 @contextmanager
@@ -104,29 +118,23 @@ def compile_all(task: Task) -> tuple[int, float, str]:
     started, count = time.perf_counter(), 0
     try:
         with compiling_only(task.target) as compiled:
-            for rows, columns in task.sizes:
-                _compile(task, rows, columns)
+            for rows, columns, config in task.launches:
+                _compile(task, rows, columns, config)
         count = len(compiled)
     except Exception:
         return count, time.perf_counter() - started, traceback.format_exc()
     return count, time.perf_counter() - started, ""
 
 
-def _compile(task: Task, rows: int, columns: int) -> None:
+def _compile(task: Task, rows: int, columns: int, config: LaunchConfig | None) -> None:
     weight = empty_weight(task.name, rows, columns)
-    if not task.tokens:
+    if config is None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             launch.dequantize(weight, dtype)
         return
-    shape = Shape(task.name, launch_config.tokens_per_program(task.tokens), rows, columns)
-    configs = dict.fromkeys([launch_config.default(shape, PROCESSORS)])
-    if task.every_config:
-        configs |= dict.fromkeys(launch_config.candidates(shape))
     signs = torch.empty(min(128, columns & -columns))
     for dtype in (torch.bfloat16, torch.float16) if columns < 4096 else (torch.bfloat16,):
-        x = torch.empty(1, task.tokens, columns, dtype=dtype)
-        for config in configs:
-            product.product(x, weight, signs, config)
+        product.product(torch.empty(1, task.tokens, columns, dtype=dtype), weight, signs, config)
 
 
 def main() -> None:
@@ -139,12 +147,12 @@ def main() -> None:
     wanted = list(tasks(90 if args.dry_run else args.target))
     if args.dry_run:
         os.environ.pop("TRITON_INTERPRET", None)  # of the processes below, which compile
-        wanted = [Task("ccq-2.5", 1, ((19, 576),), False, 90)]
+        wanted = [Task("ccq-2.5", 0, 0, 0, ((19, 576, None),), 90)]
     started, failed = time.perf_counter(), 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for task, (count, seconds, error) in zip(wanted, pool.map(compile_all, wanted)):
-            what = f"{task.name}, {f'{task.tokens} tokens' if task.tokens else 'decoding'}"
-            print(f"{what}: {count} launches, {seconds:.1f} s{', failed' if error else ''}", flush=True)
+            what = f"{task.tokens} tokens, {task.block_n} channels, {task.num_warps} warps" if task.tokens else "decoding"
+            print(f"{task.name}, {what}: {count} launches, {seconds:.1f} s{', failed' if error else ''}", flush=True)
             if error:
                 failed += 1
                 print(error, flush=True)
