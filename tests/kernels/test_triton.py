@@ -135,6 +135,29 @@ def test_products_with_weights_of_a_stack(setting, tokens, dtype):
         assert relative_error(out[group].cpu(), expected) < TOLERANCE[dtype]
 
 
+def test_more_groups_than_a_grid_holds(monkeypatch):
+    """They are launched in several grids, each with its own groups' activations and experts."""
+    _, stacked = random_stack("ccq-2.5", 4, 9, 192)
+    experts = torch.tensor([2, 0, -1, 3, 1], dtype=torch.int32)
+    x = activations(len(experts), 1, 192).half()
+    arguments = x.to(DEVICE), experts.to(DEVICE), on_device(stacked), SIGNS.to(DEVICE)
+    expected, launched = ops.grouped_matmul(family("ccq-2.5"), *arguments), []
+    monkeypatch.setattr(launch, "MOST_GROUPS", 2)
+    multiply = launch.product
+    monkeypatch.setattr(
+        launch, "product", lambda part, *a, **kw: launched.append(len(part)) or multiply(part, *a, **kw)
+    )
+    assert torch.equal(ops.grouped_matmul(family("ccq-2.5"), *arguments), expected)
+    assert launched == [2, 2, 1]
+
+
+def test_no_groups():
+    _, stacked = random_stack("ccq-2.5", 4, 9, 192)
+    x, experts = torch.zeros(0, 1, 192, dtype=torch.float16), torch.zeros(0, dtype=torch.int32)
+    out = ops.grouped_matmul(family("ccq-2.5"), x.to(DEVICE), experts.to(DEVICE), on_device(stacked))
+    assert out.shape == (0, 1, 9) and out.dtype == x.dtype
+
+
 def test_a_measured_config_is_used(tmp_path, monkeypatch):
     """Actually measured and written: the next product is split into as many parts as the file says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

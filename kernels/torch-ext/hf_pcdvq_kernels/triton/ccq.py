@@ -135,15 +135,15 @@ def matmul_kernel(
     for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         if CLUSTERED:
-            group_scale = (tl.load(p_local + o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15
+            group_scale = (half2.load_lanes(p_local, o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15
         else:  # at the low end of the last code word
-            group_scale = tl.load(p_words + o_unit * LOADS + (LOADS - 1)).to(tl.int32) >> (LOAD // 2)
+            group_scale = half2.load_lanes(p_words, o_unit * LOADS + (LOADS - 1)).to(tl.int32) >> (LOAD // 2)
             group_scale &= (1 << SCALE_BITS) - 1
         factor = group_scale.to(tl.float32) * (scale * 1024)
         p_block = p_x + block * (QUADS * UNITS)
         total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for load in tl.static_range(LOADS):
-            words = tl.load(p_words + o_unit * LOADS + load)
+            words = half2.load_lanes(p_words, o_unit * LOADS + load)
             for i in tl.static_range(LOADED):
                 if LOAD == 16:
                     pair = half2.permute_bytes(words.to(tl.int32), tl.zeros([1, 1, 1], tl.int32), 0x4140, PTX)
@@ -154,7 +154,7 @@ def matmul_kernel(
                 chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
                 for slot in tl.static_range(SLOTS):
                     if ((load * LOADED + i) * SLOTS + slot) % 2 == 0:
-                        quad = tl.load(p_block + ((load * LOADED + i) * SLOTS + slot) // 2 * UNITS)
+                        quad = half2.load_lanes(p_block, ((load * LOADED + i) * SLOTS + slot) // 2 * UNITS)
                         x = quad.to(tl.int32)
                     else:
                         x = (quad >> 32).to(tl.int32)
@@ -166,7 +166,7 @@ def matmul_kernel(
                 if not DOT:
                     total = half2.add2(total, chain, PTX)
         if not DOT:
-            x_scale = tl.load(p_x_scale + block * UNITS)
+            x_scale = half2.load_lanes(p_x_scale, block * UNITS)
             acc = tl.fma(half2.sum2(total), group_scale.to(tl.float32) * x_scale, acc)
 
     if DOT:

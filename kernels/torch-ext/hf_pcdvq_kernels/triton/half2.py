@@ -205,6 +205,21 @@ def table_entry(p_table, index, PTX: tl.constexpr):
 
 
 @triton.jit
+def load_lanes(pointers, offset, mask=None, other=None):
+    """Load `pointers + offset`, [.., .., UNITS], adjacent threads along the last axis; or for `tl.dot`, [UNITS, T].
+
+    Loads with different layouts would be exchanged through shared memory in the main loop. The compiler derives the
+    layout of a load from what it knows of its addresses: it is told that they are adjacent along the last axis (else
+    some versions of Triton distribute threads along the rows first), and that they are not aligned, so that no thread
+    takes several. What a function is told of its arguments is lost, hence the sum.
+    """
+    pointers += offset
+    if len(pointers.shape) == 3:
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, [1, 1, 2]), [1, 1, 1])
+    return tl.load(pointers, mask=mask, other=other)
+
+
+@triton.jit
 def per_lane_zero(like, PTX: tl.constexpr):
     """Int32 zeros in the shape of `like`, which the compiler assumes to differ between lanes.
 

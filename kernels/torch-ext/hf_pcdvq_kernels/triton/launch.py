@@ -19,6 +19,8 @@ from .product import has_kernel, product
 # Weights decoded at a time when PyTorch multiplies: 128 MiB of 16-bit floats, enough for a GPU's matrix product.
 SLICE = 1 << 26
 TILE_ROWS, TILE_COLUMNS = 16, 128
+# Groups of a grouped product lie along the third axis of the grid, which CUDA limits.
+MOST_GROUPS = 65535
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -58,9 +60,11 @@ def grouped_matmul(
         first: the first weight of the stack; its tensors start where those of the stack do.
         stack: the number of weights in the stack.
     """
-    if not has_kernel(first, x.shape[1], x.dtype):
+    if not len(x) or not has_kernel(first, x.shape[1], x.dtype):
         return None
-    return product(x.contiguous(), first, signs, experts=experts, stack=stack)
+    parts = zip(x.contiguous().split(MOST_GROUPS), experts.split(MOST_GROUPS), strict=True)
+    products = [product(part, first, signs, experts=mine, stack=stack) for part, mine in parts]
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:

@@ -124,9 +124,9 @@ def matmul_kernel(
     for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         p_block = p_x + block * (8 * UNITS)
-        words = tl.load(p_words + o_unit)
+        words = half2.load_lanes(p_words, o_unit)
         if PATTERNS == 512:
-            magnitudes = tl.load(p_magnitude + o_unit).to(tl.int32)
+            magnitudes = half2.load_lanes(p_magnitude, o_unit).to(tl.int32)
             # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low
             # bytes and the high bytes of their levels.
             select = (magnitudes | (magnitudes << 4)) & 0x0F0F
@@ -150,7 +150,7 @@ def matmul_kernel(
                 entries = (pattern >> (32 * half)).to(tl.int32)
                 first = half2.permute_bytes(entries, tops, 0x5140, PTX)
                 second = half2.permute_bytes(entries, tops, 0x7362, PTX)
-                quad = tl.load(p_block + (2 * j + half) * UNITS)
+                quad = half2.load_lanes(p_block, (2 * j + half) * UNITS)
                 if DOT:
                     acc = half2.dot2(acc, first, factor, quad.to(tl.int32), BF16)
                     acc = half2.dot2(acc, second, factor, (quad >> 32).to(tl.int32), BF16)
@@ -164,7 +164,7 @@ def matmul_kernel(
                     level = half2.select_half(level01, level23, word >> 14, PTX)
                 total = half2.fma2(chain, level, total, PTX)
         if not DOT:
-            acc = tl.fma(half2.sum2(total), tl.load(p_x_scale + block * UNITS), acc)
+            acc = tl.fma(half2.sum2(total), half2.load_lanes(p_x_scale, block * UNITS), acc)
 
     if DOT:
         out = tl.trans(acc)

@@ -201,12 +201,12 @@ def _add_block(
     for i in tl.static_range(CHAIN):
         o_pair = o_first + i * 32
         if FULL:
-            x = tl.load(p_x + (o_x + i * 32))
+            x = half2.load_lanes(p_x, o_x + i * 32)
         else:  # weights past the end repeat the last ones, and meet activations of zero
-            x = tl.load(p_x + (o_x + i * 32), mask=o_x + i * 32 < pairs, other=0)
+            x = half2.load_lanes(p_x, o_x + i * 32, mask=o_x + i * 32 < pairs, other=0)
             o_pair = tl.minimum(o_pair, pairs - 1)
-        word0, word1 = tl.load(p_word0 + o_pair), tl.load(p_word1 + o_pair)
-        word2 = word1 if BITS == 32 else tl.load(p_word2 + o_pair)  # 32 bits end with a word
+        word0, word1 = half2.load_lanes(p_word0, o_pair), half2.load_lanes(p_word1, o_pair)
+        word2 = word1 if BITS == 32 else half2.load_lanes(p_word2, o_pair)  # 32 bits end with a word
         even = _values(
             word0.to(tl.int32), word1.to(tl.int32), word2.to(tl.int32), down, shift, BITS, WINDOW, MULTIPLIER, PTX
         )
@@ -222,7 +222,7 @@ def _add_block(
         else:
             chain = half2.fma2(weight, x, chain, PTX)
     if not DOT:
-        x_scale = tl.load(p_x_scale + o_span, mask=o_span * SPAN < pairs, other=0.0)
+        x_scale = half2.load_lanes(p_x_scale, o_span, mask=o_span * SPAN < pairs, other=0.0)
         acc = tl.fma(half2.sum2(chain), x_scale, acc)
     return acc
 
