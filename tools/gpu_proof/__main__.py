@@ -60,7 +60,7 @@ def _own(script: str) -> Callable[[Path, bool], list[str]]:
 
 
 def _tests(out: Path, dry: bool) -> list[str]:
-    options = ["-p", "no:cacheprovider", "--tb=short"]
+    options = ["-p", "no:cacheprovider", "--tb=short", "--noconftest"]
     if dry:
         return ["-m", "pytest", *options, DRY_TESTS]
     return ["-m", "pytest", *options, "-n", "12", "--maxfail=40", "tests/kernels/test_triton.py"]
@@ -145,7 +145,9 @@ def _stop(process: subprocess.Popen) -> None:
 def install(wheels: Path, site: str) -> None:
     """Unpack wheels into a folder of their own."""
     options = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", site]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *options, *sorted(wheels.glob("*.whl"))], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *options, *sorted(wheels.glob("*.whl"))], check=True
+    )
 
 
 def arguments() -> argparse.Namespace:

@@ -30,7 +30,18 @@ from hf_pcdvq_kernels.triton.launch_config import LaunchConfig, Shape
 
 NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
 BENCHED = tune.FORMATS
+PROVED = ((4096, 4096), (19, 576))
+DECODED = (torch.bfloat16, torch.float16, torch.float32)
 PROCESSORS = 132  # of an H100 or H200: default configs depend on it
+
+
+class Launch(NamedTuple):
+    """One launch."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    config: LaunchConfig | None = None  # None: decoding
 
 
 class Task(NamedTuple):
@@ -40,29 +51,32 @@ class Task(NamedTuple):
     tokens: int  # 0: the kernels that decode
     block_n: int
     num_warps: int
-    launches: tuple[tuple[int, int, LaunchConfig | None], ...]  # rows, columns and config of each
+    launches: tuple[Launch, ...]
     target: int | None
 
 
 def tasks(target: int | None) -> Iterator[Task]:
     """All of them, those that the first steps need first."""
-    for tokens in (1, 4, 16, 64, 2, 8):
+    for tokens in (1, 4, 16, 64):
         for name in sorted(NAMES, key=lambda name: name not in BENCHED):
             yield from _products(name, tokens, target)
         if tokens == 1:
             for name in NAMES:
-                yield Task(name, 0, 0, 0, ((4096, 4096, None), (19, 576, None)), target)
+                yield Task(name, 0, 0, 0, tuple(Launch(*size, dtype) for size in PROVED for dtype in DECODED), target)
 
 
 def _products(name: str, tokens: int, target: int | None) -> Iterator[Task]:
-    launches: dict[tuple[int, int], list[tuple[int, int, LaunchConfig | None]]] = {}
-    for rows, columns in (*(tune.SIZES if name in BENCHED else tune.SIZES[:1]), (19, 576)):
-        shape = Shape(name, launch_config.tokens_per_program(tokens), rows, columns)
-        configs = dict.fromkeys([launch_config.default(shape, PROCESSORS)])
-        if name in BENCHED and tokens in tune.TOKENS:
-            configs |= dict.fromkeys(launch_config.candidates(shape))
-        for config in configs:
-            launches.setdefault((config.block_n, config.num_warps), []).append((rows, columns, config))
+    launches: dict[tuple[int, int], list[Launch]] = {}
+    for size in {*PROVED, *(tune.SIZES if name in BENCHED else ())}:
+        shape = Shape(name, launch_config.tokens_per_program(tokens), *size)
+        default = launch_config.default(shape, PROCESSORS)
+        wanted = [Launch(*size, torch.bfloat16, default)]
+        if size in PROVED:
+            wanted.append(Launch(*size, torch.float16, default))
+        if size in tune.SIZES and name in BENCHED and tokens in tune.TOKENS:
+            wanted += [Launch(*size, torch.bfloat16, config) for config in launch_config.candidates(shape)]
+        for one in wanted:
+            launches.setdefault((one.config.block_n, one.config.num_warps), []).append(one)
     for key, found in launches.items():
         yield Task(name, tokens, *key, tuple(found), target)
 
@@ -118,23 +132,22 @@ def compile_all(task: Task) -> tuple[int, float, str]:
     started, count = time.perf_counter(), 0
     try:
         with compiling_only(task.target) as compiled:
-            for rows, columns, config in task.launches:
-                _compile(task, rows, columns, config)
+            for launched in task.launches:
+                _compile(task, launched)
         count = len(compiled)
     except Exception:
         return count, time.perf_counter() - started, traceback.format_exc()
     return count, time.perf_counter() - started, ""
 
 
-def _compile(task: Task, rows: int, columns: int, config: LaunchConfig | None) -> None:
+def _compile(task: Task, launched: Launch) -> None:
+    rows, columns, dtype, config = launched
     weight = empty_weight(task.name, rows, columns)
     if config is None:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            launch.dequantize(weight, dtype)
+        launch.dequantize(weight, dtype)
         return
     signs = torch.empty(min(128, columns & -columns))
-    for dtype in (torch.bfloat16, torch.float16) if columns < 4096 else (torch.bfloat16,):
-        product.product(torch.empty(1, task.tokens, columns, dtype=dtype), weight, signs, config)
+    product.product(torch.empty(1, task.tokens, columns, dtype=dtype), weight, signs, config)
 
 
 def main() -> None:
@@ -147,11 +160,15 @@ def main() -> None:
     wanted = list(tasks(90 if args.dry_run else args.target))
     if args.dry_run:
         os.environ.pop("TRITON_INTERPRET", None)  # of the processes below, which compile
-        wanted = [Task("ccq-2.5", 0, 0, 0, ((19, 576, None),), 90)]
+        wanted = [Task("ccq-2.5", 0, 0, 0, (Launch(19, 576, torch.float32),), 90)]
     started, failed = time.perf_counter(), 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for task, (count, seconds, error) in zip(wanted, pool.map(compile_all, wanted)):
-            what = f"{task.tokens} tokens, {task.block_n} channels, {task.num_warps} warps" if task.tokens else "decoding"
+            what = (
+                f"{task.tokens} tokens, {task.block_n} channels, {task.num_warps} warps"
+                if task.tokens
+                else "decoding"
+            )
             print(f"{task.name}, {what}: {count} launches, {seconds:.1f} s{', failed' if error else ''}", flush=True)
             if error:
                 failed += 1
