@@ -52,3 +52,16 @@ def test_tokens_are_drawn_with_their_probabilities_and_ends_of_text_never():
     expected[[3, 200, 257]] = torch.tensor([0.3, 0.06, 0.04]) / 0.4
     assert (found[expected == 0] == 0).all()
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_every_row_and_every_step_is_drawn_by_itself():
+    """Shared random numbers would keep all frequencies, and leave less text than there seems to be."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    model.lm_head = Constant(torch.zeros(258, dtype=torch.bfloat16))  # every token is equally likely
+    drawn = sample_from_model(model, 80, 82, seed=0, progress=False)[:, 2:]  # rows of more than one batch
+    ranks = (drawn - 128.5) / 258 * 12**0.5  # mean 0, variance 1
+    neighbours = {(0, 1): "next step", (1, 0): "next row", (1, 1): "both", (40, 0): "next batch"}
+    for (row, step), name in neighbours.items():
+        pairs = ranks[row:, step:] * ranks[: 80 - row, : 80 - step]
+        assert abs(pairs.mean().item()) < 5 / pairs.numel() ** 0.5, name
