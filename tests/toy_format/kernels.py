@@ -47,8 +47,10 @@ def matmul_kernel(
     DOT: tl.constexpr,
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    PDL: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
+    half2.wait_for_inputs(PDL)
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]

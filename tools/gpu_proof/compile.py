@@ -111,6 +111,7 @@ def compiling_only(target: int | None) -> Iterator[list[Any]]:
         # Tensors are on the CPU, without contents; only their dtypes and addresses count.
         mock.patch.object(product, "has_ptx", lambda device: True),
         mock.patch.object(launch, "has_ptx", lambda device: True),
+        mock.patch.object(product, "has_pdl", lambda device: target is None or target >= 90),
     ):
         yield compiled
 

@@ -77,9 +77,10 @@ def _ptx(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    device, names = ("cpu", DRY_NAMES) if args.dry_run else ("cuda", NAMES)
+    device, names = ("cpu", DRY_NAMES) if args.dry_run else ("cuda", args.formats)
     rows = []
     with ProcessPoolExecutor(1 if args.dry_run else len(names), mp_context=get_context("spawn")) as pool:
         for name, (found, failures) in zip(names, pool.map(check_format, names, [device] * len(names))):

@@ -88,6 +88,8 @@ def use_cpu(device: torch.device, dtype: torch.dtype) -> bool:
     return False
 
 
+# `torch.compile` looks through caches, into what it cannot trace: it is told to take these results as constants.
+@torch.compiler.assume_constant_result
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the library of the CPU backend cannot run, or None."""
     if device.type != "cpu":
@@ -105,6 +107,7 @@ def _library_obstacle() -> str | None:
     return None if isinstance(loaded, library.Library) else f"the CPU kernels are missing: {loaded}"
 
 
+@torch.compiler.assume_constant_result
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run, or None."""
     if dtype == torch.float64:

@@ -98,8 +98,11 @@ def prepare_kernel(
     QUADS: tl.constexpr,
     UNITS: tl.constexpr,
     SCALE: tl.constexpr,
+    PDL: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # a product, which waits: see `half2.wait_for_inputs`
     token = tl.program_id(0).to(tl.int64)
     o_input = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = tl.load(p_x + token * columns + o_input, mask=o_input < columns, other=0.0).to(tl.float32)

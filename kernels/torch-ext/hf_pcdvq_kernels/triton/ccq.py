@@ -103,8 +103,10 @@ def matmul_kernel(
     DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
+    half2.wait_for_inputs(PDL)
     CLUSTERED: tl.constexpr = SCALE_BITS == 0
     # Bits per load: the size of a group is a multiple of it.
     LOAD: tl.constexpr = 64 if CLUSTERED else (32 if SLOTS == 7 else 16)

@@ -93,6 +93,7 @@ def product(shape: Shape, config: LaunchConfig, grouped: bool = False) -> Varian
         "DOT": shape.dot,
         "BF16": True,
         "PTX": True,
+        "PDL": True,
         "GROUPED": grouped,
     }
     weights = config.block_n * units * kernels.lane_inputs / (32 * config.num_warps)
@@ -121,7 +122,7 @@ def others() -> Iterator[Variant]:
         types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*fp16" if scale else "*bf16", "p_scale": "*fp32"}
         types |= {"columns": "i32", "blocks": "i32"}
         constants = {"BLOCK": 128, "UNIT": order.unit, "SLOTS": order.slots, "PLACES": order.places}
-        constants |= {"QUADS": order.quads, "UNITS": order.units, "SCALE": scale, "TILE": activations.TILE}
+        constants |= {"QUADS": order.quads, "UNITS": order.units, "SCALE": scale, "PDL": True, "TILE": activations.TILE}
         name = f"activations, {'pairs' if scale else 'matrices'}"
         yield Variant(name, activations.prepare_kernel, types, constants, 4, 0)
     types = {"p_parts": "*fp32", "p_out": "*bf16", "numbers": "i32", "splits": "i32"}
@@ -154,6 +155,8 @@ def measure(variant: Variant, target: GPUTarget) -> Figures:
     constants = dict(variant.constants)
     if target.backend != "cuda" and "PTX" in constants:
         constants["PTX"] = False
+    if (target.backend != "cuda" or target.arch < 90) and "PDL" in constants:
+        constants["PDL"] = False
     names = list(variant.kernel.arg_names)
     # Pointers are aligned, and sizes are multiples of 16 in a large layer; Triton compiles for that when it launches.
     aligned = [i for i, name in enumerate(names) if name.startswith("p_") or name in ("rows", "units", "columns")]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import tiles
@@ -19,6 +21,17 @@ OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 def has_ptx(device: torch.device) -> bool:
     """Whether kernels may contain PTX."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs: programmatic dependent launch (Hopper)."""
+    return has_ptx(device) and torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+def pdl_option(pdl: bool) -> dict[str, bool]:
+    """The option of such a launch, which versions of Triton without it do not know."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 def current(device: torch.device) -> AbstractContextManager:

@@ -20,7 +20,7 @@ class FormatKernels(ABC, Generic[Packed]):
     The kernels' arguments are, by name:
 
         matmul_kernel       p_x, p_x_scale, the operands, p_experts, p_out, tokens, rows, the matmul sizes, stack,
-                            span, the matmul constants, T, BLOCK_N, UNITS, DOT, BF16, PTX, GROUPED
+                            span, the matmul constants, T, BLOCK_N, UNITS, DOT, BF16, PTX, PDL, GROUPED
         dequantize_kernel   p_out, the operands, first, stop, the dequantize sizes, the constants, ROWS, COLUMNS, PTX
 
     Attributes:

@@ -242,6 +242,18 @@ def per_lane_zero(like, PTX: tl.constexpr):
 
 
 @triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the kernels before this one have ended; then let the one after it be launched, which waits too.
+
+    With programmatic dependent launch, the launch of a kernel and the end of the one before it overlap. No memory may be
+    accessed before this.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def group_token(tokens, T: tl.constexpr):
     """Indices of the tokens of this program's group, [T]; past the end, the last one repeats."""
     return tl.program_id(2) * tokens + tl.minimum(tl.arange(0, T), tokens - 1)

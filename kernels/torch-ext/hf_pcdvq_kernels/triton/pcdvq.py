@@ -95,8 +95,10 @@ def matmul_kernel(
     DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
+    half2.wait_for_inputs(PDL)
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
@@ -121,12 +123,17 @@ def matmul_kernel(
     stop = tl.minimum(begin + span, blocks)
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
+    # The weights of a block are loaded while the block before it is computed, where there are registers for both.
+    AHEAD: tl.constexpr = not DOT and T == 1
+    if AHEAD:
+        words, magnitudes = _load(p_words, p_magnitude, begin, o_lane, units, UNITS, PATTERNS)
     for block in range(begin, stop):
-        o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         p_block = p_x + block * (8 * UNITS)
-        words = half2.load_lanes(p_words, o_unit)
+        if AHEAD:
+            next_words, next_magnitudes = _load(p_words, p_magnitude, block + 1, o_lane, units, UNITS, PATTERNS)
+        else:
+            words, magnitudes = _load(p_words, p_magnitude, block, o_lane, units, UNITS, PATTERNS)
         if PATTERNS == 512:
-            magnitudes = half2.load_lanes(p_magnitude, o_unit).to(tl.int32)
             # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low
             # bytes and the high bytes of their levels.
             select = (magnitudes | (magnitudes << 4)) & 0x0F0F
@@ -165,6 +172,8 @@ def matmul_kernel(
                 total = half2.fma2(chain, level, total, PTX)
         if not DOT:
             acc = tl.fma(half2.sum2(total), half2.load_lanes(p_x_scale, block * UNITS), acc)
+        if AHEAD:
+            words, magnitudes = next_words, next_magnitudes
 
     if DOT:
         out = tl.trans(acc)
@@ -173,6 +182,17 @@ def matmul_kernel(
             scale * (1 << 18), [1, BLOCK_N]
         )  # 2^24 from the patterns over 64 from the levels
     half2.store_product(p_out, out, o_row, tokens, rows, T)
+
+
+@triton.jit
+def _load(p_words, p_magnitude, block, o_lane, units, UNITS: tl.constexpr, PATTERNS: tl.constexpr):
+    """The words and magnitudes of a block; past the end, where activations are zero, the last ones repeat."""
+    o_unit = tl.minimum(block * UNITS + o_lane, units - 1)
+    words = half2.load_lanes(p_words, o_unit)
+    magnitudes = words  # not read if they are in the words
+    if PATTERNS == 512:
+        magnitudes = half2.load_lanes(p_magnitude, o_unit).to(tl.int32)
+    return words, magnitudes
 
 
 class PcdvqKernels(FormatKernels[PcdvqWeight]):

@@ -10,7 +10,7 @@ from .._checks import check_prepared
 from ..formats import PackedWeight
 from . import activations, launch_config, tiles, tuned
 from .activations import Order
-from .device import INTERPRETED, OPTIONS, current, has_ptx
+from .device import INTERPRETED, OPTIONS, current, has_pdl, has_ptx, pdl_option
 from .launch_config import LaunchConfig, Shape, kernels_of
 
 
@@ -100,8 +100,10 @@ def product(
             DOT=shape.dot,
             BF16=x.dtype == torch.bfloat16,
             PTX=has_ptx(x.device),
+            PDL=has_pdl(x.device),
             GROUPED=experts is not None,
             num_warps=config.num_warps,
+            **pdl_option(has_pdl(x.device)),
             **OPTIONS,
         )
         return out if splits == 1 else _sum(out, x.dtype)
@@ -162,6 +164,7 @@ def _prepare(x: Tensor, signs: Tensor | None, order: Order, scaled: bool) -> Ten
         QUADS=order.quads,
         UNITS=order.units,
         SCALE=scaled,
+        PDL=has_pdl(x.device),
         TILE=tile,
         **OPTIONS,
     )

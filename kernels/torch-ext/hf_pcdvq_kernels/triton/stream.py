@@ -108,8 +108,10 @@ def matmul_kernel(
     DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs; requires UNITS 32
     BF16: tl.constexpr,
     PTX: tl.constexpr,
+    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
+    half2.wait_for_inputs(PDL)
     BITS: tl.constexpr = CHANNELS // CYCLE * CYCLE_BITS  # new bits of the channels
     RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
     o_channel = tl.arange(0, CHANNELS)[None, :, None]
