@@ -15,7 +15,7 @@ _SIZES: dict[int, str] = {
     64: "adapter_in_dim adapter_input_size audio_hidden_size embedding_dim hidden_size d_model n_embd embed_dim dim n_embed emb_dim embedding_size word_embed_proj_dim attention_hidden_size "
     "rnn_hidden_size lru_width projection_dim moe_intermediate_size shared_expert_intermediate_size "
     "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size",
-    128: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size "
+    128: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size entity_vocab_size "
     "max_position_embeddings n_positions n_ctx max_sequence_length mlp_hidden_size intermediate_size_mlp d_inner "
     "vocab_size_per_layer_input dense_intermediate_size moe_dense_intermediate_size",
     4: "linear_num_heads indexer_n_heads num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
@@ -47,7 +47,10 @@ def tiny_configs(model_type: str) -> Iterator[PreTrainedConfig]:
     Raises:
         ValueError: it accepts none; the message is what it says of the first.
     """
-    default = AutoConfig.for_model(model_type)
+    try:
+        default = AutoConfig.for_model(model_type)
+    except Exception as error:  # whatever a configuration raises, here for its own defaults
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     refusals: list[Exception] = []
     for layers in LAYERS:
         for fill in (False, True):
@@ -84,7 +87,7 @@ def _shrunk(fields: dict[str, Any], layers: int, fill: bool) -> dict[str, Any]:
     wide = fields.get("attention_hidden_size")
     if wide and hidden and wide % hidden == 0:
         made["attention_hidden_size"] = wide // hidden * small_hidden
-        if fields.get("attention_head_dim") == wide // heads:
+        if heads and fields.get("attention_head_dim") == wide // heads:
             made["attention_head_dim"] = made["attention_hidden_size"] // small_heads
     expand = _first(fields, _EXPAND)
     if expand and hidden:
@@ -112,14 +115,10 @@ def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def _small(name: str, value: Any, layers: int, fill: bool, kept: list[int], number: int) -> Any:
     size = layers if name in _DEPTHS else SMALL.get(name)
-    if (
-        isinstance(value, dict)
-        and value
-        and all(str(key).isdigit() and isinstance(value[key], dict) for key in value)
-    ):
-        by_layer = {int(key): entry for key, entry in value.items()}
+    by_layer = {int(key): entry for key, entry in value.items()} if _is_by_layer(value) else {}
+    if by_layer:
         return {new: _shrunk(by_layer[old], layers, fill) for new, old in enumerate(kept) if old in by_layer}
-    if isinstance(value, dict) and name.endswith("_config"):
+    if isinstance(value, dict) and (name.endswith("_config") or "model_type" in value):
         return _shrunk(value, layers, fill)
     if isinstance(value, list) and len(value) > 1 and len(value) == number:
         return [_small(name, value[old], layers, fill, kept, number) for old in kept]
@@ -130,6 +129,10 @@ def _small(name: str, value: Any, layers: int, fill: bool, kept: list[int], numb
     if name in _TOKENS and isinstance(value, int):
         return _TOKENS[name]
     return _filled(name, size, layers) if value is None and fill else value
+
+
+def _is_by_layer(value: Any) -> bool:
+    return isinstance(value, dict) and all(str(key).isdigit() and isinstance(value[key], dict) for key in value)
 
 
 def _filled(name: str, size: int | None, layers: int) -> Any:
