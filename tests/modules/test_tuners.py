@@ -12,7 +12,7 @@ from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.modules import PackedModule
 
 pytest.importorskip("peft", reason="the extra `train` is not installed")
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft_tuners import IDS, TUNERS, run, save_adapters, tuner_config, values
 
 OURS = r"QuantLinear: weight is packed, so other code cannot.*dequantize\(\)"
@@ -95,6 +95,17 @@ def test_a_tuner_learns_as_on_the_dequantized_twin_or_is_refused(kind, models):
     )
     assert (own_whole - whole).norm() < 2e-3 * whole.norm()  # activations are rounded to 15 bits on a CPU
     check_merging(model, expected, expected_logits, words)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_a_variant_of_lora_that_computes_with_the_weight_is_refused(variant, models):
+    model = copy.deepcopy(models[0])
+    expected = model(IDS).logits
+    with pytest.raises(RuntimeError, match=OURS):
+        get_peft_model(model, LoraConfig(target_modules="all-linear", **variant))
+    assert torch.equal(model(IDS).logits, expected)
 
 
 def check_merging(model, expected, logits, words):
