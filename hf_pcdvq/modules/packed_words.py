@@ -47,7 +47,8 @@ class PackedWords(Tensor):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype not in (None, self.dtype):
             raise packed_error(self.owner)
-        return self if device in (None, self.device) else self.words.detach().to(device)
+        moved = self.words.detach().to(device)
+        return self if moved.device == self.device else moved
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedWords({self.owner}, device={self.device})"

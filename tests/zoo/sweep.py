@@ -78,7 +78,7 @@ def save_dense_model(head: str, model_type: str, folder: Path) -> dict[str, Tens
     try:
         for config in tiny_configs(model_type):
             try:
-                return _save(getattr(transformers, HEADS[head][0]), config, folder)
+                return _save(head, config, folder)
             except TimeoutError:
                 raise
             except Exception as error:  # whatever the architecture raises for such sizes
@@ -89,14 +89,15 @@ def save_dense_model(head: str, model_type: str, folder: Path) -> dict[str, Tens
     raise NotBuilt(reasons[0])
 
 
-def _save(auto: Any, config: PreTrainedConfig, folder: Path) -> dict[str, Tensor]:
+def _save(head: str, config: PreTrainedConfig, folder: Path) -> dict[str, Tensor]:
+    auto = getattr(transformers, HEADS[head][0])
     with torch.device("meta"):
         size = auto.from_config(config).num_parameters()
     if size > MOST_PARAMETERS:
         raise NotBuilt(f"{size} parameters are not tiny")
     torch.manual_seed(0)
     model = auto.from_config(config, dtype=torch.float32)
-    inputs = inputs_of(model)
+    inputs = inputs_of(model, 1 if head == "classification" else 2)
     model.save_pretrained(folder)
     reloaded = auto.from_pretrained(folder, dtype=torch.float32)
     if not difference(outputs(reloaded, inputs), outputs(model, inputs)) < TOLERANCE:

@@ -150,8 +150,12 @@ def _kept_layers(fields: dict[str, Any], layers: int, number: int) -> list[int]:
     return sorted((first + rest)[:layers])
 
 
-def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def inputs_of(model: PreTrainedModel, sequences: int = 2) -> dict[str, torch.Tensor]:
     """Inputs for a forward pass, by the name of the model's main input.
+
+    Args:
+        model: the model.
+        sequences: how many there are of token ids. One needs no padding token; it ends as some classifiers want it.
 
     Raises:
         NotImplementedError: there are none for this kind of input.
@@ -159,7 +163,9 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 128
-    ids = torch.randint(3, vocabulary, (2, 12), generator=generator)
+    ids = torch.randint(3, vocabulary, (sequences, 12), generator=generator)
+    if sequences == 1:
+        ids[:, -1] = _TOKENS["eos_token_id"]
     if name == "input_ids":
         return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
     if name == "pixel_values":
