@@ -67,6 +67,20 @@ def test_an_adapter_is_merged_after_dequantizing(peft, tiny_model_dir):
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
 
 
+def test_a_refused_merge_beside_dense_layers_loses_nothing(peft, tiny_model_dir):
+    """PEFT merges layer by layer, so dense ones before the first packed one are merged already."""
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(packed(tiny_model_dir), config).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(RuntimeError, match="QuantLinear: weight is packed"):
+                merge()
+            assert torch.equal(model(IDS).logits, expected)
+        model.get_base_model().dequantize(torch.float32)
+        torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_packed_model_is_itself_again_when_its_adapters_are_unloaded(peft, tiny_model_dir):
     model = packed(tiny_model_dir)
     expected, layer = model(IDS).logits, model.model.layers[0].mlp.up_proj
