@@ -1,4 +1,4 @@
-"""Finds layers whose weight is read by other code than their own, which a packed weight would mislead.
+"""Finds layers whose weight is read by other code than their own, which a packed weight would refuse.
 
 Most modules call their layers. Some compute with `self.proj.weight` instead, or take its dtype for that of their
 inputs. Whether they do is in their source: no inputs are needed, and branches that only other devices take count too.
@@ -31,6 +31,7 @@ _COMPARISONS = {
     ast.Is: operator.is_,
     ast.IsNot: operator.is_not,
 }
+_ORDER = {ast.Lt, ast.LtE, ast.Gt, ast.GtE}
 _UNKNOWN = object()
 
 
@@ -163,7 +164,8 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
             pair = self._value(node.left), self._value(node.comparators[0])
             same = _UNKNOWN not in pair and (type(pair[0]) is type(pair[1]) or None in pair)
-            return _COMPARISONS[type(node.ops[0])](*pair) if same else _UNKNOWN
+            unordered = None in pair and type(node.ops[0]) in _ORDER
+            return _COMPARISONS[type(node.ops[0])](*pair) if same and not unordered else _UNKNOWN
         return _UNKNOWN
 
     def _setting(self, node: ast.Attribute) -> Any:

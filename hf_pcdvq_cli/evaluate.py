@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +66,6 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt --noise-floor float32
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --tasks piqa,arc_easy,arc_challenge,hellaswag,winogrande
     """
-    from rich.console import Console
     from transformers import AutoTokenizer
 
     from hf_pcdvq.evaluation.metrics import token_windows
@@ -84,15 +85,15 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
     text, source = _read(options["text"])
     windows = token_windows(tokenizer, text, options["context"], options["windows"])
 
-    record = _measure(ctx, tokenizer, windows, source, tasks, manager)
-    for table in _tables(record):
-        Console().print(table)
-    if folder is None:
-        note(f"Not saved: {packed} is not a folder; --out DIR saves the figures")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder)
-    click.echo(f"Saved evaluation.json and evaluation.md in {folder}")
+    record = None
+    try:
+        for record in _measurements(ctx, tokenizer, windows, source, tasks, manager):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                record.write(folder)
+    finally:
+        if record is not None:
+            _show(record, packed, folder)
 
 
 def _read(file: Path | None) -> tuple[str, str]:
@@ -109,15 +110,18 @@ def _task_manager(tasks: list[str], folder: Path | None) -> Any:
     return task_manager(tasks, folder) if tasks else None
 
 
-def _measure(
+def _measurements(
     ctx: click.Context,
     tokenizer: PreTrainedTokenizerBase,
     windows: Tensor,
     text: str,
     tasks: list[str],
     manager: Any,
-) -> EvaluationRecord:
-    """Measure everything that was asked for, with at most two models in memory."""
+) -> Iterator[EvaluationRecord]:
+    """Measure everything that was asked for, with at most two models in memory.
+
+    Yields the record whenever it has gained something: what was measured is not lost if a later part fails.
+    """
     from hf_pcdvq.evaluation.metrics import evaluate
     from hf_pcdvq.evaluation.record import EvaluationRecord, NoiseFloor, count_bits, hash_tokens
     from hf_pcdvq.files.records import device_name, package_versions
@@ -130,28 +134,40 @@ def _measure(
     packed = load_model(options["packed"], **placement)
     bits_per_packed_weight, bits_per_parameter = count_bits(options["packed"])
     device = device_name(packed.device)
-    metrics = evaluate(original, packed, windows)
-    versions, scores = package_versions(), None
-    if tasks:
-        scores, versions["lm_eval"] = _run_tasks(ctx, tokenizer, tasks, manager, original, packed)
-    del packed  # makes room for the original in another dtype
-    if floor is not None:
-        again = load_model(options["original"], **{**placement, "dtype": floor})
-        floor = NoiseFloor(floor, evaluate(original, again, windows))
-    return EvaluationRecord(
+    record = EvaluationRecord(
         original=options["original"],
         packed=options["packed"],
         text=text,
         tokens=hash_tokens(windows),
-        metrics=metrics,
-        noise_floor=floor,
-        tasks=scores,
+        metrics=evaluate(original, packed, windows),
+        noise_floor=None,
+        tasks=None,
         bits_per_packed_weight=bits_per_packed_weight,
         bits_per_parameter=bits_per_parameter,
         device=device,
-        versions=versions,
+        versions=package_versions(),
         command=command_line(ctx),
     )
+    yield record
+    if tasks:
+        scores, version = _run_tasks(ctx, tokenizer, tasks, manager, original, packed)
+        record = replace(record, tasks=scores, versions={**record.versions, "lm_eval": version})
+        yield record
+    del packed  # makes room for the original in another dtype
+    if floor is not None:
+        again = load_model(options["original"], **{**placement, "dtype": floor})
+        yield replace(record, noise_floor=NoiseFloor(floor, evaluate(original, again, windows)))
+
+
+def _show(record: EvaluationRecord, packed: str, folder: Path | None) -> None:
+    from rich.console import Console
+
+    for table in _tables(record):
+        Console().print(table)
+    if folder is None:
+        note(f"Not saved: {packed} is not a folder; --out DIR saves the figures")
+    else:
+        click.echo(f"Saved evaluation.json and evaluation.md in {folder}")
 
 
 def _run_tasks(

@@ -146,10 +146,11 @@ def _show(publication: Publication, repo: str) -> None:
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @_trust_option
 def check(folder: Path, trust_remote_code: bool) -> None:
-    """Check the integrity of the packed model in DIR, without loading its weights.
+    """Check the integrity of the packed model in DIR. Reads all its files, but makes no model of them.
 
-    Every tensor that config.json requires must be there in the right shape, no shard may be truncated, all scales
-    must be finite, and the tokenizer must match the model.
+    Every tensor that config.json requires must be there in the right shape, no shard may be truncated, tensors and
+    settings must have the hashes with which they were saved, all scales must be finite, and the tokenizer must match
+    the model.
 
     \b
     Example:

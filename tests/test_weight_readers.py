@@ -86,10 +86,13 @@ class Configured(Base):
     """One branch is ruled out by a setting, one depends on what the call is given."""
 
     slices = 1
+    memory = None
     names = ["a", "b"]  # an attribute of the class that is neither method nor property
 
     def forward(self, x, mask=None):
         x = x * len(self.names)
+        if self.memory is not None and self.memory > 0:
+            x = x @ self.e.weight
         if self.slices > 1 and self.training:
             x = x @ self.a.weight
         elif self.slices is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from ..version import __version__
+from .scratch import scratch_folder
 
 Record = TypeVar("Record")
 
@@ -90,11 +90,10 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written; the message names it, which the one for a full disk would not.
     """
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(file)
+        with scratch_folder(file.parent) as folder:
+            partial = folder / file.name
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.replace(file)
     except OSError as error:
         raise OSError(f"{file} could not be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

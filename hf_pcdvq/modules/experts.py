@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
+from .packed_words import DenseName
 
 STACKS = ("gate_up_proj", "down_proj")
 _SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
@@ -67,11 +68,14 @@ class QuantExperts(PackedModule):
         ValueError: these experts cannot be packed at all, or not with this codec.
     """
 
+    gate_up_proj = DenseName()
+    down_proj = DenseName()
+
     def __init__(self, experts: nn.Module, codec: Codec, device: torch.device | str | None = None):
-        PackedModule.__init__(self, codec)
         obstacle = experts_obstacle(experts)
         if obstacle:
             raise ValueError(f"experts cannot be packed: {obstacle}")
+        PackedModule.__init__(self, codec, experts.down_proj.dtype)
         self._dense_type = type(experts)
         self._copied = [name for name in vars(experts) if name not in vars(self)]
         _copy(self._copied, experts, self)
@@ -117,7 +121,7 @@ class QuantExperts(PackedModule):
 
     @property
     def _number(self) -> int:
-        return len(self.down_proj)
+        return self.packed_parameters["down_proj"].shape[0]
 
     def _has_grouped_kernels(self, hidden_states: Tensor, pairs: int) -> bool:
         """Whether grouped kernels can be used, which are not differentiable, and pay for so many (token, expert) pairs."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
+from .packed_words import DenseName
 from .shared_input import SharedInput
 
 
@@ -23,12 +24,14 @@ class QuantLinear(PackedModule, nn.Linear):
         in_features, out_features: size of the layer; `in_features` must be a multiple of `codec.multiple`.
         bias: whether the layer has a bias, kept in the model's dtype.
         codec: the packed format.
-        dtype: dtype of the bias; None takes torch's default.
+        dtype: dtype of the dense layer, and of the bias; None takes torch's default.
         device: device to allocate on.
 
     Raises:
         ValueError: `in_features` is not a multiple of `codec.multiple`.
     """
+
+    weight = DenseName()
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class QuantLinear(PackedModule, nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        PackedModule.__init__(self, codec)
+        PackedModule.__init__(self, codec, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.shared_input: SharedInput | None = None
         self._direct: DirectProduct | None = None  # made by the first call that can use it
@@ -49,9 +52,9 @@ class QuantLinear(PackedModule, nn.Linear):
     @classmethod
     def empty_like(cls, linear: nn.Linear, codec: Codec) -> QuantLinear:
         """The replacement for a dense layer when loading, on the meta device."""
-        bias = linear.bias is not None
-        dtype = linear.bias.dtype if bias else None
-        return cls(linear.in_features, linear.out_features, bias, codec, dtype, "meta")
+        return cls(
+            linear.in_features, linear.out_features, linear.bias is not None, codec, linear.weight.dtype, "meta"
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, codec: Codec) -> QuantLinear:

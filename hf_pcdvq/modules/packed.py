@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
+from .packed_words import PackedWords, packed_error
 
 
 def parameter_name(suffix: str, parameter: str = "weight") -> str:
@@ -27,20 +28,23 @@ class PackedModule(nn.Module):
     """A module with packed parameters.
 
     For a parameter `weight` `[N, K]` of the dense module, this one has `weight` (packed words, integer) and
-    `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. The
-    tables needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the
+    `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. Subclasses
+    declare `weight = DenseName()`, so that the attribute cannot be taken for the dense parameter. The tables needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the
     config, and `reset_tables` fills them in after loading.
 
     Args:
         codec: the packed format.
+        dtype: what the dense parameters have; None takes torch's default.
 
     Attributes:
         packed_parameters: by the name of the dense parameter.
+        dense_dtype: dtype of the dense module, changed by `.to(dtype)`. Packed tensors do not have it.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, dtype: torch.dtype | None):
         nn.Module.__init__(self)  # skips classes in between: nn.Linear would allocate the dense weight
         self.codec = codec
+        self.dense_dtype = torch.get_default_dtype() if dtype is None else dtype
         self.packed_parameters: dict[str, PackedParameter] = {}
 
     def register_packed(self, parameter: str, shape: tuple[int, ...], device: torch.device | str | None) -> None:
@@ -66,7 +70,7 @@ class PackedModule(nn.Module):
 
     def packed_tensors(self, parameter: str) -> Packed:
         """The packed tensors of a dense parameter, by suffix."""
-        return {suffix: getattr(self, name) for suffix, name in self.packed_parameters[parameter].tensors.items()}
+        return {suffix: self._parameters[name] for suffix, name in self.packed_parameters[parameter].tensors.items()}
 
     def tables_of(self, parameter: str) -> Packed:
         """The constants needed to decode a dense parameter."""
@@ -75,7 +79,7 @@ class PackedModule(nn.Module):
     def set_packed(self, parameter: str, packed: Packed) -> None:
         """Replace the packed tensors of a dense parameter; they are moved to the module's device."""
         for suffix, name in self.packed_parameters[parameter].tensors.items():
-            target = getattr(self, name)
+            target = self._parameters[name]
             target.data = packed[suffix].to(target.device)
 
     def reset_tables(self) -> None:
@@ -94,11 +98,12 @@ class PackedModule(nn.Module):
         # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
         # Detached, because nn.Module changes parameters in place.
         entries = self.packed_parameters.values()
-        packed = {name: getattr(self, name).detach() for entry in entries for name in entry.tensors.values()}
+        packed = {name: self._parameters[name].detach() for entry in entries for name in entry.tensors.values()}
         tables = {name: getattr(self, name) for entry in entries for name in entry.tables.values()}
         super()._apply(fn, recurse)
+        self.dense_dtype = fn(torch.empty(1, dtype=self.dense_dtype)).dtype
         for name, tensor in packed.items():
-            moved = getattr(self, name)
+            moved = self._parameters[name]
             if moved.dtype != tensor.dtype:
                 self._parameters[name] = nn.Parameter(tensor.to(moved.device), requires_grad=False)
         # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
@@ -117,23 +122,24 @@ class PackedModule(nn.Module):
             self.reset_tables()  # `assign=True` may have given the module its first real tensors
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Pruning registers a parameter a second time, as `<name>_orig`, and masks it: packed words do not survive that.
-        if any(param is own for own in self._parameters.values() if own is not None) and name not in self._parameters:
-            raise self._attached(next(key for key, own in self._parameters.items() if own is param))
+        # Assigning to an attribute comes here too. Loading gives a packed parameter new tensors of the same kind; what
+        # it gives to one on the meta device it checks itself.
+        own = self._parameters.get(name)
+        if self._is_packed(name) and own is not None and not own.is_meta:
+            if isinstance(param, PackedWords) and param.words is own:
+                return
+            if param is None or (param.shape, param.dtype) != (own.shape, own.dtype):
+                raise packed_error(f"{type(self).__name__}: {name}")
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
-        # A parametrization removes the parameter that it computes with; packed words are not what it takes them for.
-        if any(name in entry.tensors.values() for entry in self.packed_parameters.values()):
-            raise self._attached(name)
+        # A parametrization removes the parameter that it computes with.
+        if self._is_packed(name):
+            raise packed_error(f"{type(self).__name__}: {name}")
         super().__delattr__(name)
 
-    def _attached(self, name: str) -> TypeError:
-        return TypeError(
-            f"{type(self).__name__}: {name} is packed, so no parametrization, mask or adapter can be attached to it "
-            "(PEFT attaches to parameters for target_parameters, and to experts for target_modules='all-linear' too). "
-            "Attach to whole linear layers (target_modules=['q_proj', ...]), or load the model with dequantize=True"
-        )
+    def _is_packed(self, name: str) -> bool:
+        return any(name in entry.tensors.values() for entry in self.packed_parameters.values())
 
     def reset_parameters(self) -> None:
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")

@@ -88,6 +88,7 @@ def model_card(
         "auto_class": auto_class,
         "writes": task is not None,
         "text_generation": task == "text-generation",
+        "adapter_targets": _adapter_targets(count),
         "method": f"[{count.config.describe()}]({count.config.paper})",
         "loader_stub": loader_stub,
         "has_report": (folder / "quantization_report.md").is_file(),
@@ -125,6 +126,14 @@ def _usage(settings: dict[str, Any], file: Path) -> tuple[str, str | None]:
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "AutoModelForCausalLM", "text-generation"
     return "AutoModel", None
+
+
+def _adapter_targets(count: FolderCount) -> str | None:
+    """The layers to which adapters attach, in Python: packed experts take none. None if nothing else is packed."""
+    linear = [layer for layer in count.layers if layer.experts == 1]
+    if len(linear) == len(count.layers):
+        return '"all-linear"'
+    return json.dumps(sorted({layer.name.rpartition(".")[2] for layer in linear})) if linear else None
 
 
 def _size_facts(count: FolderCount) -> dict[str, Any]:

@@ -210,6 +210,17 @@ def test_tasks_score_both_models_as_by_hand(tiny_model_dir, packed, text, task_d
 
 
 @needs_lm_eval
+def test_what_was_measured_is_kept_when_a_task_fails(tiny_model_dir, packed, text, task_dir):
+    (task_dir / "letters.jsonl").unlink()
+    options = ["--text", text, "--context", 40, "--tasks", "local_letters", "--task-dir", task_dir]
+    done = fail(1, "letters.jsonl", "eval", tiny_model_dir, packed, *options)
+    record = read_record(packed)
+    assert record.metrics.kl_mean > 0.001 and record.tasks is None
+    assert f"{record.metrics.kl_mean:.5f} nats" in done.stdout
+    assert "Saved evaluation.json" in done.stdout
+
+
+@needs_lm_eval
 def test_unknown_task_is_named_before_anything_is_computed(tiny_model_dir, packed, text):
     options = ["--text", text, "--context", 40, "--tasks", "arc_easy,no_such_task"]
     fail(1, "lm-eval knows no task no_such_task;", "eval", tiny_model_dir, packed, *options)

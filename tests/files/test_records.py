@@ -2,6 +2,7 @@
 
 import json
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,6 +23,20 @@ def test_full_disk_leaves_the_older_file_and_is_told_with_its_name(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
     assert file.read_text() == "older"
+
+
+def test_two_processes_of_one_id_write_one_file(tmp_path):
+    """Containers that share a folder have the same process ids."""
+    file = tmp_path / "record.json"
+
+    def write(number):
+        for _ in range(30):
+            write_text(file, f"{number}" * 1_000_000)
+            assert set(file.read_text()) in ({"0"}, {"1"})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_fields_that_a_later_version_has_added_are_passed_over(tmp_path):

@@ -42,7 +42,7 @@ def relative(a, b):
 def test_every_expert_is_packed_and_the_router_is_not(dense_dir):
     packed = load(dense_dir, PcdvqConfig())
     layer = packed.get_submodule(EXPERT_LAYER)
-    assert isinstance(layer, QuantExperts) and not layer.gate_up_proj.is_floating_point()
+    assert isinstance(layer, QuantExperts) and not layer.packed_tensors("gate_up_proj")[""].is_floating_point()
     dense = load(dense_dir).get_submodule(EXPERT_LAYER)
     for stack in ("gate_up_proj", "down_proj"):
         decoded, original = layer.decoded(stack, torch.float32), getattr(dense, stack)

@@ -78,7 +78,7 @@ def test_deepcopy_and_pickle(layer):
     expected = layer(X)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(X), expected)
-        other.weight.data.zero_()
+        other.packed[""].zero_()
         assert torch.equal(layer(X), expected)
 
 
@@ -151,7 +151,7 @@ def test_peft_trains_an_adapter(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         tiny_model_dir, quantization_config=PcdvqConfig(), dtype=torch.float32
     )
-    packed = model.model.layers[0].mlp.up_proj.weight.clone()
+    packed = model.model.layers[0].mlp.up_proj.packed[""].clone()
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     ids = torch.arange(3, 60)[None]
@@ -163,4 +163,4 @@ def test_peft_trains_an_adapter(tiny_model_dir, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
-    assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight, packed)
+    assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.packed[""], packed)

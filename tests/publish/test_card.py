@@ -8,12 +8,15 @@ from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
+import moe_models
 import pytest
 from click.testing import CliRunner
 from hf_pcdvq_kernels.cpu import library
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from transformers import AutoModelForCausalLM
 
+from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.evaluation.record import TaskScore, read_record
 from hf_pcdvq.evaluation.speed import Speed
 from hf_pcdvq.evaluation.tasks import WIKITEXT2
@@ -37,6 +40,14 @@ def edit(folder, name, change):
     record = json.loads((folder / name).read_text())
     change(record)
     (folder / name).write_text(json.dumps(record))
+
+
+def test_the_card_of_a_mixture_attaches_adapters_beside_its_packed_experts(tmp_path):
+    moe_models.model("mixtral").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PcdvqConfig())
+    model.save_pretrained(tmp_path / "packed")
+    text = written(tmp_path / "packed").text
+    assert 'LoraConfig(target_modules=["k_proj", "o_proj", "q_proj", "v_proj"], task_type="CAUSAL_LM")' in text
 
 
 def test_metadata_are_what_the_hub_reads(packed):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import tempfile
 import warnings
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import inputs_of, tiny_config
+from tiny import inputs_of, tiny_configs
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.modules import PackedModule
@@ -34,6 +35,7 @@ HEADS = {
     "image": ("AutoModelForImageClassification", transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
     "base": ("AutoModel", transformers.MODEL_MAPPING),
 }
+MOST_PARAMETERS = 60_000_000  # of a model that is quantized in seconds
 SECONDS = 120  # for one architecture
 TOLERANCE = 1e-3  # relative, in float32: the rotation is applied to activations in one model, to weights in the other
 
@@ -72,17 +74,33 @@ def one_line(error: Exception) -> str:
 
 def save_dense_model(head: str, model_type: str, folder: Path) -> dict[str, Tensor]:
     """Save a random tiny model that computes something finite, the same after loading; returns inputs for it."""
-    auto = getattr(transformers, HEADS[head][0])
+    reasons: list[str] = []
     try:
-        torch.manual_seed(0)
-        model = auto.from_config(tiny_config(model_type), dtype=torch.float32)
-        inputs = inputs_of(model)
-        model.save_pretrained(folder)
-        reloaded = auto.from_pretrained(folder, dtype=torch.float32)
-        same = difference(outputs(reloaded, inputs), outputs(model, inputs)) < TOLERANCE
-    except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {error}") from error
-    if not same:
+        for config in tiny_configs(model_type):
+            try:
+                return _save(head, config, folder)
+            except TimeoutError:
+                raise
+            except Exception as error:  # whatever the architecture raises for such sizes
+                reasons.append(f"{type(error).__name__}: {error}")
+                shutil.rmtree(folder, ignore_errors=True)
+    except ValueError as error:  # of the configuration, also one that its own defaults violate
+        raise NotBuilt(error) from error
+    raise NotBuilt(reasons[0])
+
+
+def _save(head: str, config: PreTrainedConfig, folder: Path) -> dict[str, Tensor]:
+    auto = getattr(transformers, HEADS[head][0])
+    with torch.device("meta"):
+        size = auto.from_config(config).num_parameters()
+    if size > MOST_PARAMETERS:
+        raise NotBuilt(f"{size} parameters are not tiny")
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32)
+    inputs = inputs_of(model, 1 if head == "classification" else 2)
+    model.save_pretrained(folder)
+    reloaded = auto.from_pretrained(folder, dtype=torch.float32)
+    if not difference(outputs(reloaded, inputs), outputs(model, inputs)) < TOLERANCE:
         raise NotBuilt("the dense model's outputs are not finite, or change when it is saved and loaded")
     return inputs
 

@@ -1,0 +1,84 @@
+"""What stands for a dense parameter that is packed: other code that looks for the parameter finds where it is, but
+nothing to compute with and nothing to write to.
+
+Packed words keep the name of the dense parameter in the files and in `named_parameters`. Code that reads `layer.weight`
+expects floats in the dense shape: adapters that merge into it, initializations, parametrizations, some models. Integers
+in another shape would be taken for them, and overwritten without an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# What a reader may ask: where the parameter is and whether it is trained.
+_PLACE = ("device", "is_cpu", "is_cuda", "is_meta", "layout", "grad", "requires_grad")
+_ALLOWED = {getattr(Tensor, name).__get__ for name in _PLACE}
+_ALLOWED |= {Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.data_ptr, Tensor.__repr__, Tensor.__hash__}
+
+
+class PackedWords(Tensor):
+    """An alias of packed words that raises when anything but its place is read, and when it is written to.
+
+    Its `dtype` is that of the dense parameter: adapters and inputs are cast to it.
+    """
+
+    _is_param = True  # `isinstance(layer.weight, nn.Parameter)` holds, as for a dense layer
+    owner: str  # class of the module, and name of the parameter
+    dense_dtype: torch.dtype
+    words: nn.Parameter
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ALLOWED:
+            return super().__torch_function__(func, types, args, kwargs)
+        alias = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        if func == Tensor.dtype.__get__:
+            return alias.dense_dtype
+        if func is Tensor.to and args[0] is alias:
+            return alias._moved(*args[1:], **(kwargs or {}))
+        raise packed_error(alias.owner)
+
+    def _moved(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The words on another device, for what moves modules parameter by parameter."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self.dtype):
+            raise packed_error(self.owner)
+        moved = self.words.detach().to(device)
+        return self if moved.device == self.device else moved
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"PackedWords({self.owner}, device={self.device})"
+
+
+class DenseName:
+    """The attribute of a packed module that has the name of a dense parameter."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: nn.Module | None, kind: type) -> Any:
+        words = None if module is None else module._parameters.get(self._name)
+        if words is None:
+            raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
+        if words.is_meta:  # nothing to protect; what loads or offloads it compares shapes
+            return words
+        alias = words.detach().as_subclass(PackedWords)
+        vars(alias).update(vars(words))  # Transformers marks what is loaded
+        alias.owner, alias.dense_dtype, alias.words = f"{kind.__name__}: {self._name}", module.dense_dtype, words
+        return alias
+
+
+def packed_error(owner: str) -> RuntimeError:
+    """For code that uses a packed parameter as if it were dense. `owner` is its class and name.
+
+    Not a `TypeError`, which the operators of tensors replace by one that says nothing.
+    """
+    return RuntimeError(
+        f"{owner} is packed, so other code cannot compute with it, change it or attach to it. Adapters that only call "
+        "linear layers work (LoRA with target_modules=['q_proj', ...]). For others, for merging and for experts, call "
+        "dequantize() on the model first (model.get_base_model().dequantize() with PEFT), or load it with dequantize=True"
+    )
