@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -35,6 +36,7 @@ from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
 from .codecs import Codec
 from .config import PackedConfig
+from .files.marks import drop_marks
 from .files.names import matched_names
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
@@ -73,6 +75,11 @@ class PackedHfQuantizer(HfQuantizer):
             accelerator = torch.accelerator.current_accelerator()
             return {"": f"{accelerator.type}:{torch.accelerator.current_device_index()}"}
         return device_map
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Takes no part in choosing attention: it is the last hook that sees the config before the weights are looked for."""
+        drop_marks(vars(config))
+        return config
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,6 +77,25 @@ def placement_options(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def loader_stub_option(command: Callable) -> Callable:
+    """The option of every command that writes a packed model."""
+    return click.option(
+        "--loader-stub/--no-loader-stub",
+        default=True,
+        show_default=True,
+        help="With the model, save a module with which trust_remote_code=True loads it without `import hf_pcdvq`.",
+    )(command)
+
+
+def add_stub(folder: Path) -> None:
+    """Add the loader stub to a saved model, or say why there is none."""
+    from hf_pcdvq.publish.loader_stub import add_loader_stub
+
+    obstacle = add_loader_stub(folder)
+    if obstacle is not None:
+        note(f"Warning: {obstacle}")
 
 
 def setting_option(command: Callable) -> Callable:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, note
+from .common import Command, add_stub, loader_stub_option, note
 
 # Of the tokenizer, whose class may not be in Transformers, and the licence.
 _COMPANIONS = (
@@ -34,7 +34,8 @@ _COMPANIONS = (
     help="The model's config.json as Transformers reads it. [default: the one in DIR]",
 )
 @click.option("--force", is_flag=True, help="Replace the model in --out.")
-def import_wint2_command(source: Path, out: Path, config_file: Path | None, force: bool) -> None:
+@loader_stub_option
+def import_wint2_command(source: Path, out: Path, config_file: Path | None, force: bool, loader_stub: bool) -> None:
     """Convert a WINT2 checkpoint of FastDeploy (CCQ, as published for ERNIE-4.5) without requantizing it.
 
     Experts in WINT2 become packed experts, and floating-point tensors are kept as they are. Other types, such as
@@ -63,6 +64,8 @@ def import_wint2_command(source: Path, out: Path, config_file: Path | None, forc
                 shutil.copy2(file, folder / file.name)
         for missing in copy_companions(str(source), folder, read_model_config(str(folder))):
             note(f"Warning: {missing}")
+        if loader_stub:
+            add_stub(folder)
     if unused:
         note(f"Warning: the model does not use {len(unused)} tensors of the checkpoint: {', '.join(unused[:8])} ...")
     Console().print(size_table(count_folder(out)))

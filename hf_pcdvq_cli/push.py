@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import Command, note
+from .common import Command, loader_stub_option, note
 
 if TYPE_CHECKING:
     from hf_pcdvq.publish.push import Publication
@@ -19,11 +19,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 def _card_options(command: Callable) -> Callable:
     """Options for what a card says and no file in the folder states."""
     for option in (
-        click.option(
-            "--loader-stub",
-            is_flag=True,
-            help="Add a module with which trust_remote_code=True loads the model without `import hf_pcdvq`.",
-        ),
+        loader_stub_option,
         click.option(
             "--language",
             multiple=True,

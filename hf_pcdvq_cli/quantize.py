@@ -14,8 +14,10 @@ import click
 
 from .common import (
     Command,
+    add_stub,
     command_line,
     load_model,
+    loader_stub_option,
     note,
     override_option,
     overrides_of,
@@ -84,6 +86,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Replace the model in --out, and compute again what --work-dir holds of another run, or damaged.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@loader_stub_option
 @placement_options
 @click.pass_context
 def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
@@ -203,6 +206,8 @@ def _quantize_into(
             loaded.hf_quantizer.report.write(folder)
         commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
+        if options["loader_stub"]:
+            add_stub(folder)
     return _Result(loaded, held_out, tokenizer is not None)
 
 
