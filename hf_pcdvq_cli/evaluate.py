@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import DTYPES, Command, command_line, load_model, note, placement_options
+from .common import (
+    DTYPES,
+    Command,
+    bars_wanted,
+    command_line,
+    echo_json,
+    json_option,
+    load_model,
+    note,
+    placement_options,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,6 +58,7 @@ if TYPE_CHECKING:
     help="Folder for evaluation.json and evaluation.md. [default: PACKED, if it is a folder]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing evaluation.json.")
+@json_option
 @placement_options
 @click.pass_context
 def evaluate_command(ctx: click.Context, original: str, packed: str, **options: Any) -> None:
@@ -64,7 +74,6 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --text wiki.txt --noise-floor float32
       hf-pcdvq eval Qwen/Qwen3-0.6B qwen-2bit --tasks piqa,arc_easy,arc_challenge,hellaswag,winogrande
     """
-    from rich.console import Console
     from transformers import AutoTokenizer
 
     from hf_pcdvq.evaluation.metrics import token_windows
@@ -85,14 +94,16 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
     windows = token_windows(tokenizer, text, options["context"], options["windows"])
 
     record = _measure(ctx, tokenizer, windows, source, tasks, manager)
-    for table in _tables(record):
-        Console().print(table)
+    if options["as_json"]:
+        echo_json(record.to_dict())
+    else:
+        _print_tables(record)
     if folder is None:
         note(f"Not saved: {packed} is not a folder; --out DIR saves the figures")
         return
     folder.mkdir(parents=True, exist_ok=True)
     record.write(folder)
-    click.echo(f"Saved evaluation.json and evaluation.md in {folder}")
+    note(f"Saved evaluation.json and evaluation.md in {folder}")
 
 
 def _read(file: Path | None) -> tuple[str, str]:
@@ -130,14 +141,14 @@ def _measure(
     packed = load_model(options["packed"], **placement)
     bits_per_packed_weight, bits_per_parameter = count_bits(options["packed"])
     device = device_name(packed.device)
-    metrics = evaluate(original, packed, windows)
+    metrics = evaluate(original, packed, windows, progress=bars_wanted())
     versions, scores = package_versions(), None
     if tasks:
         scores, versions["lm_eval"] = _run_tasks(ctx, tokenizer, tasks, manager, original, packed)
     del packed  # makes room for the original in another dtype
     if floor is not None:
         again = load_model(options["original"], **{**placement, "dtype": floor})
-        floor = NoiseFloor(floor, evaluate(original, again, windows))
+        floor = NoiseFloor(floor, evaluate(original, again, windows, progress=bars_wanted()))
     return EvaluationRecord(
         original=options["original"],
         packed=options["packed"],
@@ -178,14 +189,13 @@ def _run_tasks(
     return scores, lm_eval.__version__
 
 
-def _tables(record: EvaluationRecord) -> list[Table]:
+def _print_tables(record: EvaluationRecord) -> None:
     from hf_pcdvq.evaluation.tables import TASK_HEADINGS, task_rows
 
-    from .tables import evaluation_table, plain_table
+    from .tables import evaluation_table, plain_table, show
 
     floor = record.noise_floor
     column = (floor.metrics, f"original, {floor.dtype}") if floor else ()
-    shown = [evaluation_table(record.metrics, *column)]
+    show(evaluation_table(record.metrics, *column))
     if record.tasks:
-        shown.append(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))
-    return shown
+        show(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))
