@@ -40,7 +40,7 @@ def tune(model: str, tokens: tuple[int, ...], device: str | None, force: bool) -
 
     if device is None and not torch.accelerator.is_available():
         raise click.ClickException("launch configs are measured on a GPU, and PyTorch finds none here")
-    where = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
+    where = torch.device(device) if device else torch.accelerator.current_accelerator()
     if where.type == "cpu":
         raise click.ClickException("--device cpu: launch configs are measured on a GPU")
 
