@@ -41,6 +41,7 @@ from .files.names import matched_names
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
 from .modules import PackedModule, count_matrices, packed_type, share_inputs, unshare_inputs
+from .parameter_count import count_weights_of
 from .select import added_modules, check_packable, select_layers
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,7 @@ class PackedHfQuantizer(HfQuantizer):
             self._settle_conversions(model)
             return
         share_inputs(model)
+        count_weights_of(model, packed=True)
         self._settle_conversions(model)
         if held_out is not None:
             self.report = with_comparison(self.report, model, held_out)
@@ -285,6 +287,7 @@ class PackedHfQuantizer(HfQuantizer):
             if hasattr(layer, "_hf_hook"):  # of a model on several devices
                 add_hook_to_module(dense, layer._hf_hook)
         unshare_inputs(model)
+        count_weights_of(model, packed=False)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
 
