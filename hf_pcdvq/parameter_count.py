@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .modules import PackedModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -37,6 +40,8 @@ def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude
 
 def count_weights_of(model: nn.Module, packed: bool) -> None:
     """Have the model, and every model in it, count as above if it is packed, or as Transformers does."""
+    from transformers import PreTrainedModel  # not when this package is imported: it takes seconds
+
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.__dict__.pop("num_parameters", None)

@@ -46,7 +46,17 @@ def floor() -> str:
 
 @pytest.mark.parametrize("version", [f"=={floor()}.*", f">={floor()},<6"], ids=["oldest", "newest"])
 def test_quantizes_saves_and_loads(version, tmp_path):
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", tmp_path / "site"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        tmp_path / "site",
+    ]
     installed = subprocess.run([*pip, f"transformers{version}"], capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"transformers{version} cannot be installed: {installed.stderr[-300:]}")
