@@ -7,7 +7,7 @@ on them. On a GPU Transformers compiles both. Everything is measured in one proc
     python benchmarks/bench_generate.py
     python benchmarks/bench_generate.py --settings pcdvq-2.25 stream-2.0 --config path/to/config.json
 
-Needs transformers>=5.21. For a machine without a network, run `pip download --no-deps -d wheels transformers` elsewhere
+Needs transformers>=5.23. For a machine without a network, run `pip download --no-deps -d wheels transformers` elsewhere
 (for the platform and Python version of that machine), copy the folder, and run there
 `pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=site:.:kernels/torch-ext`.
 """

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -35,10 +36,12 @@ from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
 from .codecs import Codec
 from .config import PackedConfig
+from .files.marks import drop_marks
 from .files.names import matched_names
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
 from .modules import PackedModule, count_matrices, packed_type, share_inputs, unshare_inputs
+from .parameter_count import count_weights_of
 from .select import added_modules, check_packable, select_layers
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,11 @@ class PackedHfQuantizer(HfQuantizer):
             accelerator = torch.accelerator.current_accelerator()
             return {"": f"{accelerator.type}:{torch.accelerator.current_device_index()}"}
         return device_map
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Takes no part in choosing attention: it is the last hook that sees the config before the weights are looked for."""
+        drop_marks(vars(config))
+        return config
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -225,6 +233,7 @@ class PackedHfQuantizer(HfQuantizer):
             self._settle_conversions(model)
             return
         share_inputs(model)
+        count_weights_of(model, packed=True)
         self._settle_conversions(model)
         if held_out is not None:
             self.report = with_comparison(self.report, model, held_out)
@@ -278,6 +287,7 @@ class PackedHfQuantizer(HfQuantizer):
             if hasattr(layer, "_hf_hook"):  # of a model on several devices
                 add_hook_to_module(dense, layer._hf_hook)
         unshare_inputs(model)
+        count_weights_of(model, packed=False)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
 

@@ -18,6 +18,7 @@ from .import_wint2 import import_wint2_command
 from .inspect import inspect
 from .push import card, check, push
 from .quantize import quantize
+from .serve import chat, serve
 from .speed import speed
 from .tune import tune
 
@@ -46,6 +47,8 @@ for command in (
     evaluate_command,
     compare,
     generate,
+    serve,
+    chat,
     speed,
     tune,
     import_wint2_command,

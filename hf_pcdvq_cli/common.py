@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,14 +18,22 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 _COMMAND_LINE = "hf_pcdvq.command_line"  # the words after the command's name
+_QUIET = "hf_pcdvq.quiet"
 
 
 class Command(click.Command):
-    """A command that reports an error as one message with exit code 1; with `--debug`, as a traceback."""
+    """A command that reports an error as one message with exit code 1; with `--debug`, as a traceback.
+
+    Progress bars are for terminals; `--quiet` leaves them out there too, and the notes on standard error.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error."))
+        quiet = click.Option(
+            ["--quiet", "-q"], is_flag=True, help="No progress bars, notes or warnings; errors remain."
+        )
+        debug = click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error.")
+        self.params += [quiet, debug]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_COMMAND_LINE] = list(args)
@@ -29,9 +42,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from hf_pcdvq.files.scratch import sigterm_as_exit
 
-        debug = ctx.params.pop("debug")
+        debug, ctx.meta[_QUIET] = ctx.params.pop("debug"), ctx.params.pop("quiet")
         try:
-            with sigterm_as_exit():
+            with sigterm_as_exit(), _bars_of_libraries():
                 return super().invoke(ctx)
         except (click.UsageError, click.Abort, click.exceptions.Exit):
             raise
@@ -42,6 +55,37 @@ class Command(click.Command):
             if debug:
                 raise
             raise click.ClickException(printable(_message(error))) from error
+
+
+def bars_wanted() -> bool:
+    """Whether the running command may show progress bars."""
+    return sys.stderr.isatty() and not click.get_current_context().meta[_QUIET]
+
+
+@contextmanager
+def _bars_of_libraries() -> Iterator[None]:
+    """Without the bars and, with `--quiet`, the warnings of Transformers and the Hub's library, unless they are wanted."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers
+
+    quiet = click.get_current_context().meta[_QUIET]
+    level, ours = transformers.get_verbosity(), logging.getLogger("hf_pcdvq")
+    our_level, bars, hub_bars = ours.level, transformers.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if not bars_wanted():
+        transformers.disable_progress_bar()
+        disable_progress_bars()
+    if quiet:
+        transformers.set_verbosity_error()
+        ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.set_verbosity(level)
+        ours.setLevel(our_level)
+        if bars:
+            transformers.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
 
 
 def command_line(ctx: click.Context) -> str:
@@ -76,6 +120,36 @@ def placement_options(command: Callable) -> Callable:
     ):
         command = option(command)
     return command
+
+
+def loader_stub_option(command: Callable) -> Callable:
+    """The option of every command that writes a packed model."""
+    return click.option(
+        "--loader-stub/--no-loader-stub",
+        default=True,
+        show_default=True,
+        help="With the model, save a module with which trust_remote_code=True loads it without `import hf_pcdvq`.",
+    )(command)
+
+
+def add_stub(folder: Path) -> None:
+    """Add the loader stub to a saved model, or say why there is none."""
+    from hf_pcdvq.publish.loader_stub import add_loader_stub
+
+    obstacle = add_loader_stub(folder)
+    if obstacle is not None:
+        note(f"Warning: {obstacle}")
+
+
+def json_option(command: Callable) -> Callable:
+    """The option of every command that prints figures."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else.")(
+        command
+    )
+
+
+def echo_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=2))
 
 
 def setting_option(command: Callable) -> Callable:
@@ -132,6 +206,18 @@ def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -
     return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
 
 
+def saved_folder(model: str) -> Path:
+    """The folder with a model's files: the one given, or the cache of those on the Hub, which are downloaded."""
+    from huggingface_hub import snapshot_download
+
+    from hf_pcdvq.files.folders import check_source
+
+    check_source(model)
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+
+
 def printable(text: str) -> str:
     """The text without what a file of a stranger may have put in to steer the terminal."""
     from hf_pcdvq.files.text import visible
@@ -140,4 +226,5 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    click.echo(printable(text), err=True)
+    if not click.get_current_context().meta[_QUIET]:
+        click.echo(printable(text), err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, note
+from .common import Command, echo_json, json_option, note
 
 
 @click.command(cls=Command)
@@ -19,7 +19,8 @@ from .common import Command, note
     show_default=True,
     help="Folder for comparison.md and comparison.png; existing ones are replaced.",
 )
-def compare(records: tuple[Path, ...], out: Path) -> None:
+@json_option
+def compare(records: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Compare evaluations in a table, and in a plot of quality against bits.
 
     A, B, ... are files that `hf-pcdvq eval` wrote, or folders of models that contain them. All must have been
@@ -29,22 +30,22 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     Example:
       hf-pcdvq compare qwen-2bit qwen-2.25bit other/evaluation.json --out comparison
     """
-    from rich.console import Console
-
     from hf_pcdvq.evaluation.comparison import HEADINGS, NAME, Comparison, plot_quality, point_rows
     from hf_pcdvq.files.folders import check_writable
     from hf_pcdvq.files.records import write_text
 
-    from .tables import plain_table
+    from .tables import plain_table, show
 
     check_writable(out)
     comparison = Comparison.read(records)
     task_headings, task_rows = comparison.task_table()
+    if as_json:
+        echo_json({name: record.to_dict() for name, record in comparison.records.items()})
     tables = [(HEADINGS, point_rows(comparison.points, comparison.originals), comparison.title)]
     if task_rows:
         tables.append((task_headings, task_rows, "Tasks"))
-    for headings, rows, title in tables:
-        Console().print(plain_table(headings, rows, title))
+    for headings, rows, title in () if as_json else tables:
+        show(plain_table(headings, rows, title))
 
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{NAME}.md"]
@@ -55,4 +56,4 @@ def compare(records: tuple[Path, ...], out: Path) -> None:
     if len(uncounted) < len(comparison.points):
         written.append(out / f"{NAME}.png")
         plot_quality(comparison.points, comparison.originals, comparison.title, written[1])
-    click.echo(f"Saved {' and '.join(map(str, written))}")
+    note(f"Saved {' and '.join(map(str, written))}")

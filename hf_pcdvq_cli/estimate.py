@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from .common import Command, override_option, overrides_of, setting_option
+from .common import Command, echo_json, json_option, override_option, overrides_of, setting_option
 
 
 @click.command(cls=Command)
@@ -26,7 +24,7 @@ from .common import Command, override_option, overrides_of, setting_option
     show_default=True,
     help="Tokens in the key-value cache that memory is estimated for.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def estimate(
     model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
 ) -> None:
@@ -38,20 +36,17 @@ def estimate(
     Example:
       hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
     """
-    from rich.console import Console
-
     from hf_pcdvq.config import config_of_setting
     from hf_pcdvq.estimate import estimate as run
     from hf_pcdvq.estimate import estimate_table, read_model_config
 
-    from .tables import left_table
+    from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, **options)
     result = run(read_model_config(model), config, context)
     if as_json:
-        click.echo(json.dumps({**result.to_dict(), "left_unpacked": config.left_unpacked}, indent=2))
+        echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})
         return
-    console = Console()
-    console.print(left_table(config.left_unpacked))
-    console.print(estimate_table(result))
+    show(left_table(config.left_unpacked))
+    show(estimate_table(result))

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import DTYPES, Command, command_line, load_model, note, placement_options
+from .common import (
+    DTYPES,
+    Command,
+    bars_wanted,
+    command_line,
+    echo_json,
+    json_option,
+    load_model,
+    note,
+    placement_options,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,6 +60,7 @@ if TYPE_CHECKING:
     help="Folder for evaluation.json and evaluation.md. [default: PACKED, if it is a folder]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing evaluation.json.")
+@json_option
 @placement_options
 @click.pass_context
 def evaluate_command(ctx: click.Context, original: str, packed: str, **options: Any) -> None:
@@ -93,7 +103,7 @@ def evaluate_command(ctx: click.Context, original: str, packed: str, **options: 
                 record.write(folder)
     finally:
         if record is not None:
-            _show(record, packed, folder)
+            _show(record, packed, folder, options["as_json"])
 
 
 def _read(file: Path | None) -> tuple[str, str]:
@@ -139,7 +149,7 @@ def _measurements(
         packed=options["packed"],
         text=text,
         tokens=hash_tokens(windows),
-        metrics=evaluate(original, packed, windows),
+        metrics=evaluate(original, packed, windows, progress=bars_wanted()),
         noise_floor=None,
         tasks=None,
         bits_per_packed_weight=bits_per_packed_weight,
@@ -156,18 +166,19 @@ def _measurements(
     del packed  # makes room for the original in another dtype
     if floor is not None:
         again = load_model(options["original"], **{**placement, "dtype": floor})
-        yield replace(record, noise_floor=NoiseFloor(floor, evaluate(original, again, windows)))
+        metrics = evaluate(original, again, windows, progress=bars_wanted())
+        yield replace(record, noise_floor=NoiseFloor(floor, metrics))
 
 
-def _show(record: EvaluationRecord, packed: str, folder: Path | None) -> None:
-    from rich.console import Console
-
-    for table in _tables(record):
-        Console().print(table)
+def _show(record: EvaluationRecord, packed: str, folder: Path | None, as_json: bool) -> None:
+    if as_json:
+        echo_json(record.to_dict())
+    else:
+        _print_tables(record)
     if folder is None:
         note(f"Not saved: {packed} is not a folder; --out DIR saves the figures")
     else:
-        click.echo(f"Saved evaluation.json and evaluation.md in {folder}")
+        note(f"Saved evaluation.json and evaluation.md in {folder}")
 
 
 def _run_tasks(
@@ -194,14 +205,13 @@ def _run_tasks(
     return scores, lm_eval.__version__
 
 
-def _tables(record: EvaluationRecord) -> list[Table]:
+def _print_tables(record: EvaluationRecord) -> None:
     from hf_pcdvq.evaluation.tables import TASK_HEADINGS, task_rows
 
-    from .tables import evaluation_table, plain_table
+    from .tables import evaluation_table, plain_table, show
 
     floor = record.noise_floor
     column = (floor.metrics, f"original, {floor.dtype}") if floor else ()
-    shown = [evaluation_table(record.metrics, *column)]
+    show(evaluation_table(record.metrics, *column))
     if record.tasks:
-        shown.append(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))
-    return shown
+        show(plain_table(TASK_HEADINGS, task_rows(record.tasks), "Tasks, mean ± standard error"))

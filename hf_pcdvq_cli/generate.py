@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("model", metavar="DIR")
+@click.argument("model")
 @click.option("--prompt", required=True, help="Text for the model to answer or continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import Command, note
+from .common import Command, echo_json, json_option, loader_stub_option, note, saved_folder
 
 if TYPE_CHECKING:
     from hf_pcdvq.publish.push import Publication
@@ -19,11 +19,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 def _card_options(command: Callable) -> Callable:
     """Options for what a card says and no file in the folder states."""
     for option in (
-        click.option(
-            "--loader-stub",
-            is_flag=True,
-            help="Add a module with which trust_remote_code=True loads the model without `import hf_pcdvq`.",
-        ),
+        loader_stub_option,
         click.option(
             "--language",
             multiple=True,
@@ -120,13 +116,12 @@ def push(
 
 
 def _show(publication: Publication, repo: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from hf_pcdvq.files.size import readable_size
     from hf_pcdvq.files.text import visible
 
-    from .tables import as_is
+    from .tables import as_is, show
 
     table = Table(title=f"Would be pushed to {repo}", title_justify="left")
     table.add_column("file", overflow="fold")
@@ -135,7 +130,7 @@ def _show(publication: Publication, repo: str) -> None:
         table.add_row(as_is(name), readable_size(size))
     table.add_section()
     table.add_row("total", readable_size(sum(publication.files.values())), style="bold")
-    Console().print(table)
+    show(table)
     if publication.left_out:
         note(f"Left out: {visible(', '.join(publication.left_out))}")
     if publication.card.data.get("license") is None:
@@ -143,10 +138,11 @@ def _show(publication: Publication, repo: str) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("model")
+@json_option
 @_trust_option
-def check(folder: Path, trust_remote_code: bool) -> None:
-    """Check the integrity of the packed model in DIR. Reads all its files, but makes no model of them.
+def check(model: str, as_json: bool, trust_remote_code: bool) -> None:
+    """Check the integrity of the packed MODEL. Reads all its files, but makes no model of them.
 
     Every tensor that config.json requires must be there in the right shape, no shard may be truncated, tensors and
     settings must have the hashes with which they were saved, all scales must be finite, and the tokenizer must match
@@ -159,8 +155,11 @@ def check(folder: Path, trust_remote_code: bool) -> None:
     from hf_pcdvq.files.size import readable_size
     from hf_pcdvq.publish.integrity import check_folder
 
-    count = check_folder(folder, trust_remote_code)
-    click.echo(f"{folder} is complete: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
+    count = check_folder(saved_folder(model), trust_remote_code)
+    if as_json:
+        echo_json(count.to_dict())
+        return
+    click.echo(f"{model} is complete: {len(count.layers)} packed layers, {readable_size(count.file_bytes)}")
 
 
 @click.command(cls=Command)

@@ -14,8 +14,13 @@ import click
 
 from .common import (
     Command,
+    add_stub,
+    bars_wanted,
     command_line,
+    echo_json,
+    json_option,
     load_model,
+    loader_stub_option,
     note,
     override_option,
     overrides_of,
@@ -84,6 +89,8 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Replace the model in --out, and compute again what --work-dir holds of another run, or damaged.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@loader_stub_option
+@json_option
 @placement_options
 @click.pass_context
 def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
@@ -102,6 +109,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.calibration.held_out import with_comparison
     from hf_pcdvq.calibration.store import clear
     from hf_pcdvq.files.folders import check_source, folder_in_place
+    from hf_pcdvq.files.size import count_folder
 
     config = _quantization_config(ctx, skip)
     check_source(model)
@@ -113,7 +121,11 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     clear(work_dir)
     if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
         with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
-    _print_result(out, model, options["gguf_file"], time.monotonic() - started)
+    seconds = time.monotonic() - started
+    if options["as_json"]:
+        echo_json({**count_folder(out).to_dict(), "comparison": _comparison(out), "seconds": round(seconds, 1)})
+    else:
+        _print_result(out, model, options["gguf_file"], seconds)
     if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
 
@@ -195,7 +207,9 @@ def _quantize_into(
         else:
             # On the CPU: the decoder blocks are moved to the accelerator one at a time.
             loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
-            held_out = quantize_uncompared(loaded, tokenizer, config, work_dir=work_dir, restart=options["force"])
+            held_out = quantize_uncompared(
+                loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
+            )
         _save(loaded, folder, options["max_shard_size"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -203,6 +217,8 @@ def _quantize_into(
             loaded.hf_quantizer.report.write(folder)
         commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
+        if options["loader_stub"]:
+            add_stub(folder)
     return _Result(loaded, held_out, tokenizer is not None)
 
 
@@ -248,39 +264,32 @@ def _tokenizer_or_warning(model: str, source: dict[str, Any]) -> PreTrainedToken
 
 
 def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) -> None:
-    from rich.console import Console
-
+    from hf_pcdvq.evaluation.metrics import Evaluation
     from hf_pcdvq.files.folders import weight_bytes
     from hf_pcdvq.files.size import count_folder, readable_size
 
-    from .tables import left_table, size_table
+    from .tables import evaluation_table, left_table, show, size_table
 
-    count = count_folder(out)
-    console = Console()
-    console.print(left_table(count.left_unpacked))
-    console.print(size_table(count))
-    _print_comparison(out)
+    count, comparison = count_folder(out), _comparison(out)
+    show(left_table(count.left_unpacked))
+    show(size_table(count))
+    if comparison is not None:
+        show(evaluation_table(Evaluation(**comparison)))
     size = readable_size(count.file_bytes)
     if Path(model).is_dir():
         size = f"{readable_size(weight_bytes(Path(model), gguf_file))} -> {size}"
     click.echo(f"Saved in {out}: {size}, {count.bits_per_packed_weight:.3f} bits per packed weight, {seconds:.1f} s")
 
 
-def _print_comparison(out: Path) -> None:
-    """Print how the result compares with the original, if a calibrated run measured it."""
-    from rich.console import Console
-
+def _comparison(out: Path) -> dict[str, Any] | None:
+    """How the result compares with the original, if a calibrated run measured it."""
     from hf_pcdvq.calibration.report import NAME
-    from hf_pcdvq.evaluation.metrics import Evaluation
-
-    from .tables import evaluation_table
 
     file = out / f"{NAME}.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"comparison": None}
-    if report["comparison"] is not None:
-        Console().print(evaluation_table(Evaluation(**report["comparison"])))
-    elif report.get("comparison_failure"):
+    if report.get("comparison_failure"):
         note(
             f"Warning: the comparison with the original failed: {report['comparison_failure']}. The model is saved; "
             "hf-pcdvq eval measures it"
         )
+    return report["comparison"]

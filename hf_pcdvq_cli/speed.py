@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import Command, load_model, placement_options
+from .common import Command, bars_wanted, echo_json, json_option, load_model, note, placement_options
 
 
 @click.command(cls=Command)
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@json_option
 @placement_options
-def speed(folder: Path, prompt_tokens: int, new_tokens: int, **options: Any) -> None:
-    """Measure how fast the model in DIR generates on this machine, and save the result in DIR for the model card.
+def speed(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **options: Any) -> None:
+    """Measure how fast MODEL generates on this machine; for the model card, the result is saved in MODEL if it is a folder.
 
     \b
     Example:
       hf-pcdvq speed qwen-2bit --device-map cuda
     """
     from hf_pcdvq.evaluation.speed import measure_speed
+    from hf_pcdvq.files.folders import check_source
 
-    result = measure_speed(load_model(str(folder), **options), prompt_tokens, new_tokens)
-    result.write(folder)
-    click.echo(
-        f"{result.tokens_per_second:.1f} tokens per second on {result.device}, written to {folder / 'speed.json'}"
-    )
+    check_source(model)
+    result = measure_speed(load_model(model, **options), prompt_tokens, new_tokens, progress=bars_wanted())
+    if Path(model).is_dir():
+        result.write(model)
+        note(f"Saved in {Path(model) / 'speed.json'}")
+    if as_json:
+        echo_json(asdict(result))
+    else:
+        click.echo(f"{result.tokens_per_second:.1f} tokens per second on {result.device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -9,6 +10,17 @@ from hf_pcdvq.evaluation.metrics import Evaluation
 from hf_pcdvq.evaluation.tables import evaluation_rows, scope
 from hf_pcdvq.files.size import FolderCount, layer_groups, readable_size
 from hf_pcdvq.files.text import visible
+
+
+def show(table: Table) -> None:
+    """Print a table: on a terminal as wide as that, elsewhere as wide as its content, so that no name is broken."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)
+        if table.title is not None:
+            console.print(table.title, markup=False)  # it would be broken at the width of the table
+            table.title = None
+    console.print(table)
 
 
 def size_table(count: FolderCount) -> Table:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, note
+from .common import Command, bars_wanted, note, saved_folder
 
 if TYPE_CHECKING:
     from hf_pcdvq_kernels.triton.launch_config import Shape
 
 
 @click.command(cls=Command)
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("model")
 @click.option(
     "--tokens",
     type=click.IntRange(1, 64),
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="cuda, cuda:1, xpu, ... [default: the accelerator]")
 @click.option("--force", is_flag=True, help="Measure again what was measured before.")
-def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool) -> None:
-    """Measure on this GPU how to launch the kernels of the packed model in DIR, which is run without it too.
+def tune(model: str, tokens: tuple[int, ...], device: str | None, force: bool) -> None:
+    """Measure on this GPU how to launch the kernels of the packed MODEL, which is run without it too.
 
     Takes some seconds for every size of layer. The result is kept in a file per kind of GPU, whose path is printed, and
     holds for all models with layers of these sizes; deleting it brings the defaults back. What is in the file is not
@@ -40,20 +40,23 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
 
     if device is None and not torch.accelerator.is_available():
         raise click.ClickException("launch configs are measured on a GPU, and PyTorch finds none here")
-    where = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True)
+    where = torch.device(device) if device else torch.accelerator.current_accelerator()
     if where.type == "cpu":
         raise click.ClickException("--device cpu: launch configs are measured on a GPU")
 
     from hf_pcdvq_kernels.triton import tuned, tuning
-    from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
-    shapes = _shapes(folder, tokens)
+    from .tables import show
+
+    shapes = _shapes(saved_folder(model), tokens)
     wanted = [shape for shape in shapes if force or shape not in tuned.measured(where)]
     note(f"{len(wanted)} products to measure, {len(shapes) - len(wanted)} measured before")
     table = Table("format", "tokens", "outputs", "inputs", "block_n", "num_warps", "split_k", "µs", "default µs")
-    for shape, found in tqdm(tuning.tune(wanted, where), total=len(wanted), unit="product"):
+    for shape, found in tqdm(
+        tuning.tune(wanted, where), total=len(wanted), unit="product", disable=not bars_wanted()
+    ):
         times = f"{found.seconds * 1e6:.1f}", f"{found.default_seconds * 1e6:.1f}"
         sizes = (
             shape.tokens,
@@ -65,7 +68,7 @@ def tune(folder: Path, tokens: tuple[int, ...], device: str | None, force: bool)
         )
         table.add_row(shape.format, *map(str, sizes), *times)
     if wanted:
-        Console().print(table)
+        show(table)
     click.echo(tuned.file_of(where))
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,15 +27,18 @@ from hf_pcdvq.evaluation.speed import measure_speed
 from hf_pcdvq.files.folders import folder_in_place
 from hf_pcdvq.files.size import FolderCount, count_folder, readable_size
 from hf_pcdvq.importers.gguf import dense_from_gguf
+from hf_pcdvq_cli.tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The capital of France is"
+NEW_TOKENS = 16
 ROUNDING_NOTE = (
     "Weights were rounded to the nearest code, without calibration. At these bits that leaves a small model unable to "
     "write a sentence."
 )
-# Enough for a small model, and a matter of minutes on two cores.
+# Enough for a small model, and a matter of minutes on two cores; with --fast, of one or so, and far worse.
 SAMPLES, HOLDOUT, LENGTH = 32, 4, 512
+FAST_SAMPLES, FAST_LENGTH, FAST_WINDOWS = 8, 128, 2
 
 
 def arguments() -> argparse.Namespace:
@@ -53,6 +55,9 @@ def arguments() -> argparse.Namespace:
         help="text or .jsonl file, or data set on the Hub (default: the model's own text)",
     )
     parser.add_argument(
+        "--fast", action="store_true", help="calibrate and evaluate on little text: quicker, at a lower quality"
+    )
+    parser.add_argument(
         "--no-calibration", action="store_true", help="only round: quick, and useless for small models"
     )
     parser.add_argument(
@@ -62,7 +67,7 @@ def arguments() -> argparse.Namespace:
         help="text to evaluate on (default: %(default)s)",
     )
     parser.add_argument("--context", type=int, default=512, help="tokens per evaluated window (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=48, help="windows to evaluate at most (default: %(default)s)")
+    parser.add_argument("--windows", type=int, help="windows to evaluate at most (default: 48, with --fast 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "quickstart", help="where to save (default: %(default)s)")
     args = parser.parse_args()
     if args.no_calibration and args.dataset is not None:
@@ -73,8 +78,10 @@ def arguments() -> argparse.Namespace:
         args.config = config_of_setting(args.setting)
     except ValueError as error:
         parser.error(str(error))
+    args.windows = args.windows or (FAST_WINDOWS if args.fast else 48)
+    samples, length = (FAST_SAMPLES, FAST_LENGTH) if args.fast else (SAMPLES, LENGTH)
     if not args.no_calibration:
-        args.config.calibration = Calibration(dataset=args.dataset, samples=SAMPLES, length=LENGTH, holdout=HOLDOUT)
+        args.config.calibration = Calibration(dataset=args.dataset, samples=samples, length=length, holdout=HOLDOUT)
     return args
 
 
@@ -115,16 +122,24 @@ def quantize(original: Path, packed: Path, config: PackedConfig) -> None:
             model.hf_quantizer.report.write(partial)
 
 
-def generate(packed: Path) -> str:
-    """The prompt as the packed model continues it, loaded from its files in a new process."""
+def generate(folder: Path) -> str:
+    """The prompt as a saved model continues it, loaded from its files in a new process."""
     # In the form of the console script, which is not found where the environment has been moved.
     program = "from hf_pcdvq_cli import main; main(prog_name='hf-pcdvq')"
-    command = ["generate", str(packed), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "16"]
-    command += ["--dtype", run_dtype(packed)]
+    command = ["generate", str(folder), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--dtype", run_dtype(folder)]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"hf-pcdvq {' '.join(command)}\n{done.stderr}")
     return PROMPT + done.stdout.rstrip("\n")
+
+
+def continued(model: PreTrainedModel, folder: Path) -> str:
+    """The prompt as a model in memory continues it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -146,14 +161,15 @@ def text_windows(original: Path, args: argparse.Namespace) -> torch.Tensor:
         return token_windows(AutoTokenizer.from_pretrained(original), stream.read(), args.context, args.windows)
 
 
-def compare(original: Path, packed: Path, windows: torch.Tensor) -> tuple[Evaluation, list[str]]:
-    """The evaluation, and tokens per second of the original and of the packed model."""
+def compare(original: Path, packed: Path, windows: torch.Tensor, runs: int) -> tuple[Evaluation, list[str], str]:
+    """The evaluation, tokens per second of the original and of the packed model, and what the original writes."""
     # The small one first: "auto" may fill the device with the other.
     packed_model = load(packed)
     original_model = load(original)
     result = evaluate(original_model, packed_model, windows, progress=sys.stderr.isatty())
-    measured = (measure_speed(model, 16, 32, runs=3, progress=False) for model in (original_model, packed_model))
-    return result, [f"{speed.tokens_per_second:.1f}" for speed in measured]
+    measured = (measure_speed(model, 16, 32, runs=runs, progress=False) for model in (original_model, packed_model))
+    speeds = [f"{speed.tokens_per_second:.1f}" for speed in measured]
+    return result, speeds, continued(original_model, original)
 
 
 def result_table(
@@ -181,19 +197,46 @@ def result_table(
     return table
 
 
+def expected(args: argparse.Namespace) -> dict[str, str]:
+    """How long the steps take for the default model and setting on two cores, which were measured; nothing for others."""
+    if args.model is not None or args.setting != "pcdvq-2.25" or torch.accelerator.is_available():
+        return {}
+    calibrating = "a minute" if args.fast else "3 minutes"
+    return {
+        "get the original": "20 seconds the first time",
+        "calibrate, quantize and save": calibrating,
+        "quantize and save": "20 seconds",
+        "load and generate in a new process": "10 seconds",
+        "evaluate": "10 seconds" if args.fast else "30 seconds",
+    }
+
+
+def next_commands(packed: Path) -> str:
+    """What to type next, with the command line of the environment that this runs in."""
+    command = Path(sys.executable).with_name("hf-pcdvq")
+    command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
+    packed = packed.relative_to(Path.cwd()) if packed.is_relative_to(Path.cwd()) else packed
+    return (
+        "Next:\n"
+        f'  {command} generate {packed} --prompt "What is a codebook?"   # or serve, an OpenAI-compatible server\n'
+        f"  {command} quantize Qwen/Qwen3-0.6B --out qwen-2bit           # any folder or name on the Hub\n"
+        f"  {command} push {packed} YOUR-NAME/{packed.name} --dry-run"
+    )
+
+
 def main() -> None:
     args = arguments()
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     logging.getLogger("hf_pcdvq").setLevel(logging.ERROR)  # its summary of what was left as it was
-    console = Console()
     seconds: dict[str, float] = {}
+    durations = expected(args)
 
     @contextmanager
     def step(name: str) -> Iterator[None]:
-        if console.is_terminal:
-            console.print(f"[bold]{name}[/bold]")
+        about = f", about {durations[name]}" if name in durations else ""
+        print(f"[{len(seconds) + 1}/4] {name}{about}", flush=True)
         start = time.perf_counter()
         yield
         seconds[name] = time.perf_counter() - start
@@ -212,13 +255,14 @@ def main() -> None:
     with step("load and generate in a new process"):
         sentence = generate(packed)
     with step("evaluate"):
-        result, speeds = compare(original, packed, windows)
+        result, speeds, original_sentence = compare(original, packed, windows, runs=1 if args.fast else 3)
 
-    console.print(result_table(before, count_folder(packed), result, speeds, seconds))
-    console.print(f"The packed model writes: {sentence!r}", markup=False)
+    show(result_table(before, count_folder(packed), result, speeds, seconds))
+    print(f"The original writes:     {original_sentence!r}")
+    print(f"The packed model writes: {sentence!r}")
     if args.config.calibration is None:
-        console.print(ROUNDING_NOTE)
-    console.print(f"Saved in {packed}", markup=False)
+        print(ROUNDING_NOTE)
+    print(f"Saved in {packed}\n\n{next_commands(packed)}")
 
 
 if __name__ == "__main__":

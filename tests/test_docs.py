@@ -21,7 +21,7 @@ PAGES = [
 
 def source_text():
     """All string literals of the packages, in a row, with what is filled in written as `…`."""
-    folders = (ROOT / "hf_pcdvq", ROOT / "hf_pcdvq_cli", ROOT / "kernels" / "torch-ext")
+    folders = (ROOT / "hf_pcdvq", ROOT / "hf_pcdvq_cli", ROOT / "autoload", ROOT / "kernels" / "torch-ext")
     files = [file for folder in folders for file in folder.rglob("*.py")]
     text = "".join(file.read_text() for file in files)
     text = re.sub(r'"\s*\n\s*f?"', "", text)  # literals that go on in the next line

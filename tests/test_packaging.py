@@ -21,6 +21,7 @@ ROOTS = {
     "hf_pcdvq_cli": ROOT / "hf_pcdvq_cli",
     "hf_pcdvq_kernels": ROOT / "kernels/torch-ext/hf_pcdvq_kernels",
 }
+COMMANDS = "optimum/commands/register/register_hf_pcdvq.py"  # in a namespace of Optimum
 LIBRARY = "hf_pcdvq_kernels/cpu/libhfp.so"
 
 
@@ -52,7 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads. Building in the checkout would leave build/ behind, or reuse an old one."""
     copy = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
-    for name in ("hf_pcdvq", "hf_pcdvq_cli", "kernels", "tests"):
+    for name in ("hf_pcdvq", "hf_pcdvq_cli", "kernels", "optimum", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -70,7 +71,8 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_package_on_disk_is_listed():
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    assert set(settings["options"]["packages"].split()) == packages_on_disk()
+    namespace = COMMANDS.rpartition("/")[0].replace("/", ".")
+    assert set(settings["options"]["packages"].split()) == packages_on_disk() | {namespace}
 
 
 def test_pyproject_holds_only_the_build_system():
@@ -87,7 +89,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
         files = [file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
         expected |= {f"{package}/{file.relative_to(root).as_posix()}" for file in files}
     # Built in the copy, whatever the checkout holds. The same wheel serves every version of Python and PyTorch.
-    expected |= {LIBRARY}
+    expected |= {LIBRARY, COMMANDS}
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"hf_pcdvq/codecs/data/pcdvq-a14-v1.safetensors", "hf_pcdvq/py.typed"} <= names
@@ -107,6 +109,9 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     )
     files = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split()
     assert files == [str(target / name / "__init__.py") for name in ROOTS]
+    program = "from optimum.commands.optimum_cli import main; main()"
+    shown = run(sys.executable, "-P", "-c", program, "pcdvq", cwd=tmp_path, path=target)
+    assert "hf-pcdvq quantize" in shown
     program = "from hf_pcdvq_kernels.cpu import library; print(library.PATH, type(library.load()).__name__)"
     assert run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split() == [
         str(target / LIBRARY),
@@ -135,6 +140,8 @@ def test_an_editable_install_points_to_the_checkout_and_needs_no_compiler(source
     ]
     assert not (source / "kernels/torch-ext" / LIBRARY).exists()
     assert "Usage" in run(environment / "bin/hf-pcdvq", "--help", cwd=tmp_path)
+    program = "from optimum.commands.optimum_cli import main; main()"
+    assert "hf-pcdvq quantize" in run(python, "-P", "-c", program, "pcdvq", cwd=tmp_path)
 
 
 def test_the_ops_need_neither_transformers_nor_the_plugin(tmp_path):

@@ -44,7 +44,13 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
 
     Raises:
         ValueError: no `nn.ModuleList` of the model holds any of the layers.
+        NotImplementedError: the model has an encoder and a decoder, which read different inputs.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} has an encoder and a decoder: calibration runs one list of blocks on text. Quantize it "
+            "without calibration"
+        )
     counts = {
         name: sum(layer.startswith(f"{name}.") for layer in layers)
         for name, module in model.named_modules()

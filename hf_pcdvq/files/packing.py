@@ -38,7 +38,7 @@ KEY = "hf_pcdvq"
 # which are compared by themselves.
 _NOT_HASHED = {
     "_commit_hash", "_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype",
-    "transformers_version",
+    "transformers_version", "transformers_weights",
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _THREADS = 4

@@ -7,22 +7,25 @@ The classes in that module only delegate to the architecture's own. The config c
 first: every auto class, `transformers serve`, lm-eval; the config that it hands back is the architecture's, without
 `auto_map`, so that the model loads and is saved like any other. The model class serves those who bring a config that
 they loaded without trust. Loading a subclass itself would count as custom code, for which Transformers skips the
-renaming of mixture-of-experts weights. Without `trust_remote_code=True`, Transformers ignores `auto_map`.
+renaming of mixture-of-experts weights.
+
+Without `trust_remote_code=True`, Transformers ignores `auto_map`. Those who have neither that nor the plugin get an error
+of one line that says what is missing, by the other field that is written here, see `files.marks`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..files.records import write_text
+from ..files.marks import MODULE, WEIGHTS, drop_marks, is_ours
+from ..files.records import read_object, write_text
 from .architecture import architecture_name
-
-MODULE = "modeling_hf_pcdvq"
 
 _CONFIG = '''\
 """Loads this packed model: from_pretrained(..., trust_remote_code=True).
@@ -41,7 +44,7 @@ class PackedConfig(PreTrainedConfig):
     def from_pretrained(cls, *args, **kwargs):
         loaded = AutoConfig.from_pretrained(*args, **{{**kwargs, "trust_remote_code": False}})
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # return_unused_kwargs=True
-        # What is saved again must not ask for this file, which is not saved with it.
+        # Or Transformers would look for the model's class in this file too.
         vars(config).pop("auto_map", None)
         return loaded
 '''
@@ -54,38 +57,59 @@ class Packed{architecture}({architecture}):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = {architecture}.from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
-        vars(model.config).pop("auto_map", None)
-        return loaded
+        return {architecture}.from_pretrained(*args, **kwargs)
 '''
 
 
-def add_loader_stub(config: dict, folder: Path) -> None:
-    """Write the module into a folder, and refer to it in the config.json there.
+def add_loader_stub(folder: Path) -> str | None:
+    """Write the module into the folder of a packed model, and refer to it in the config.json there.
+
+    A model whose class is not in Transformers, or that has code of its own, gets no module; its config.json still makes
+    loading without the plugin fail in one line.
 
     Args:
-        config: content of config.json; changed in place.
-        folder: contains the files to be published.
+        folder: contains the model as `save_pretrained` wrote it; links in it are replaced, not followed.
+
+    Returns:
+        Why there is no module; None if there is one.
 
     Raises:
-        ValueError: the model is not one of Transformers, or already has code of its own, other than this stub.
+        ValueError: config.json is damaged.
+        OSError: the files cannot be written.
     """
-    architecture = architecture_name(config, folder / "config.json")
+    file = folder / "config.json"
+    config = read_object(file)
+    config["transformers_weights"] = WEIGHTS
+    architecture = architecture_name(config, file)
+    obstacle = _obstacle(config, architecture)
+    if obstacle is None:
+        config["auto_map"] = {"AutoConfig": f"{MODULE}.PackedConfig"}
+        imported, source = ["AutoConfig", "PreTrainedConfig"], _CONFIG
+        if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            config["auto_map"]["AutoModelForCausalLM"] = f"{MODULE}.Packed{architecture}"
+            imported.append(architecture)
+            source += _MODEL
+        text = source.format(architecture=architecture, imported=", ".join(sorted(imported)))
+        write_text(folder / f"{MODULE}.py", text)
+    write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return obstacle
+
+
+def remove_loader_stub(folder: Path) -> None:
+    """Undo `add_loader_stub`, if it was called for this folder. Raises the same errors."""
+    file = folder / "config.json"
+    config = read_object(file)
+    fields = len(config)
+    drop_marks(config)
+    if len(config) < fields:
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / f"{MODULE}.py").unlink(missing_ok=True)
+
+
+def _obstacle(config: dict[str, Any], architecture: str | None) -> str | None:
     found = None if architecture is None else getattr(transformers, architecture, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
-        raise ValueError(f"loader stubs are for models of Transformers; this is {architecture}")
-    own = config.get("auto_map") or {}
-    if not isinstance(own, dict) or any(not str(entry).startswith(f"{MODULE}.") for entry in own.values()):
-        raise ValueError(
-            f"the model already has code of its own, {config['auto_map']}; add `import hf_pcdvq` to it instead"
-        )
-    config["auto_map"] = {"AutoConfig": f"{MODULE}.PackedConfig"}
-    imported, source = ["AutoConfig", "PreTrainedConfig"], _CONFIG
-    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        config["auto_map"]["AutoModelForCausalLM"] = f"{MODULE}.Packed{architecture}"
-        imported.append(architecture)
-        source += _MODEL
-    text = source.format(architecture=architecture, imported=", ".join(sorted(imported)))
-    write_text(folder / f"{MODULE}.py", text)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return f"no loader stub: it is for models of Transformers, and this is {architecture}"
+    if config.get("auto_map") and not is_ours(config["auto_map"]):
+        return "no loader stub: the model has code of its own; add `import hf_pcdvq` to that"
+    return None

@@ -7,7 +7,6 @@ generated files, so the model's own folder is never modified. They go in one com
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +24,14 @@ from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.record import EvaluationRecord, read_record
 from ..evaluation.speed import NAME as SPEED
 from ..files.companions import copy_companions, missing_companions
+from ..files.marks import MODULE
 from ..files.provenance import Provenance, hub_name, inherited_metadata
 from ..files.records import package_versions, write_text
 from ..files.scratch import scratch_folder
 from .card import model_card, unmeasured_figures
 from .errors import PushError, told_plainly
 from .integrity import check_folder
-from .loader_stub import MODULE, add_loader_stub
+from .loader_stub import add_loader_stub, remove_loader_stub
 from .remote_model import refuse_other_model
 from .selection import CARD, select_files
 
@@ -82,7 +82,7 @@ def push_to_hub(
     evaluation: str | Path | None = None,
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
-    loader_stub: bool = False,
+    loader_stub: bool = True,
     trust_remote_code: bool = False,
     work_dir: str | Path | None = None,
 ) -> CommitInfo:
@@ -102,7 +102,9 @@ def push_to_hub(
         evaluation: an `evaluation.json` that `hf-pcdvq eval` wrote for this model, or the folder that contains it.
         base_model: name of the original on the Hub; None takes the model that was quantized, if it is on the Hub.
         metadata: further YAML metadata for the card, such as `license`, `language` and further `tags`.
-        loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`.
+        loader_stub: add a module with which `trust_remote_code=True` loads the model without `import hf_pcdvq`, and to
+            config.json what makes loading fail in one line without either. A model with code of its own gets no module,
+            and a warning.
         trust_remote_code: run Python code that comes with the model, which checking it needs if its architecture is
             not in Transformers.
         work_dir: folder for the files until they are sent; they are deleted afterwards. None takes the system's
@@ -185,7 +187,7 @@ def push_folder(
     commit_message: str | None = None,
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
-    loader_stub: bool = False,
+    loader_stub: bool = True,
     include: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> CommitInfo:
@@ -264,22 +266,27 @@ def _staged(
     repo_id: str,
     base_model: str | None = None,
     metadata: dict[str, Any] | None = None,
-    loader_stub: bool = False,
+    loader_stub: bool = True,
     include: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Path, Publication]]:
     """Check the model, and stage everything that is sent in a temporary folder."""
     count = check_folder(folder, trust_remote_code)
     chosen, left_out = select_files(folder, include, trust_remote_code)
-    generated = model_card(count, repo_id, base_model=base_model, metadata=metadata, loader_stub=loader_stub)
-    card = _card(folder / CARD, generated)
     with scratch_folder() as staging:
         for name in chosen:
             target = staging / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to((folder / name).resolve())
         if loader_stub:
-            add_loader_stub(json.loads((folder / "config.json").read_text(encoding="utf-8")), staging)
+            obstacle = add_loader_stub(staging)
+            if obstacle is not None:
+                logger.warning("%s", obstacle)
+        else:
+            remove_loader_stub(staging)
+        has_stub = (staging / f"{MODULE}.py").exists()
+        generated = model_card(count, repo_id, base_model=base_model, metadata=metadata, loader_stub=has_stub)
+        card = _card(folder / CARD, generated)
         write_text(staging / CARD, str(card))
         yield staging, Publication(_sizes(staging), tuple(left_out), card)
 

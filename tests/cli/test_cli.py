@@ -273,7 +273,7 @@ def test_inspect_counts_a_dense_model(tiny_model_dir):
 
 
 def test_inspect_of_a_missing_or_empty_folder(tmp_path):
-    fail(2, "does not exist", "inspect", tmp_path / "none")
+    fail(1, "does not exist", "inspect", tmp_path / "none")
     fail(1, "config.json is missing", "inspect", tmp_path)
 
 

@@ -41,11 +41,11 @@ def test_dry_run_lists_what_a_push_sends_and_touches_no_network(packed, hub):
     (packed / ".secret.json").write_text("secret")
     (packed / "notes.pdf").write_text("mine")
     before = contents(packed)
-    result = run("push", packed, REPO, "--dry-run", "--loader-stub")
+    result = run("push", packed, REPO, "--dry-run")
     assert result.exit_code == 0, result.output
     assert hub.requests == []
     assert contents(packed) == before
-    push_folder(packed, REPO, loader_stub=True)
+    push_folder(packed, REPO)
     sent = hub.repos[REPO].files()
     assert ".secret.json" not in sent and "notes.pdf" not in sent
     assert ".secret.json, notes.pdf" in result.stderr

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 import hf_pcdvq
+from hf_pcdvq.publish.loader_stub import add_loader_stub
 from hf_pcdvq.publish.push import planned, push_folder
 
 pytest_plugins = ["hub_fixtures"]
@@ -92,8 +95,12 @@ def test_pushed_model_loads_in_a_new_process_bit_identically(evaluated_once, run
         shown = run_with(hub, LOAD, REPO, tmp_path / "logits.pt")
     assert repo.private
     assert repo.messages == ["initial commit", "Upload tiny-2bit, packed with hf_pcdvq"]
-    files = {name: content for name, content in repo.files().items() if name not in ("README.md", ".gitattributes")}
-    assert files == {path.name: path.read_bytes() for path in evaluated_once.iterdir()}
+    written = {"README.md", ".gitattributes", "modeling_hf_pcdvq.py", "config.json"}
+    files = {name: content for name, content in repo.files().items() if name not in written}
+    assert files == {path.name: path.read_bytes() for path in evaluated_once.iterdir() if path.name not in written}
+    marked = {"auto_map", "transformers_weights"}
+    config = {name: value for name, value in json.loads(repo.files()["config.json"]).items() if name not in marked}
+    assert config == json.loads((evaluated_once / "config.json").read_text())
     assert sum(name.endswith(".safetensors") for name in files) > 1
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(evaluated_once)(torch.arange(2, 40)[None]).logits
@@ -113,7 +120,7 @@ def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=hf_pcdvq.PcdvqConfig())
     model.save_pretrained(tmp_path / "packed")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
-    push_folder(tmp_path / "packed", REPO, loader_stub=True)
+    push_folder(tmp_path / "packed", REPO)
     shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
     assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
     assert "class: MixtralForCausalLM" in shown
@@ -131,7 +138,7 @@ print("class:", type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=Tr
 """
 
 
-def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hub, run_with, tmp_path):
+def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hub, run_with, tmp_path, caplog):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**sizes, vocab_size=258)).save_pretrained(tmp_path / "dense")
     packed = tmp_path / "packed"
@@ -142,14 +149,48 @@ def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hu
     (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
     shown = run_with(hub, code.replace(REPO, str(packed)))
     assert shown == "torch.Size([1, 25, 64])\n"
-    push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})
+    push_folder(packed, REPO, metadata={"license": "mit"})
     assert "class: BertModel" in run_with(hub, BARE, REPO)
     files = hub.repos[REPO].files()
     for name in ("config.json", "modeling_hf_pcdvq.py"):
         (packed / name).write_bytes(files[name])
-    push_folder(packed, REPO, loader_stub=True, metadata={"license": "mit"})  # a folder from the Hub, sent again
+    push_folder(packed, REPO, metadata={"license": "mit"})  # a folder from the Hub, sent again
     assert hub.repos[REPO].files() == files
     config = json.loads(files["config.json"])
+    push_folder(packed, REPO, loader_stub=False)
+    without = hub.repos[REPO].files()
+    assert "modeling_hf_pcdvq.py" not in without and b"hf_pcdvq" not in without["config.json"]
     (packed / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "mine.Model"}}))
-    with pytest.raises(ValueError, match="already has code of its own"):
-        push_folder(packed, REPO, loader_stub=True)
+    (packed / "mine.py").touch()
+    caplog.clear()
+    push_folder(packed, REPO)
+    assert "the model has code of its own; add `import hf_pcdvq` to that" in caplog.text
+    sent = json.loads(hub.repos[REPO].files()["config.json"])
+    assert sent["auto_map"] == {"AutoModel": "mine.Model"} and "pip install hf_pcdvq" in sent["transformers_weights"]
+
+
+BARE_LOAD = """
+import json, sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], **json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
+def test_without_the_plugin_the_last_line_says_what_is_missing(packed, options):
+    """Also where Transformers would otherwise fill the packed layers with random weights."""
+    add_loader_stub(packed)
+    command = [sys.executable, "-c", BARE_LOAD, packed, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().rpartition("\n")[2]
+    assert "`pip install hf_pcdvq`" in last and "`import hf_pcdvq`" in last
+
+
+def test_a_model_loaded_without_trust_is_saved_without_a_reference_to_the_stub(packed, hub, tmp_path):
+    push_folder(packed, REPO)
+    model = AutoModelForCausalLM.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+    model.save_pretrained(tmp_path / "again")
+    assert not {"auto_map", "transformers_weights"} & json.loads((tmp_path / "again/config.json").read_text()).keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(loaded(torch.arange(2, 40)[None]).logits, model(torch.arange(2, 40)[None]).logits)

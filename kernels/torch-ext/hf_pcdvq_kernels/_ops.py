@@ -30,6 +30,14 @@ OPS = getattr(torch.ops, NAMESPACE)
 torch.library.define(f"{NAMESPACE}::hadamard", "(Tensor x, Tensor signs, bool inverse=False) -> Tensor")
 
 
+def _refuse_onnx() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "packed layers cannot be exported to ONNX, which has no operator for them: load the model with dequantize=True "
+            "in its quantization_config, and export that"
+        )
+
+
 @torch.library.register_fake(f"{NAMESPACE}::hadamard")
 def _(x: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
     checks.check_hadamard(x, signs)
@@ -165,6 +173,7 @@ def _define_matmul(family: type[PackedWeight]) -> None:
         return weight, transposed, signs, prepared
 
     def fake(x, *packed, **last):
+        _refuse_onnx()
         weight, transposed, *_ = check(x, packed, last)
         return x.new_empty(*x.shape[:-1], weight.columns if transposed else weight.rows)
 
@@ -228,6 +237,7 @@ def _define_grouped_matmul(family: type[PackedWeight]) -> None:
         return first, packed, signs
 
     def fake(x, experts, *packed, signs=None):
+        _refuse_onnx()
         first, _, _ = check(x, experts, packed, signs)
         return x.new_empty(*x.shape[:-1], first.rows)
 

@@ -1,0 +1,49 @@
+"""`num_parameters()` of packed models: Transformers' own would count packed words, a quarter or an eighth as many."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .modules import PackedModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """The number of parameters, as of the dense model: a packed layer counts its weights, not its words and scales.
+
+    Args:
+        model: packed or not.
+        only_trainable: count those that are trained; packed weights are not.
+        exclude_embeddings: leave out the weights of embeddings.
+    """
+    total, counted = 0, set()
+    for module in model.modules():
+        packed = module.packed_parameters if isinstance(module, PackedModule) else {}
+        tensors = {name for entry in packed.values() for name in entry.tensors.values()}
+        if not only_trainable:
+            total += sum(prod(entry.shape) for entry in packed.values())
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in counted or name in tensors:
+                continue
+            counted.add(parameter)
+            embedding = isinstance(module, nn.Embedding) and name == "weight"
+            if (parameter.requires_grad or not only_trainable) and not (embedding and exclude_embeddings):
+                total += parameter.numel()
+    return total
+
+
+def count_weights_of(model: nn.Module, packed: bool) -> None:
+    """Have the model, and every model in it, count as above if it is packed, or as Transformers does."""
+    from transformers import PreTrainedModel  # not when this package is imported: it takes seconds
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__.pop("num_parameters", None)
+            if packed:
+                part.__dict__["num_parameters"] = partial(num_parameters, part)  # pickled with it
