@@ -217,7 +217,7 @@ def test_what_was_measured_is_kept_when_a_task_fails(tiny_model_dir, packed, tex
     record = read_record(packed)
     assert record.metrics.kl_mean > 0.001 and record.tasks is None
     assert f"{record.metrics.kl_mean:.5f} nats" in done.stdout
-    assert "Saved evaluation.json" in done.stdout
+    assert "Saved evaluation.json" in done.stderr
 
 
 @needs_lm_eval

@@ -231,5 +231,5 @@ class CcqKernels(FormatKernels[CcqWeight]):
 
     def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
         if name == "ccq-2.75":
-            return {1: (8, 4), 2: (4,), 4: (2,), 8: (2,)}[tokens]
-        return {1: (8, 4), 2: (8, 4), 4: (4,), 8: (2,)}[tokens]
+            return {1: (4, 8), 2: (4,), 4: (2,), 8: (2,)}[tokens]
+        return {1: (4, 8), 2: (4, 8), 4: (4,), 8: (2,)}[tokens]

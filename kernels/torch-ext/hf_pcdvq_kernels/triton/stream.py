@@ -301,4 +301,4 @@ class StreamKernels(FormatKernels[StreamWeight]):
     def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
         if tokens == 8:
             return (4,)
-        return (8,) if name == "stream-4.0" else (16, 8)
+        return (8,) if name == "stream-4.0" else (8, 16)
