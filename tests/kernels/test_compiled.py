@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from hf_pcdvq_kernels.triton import compiled  # noqa: E402
 
 # SASS instructions per decoded weight in the main loop, one token, sm_90.
-MOST = {"pcdvq": 3.5, "ccq-2.75": 3.5, "ccq-2.5": 3.5, "ccq-2.0625": 4.5, "stream": 6.0}
+MOST = {"pcdvq": 3.5, "ccq-2.75": 3.5, "ccq-2.5": 3.5, "ccq-2.0625": 4.5, "stream": 6.5}
 # The shared memory limit per thread block on sm_80, the smallest of the targets.
 SHARED = 163 * 1024
 

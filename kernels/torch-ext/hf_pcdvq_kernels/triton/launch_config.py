@@ -70,12 +70,17 @@ def tokens_per_program(tokens: int) -> int:
     return power if tokens <= VECTOR_TOKENS else max(power, 16)
 
 
-def unit_warps(shape: Shape) -> int:
+def most_warps(shape: Shape) -> int:
     """Number of warps that a block of inputs can occupy, a power of two."""
     if shape.dot:
         return 8
     blocks = max(1, shape.columns // (32 * shape.lane_inputs))
     return 1 << (min(blocks, 4).bit_length() - 1)
+
+
+def unit_warps(shape: Shape) -> int:
+    """Number of warps by default: two are the fastest for most layers on an H200."""
+    return most_warps(shape) if shape.dot else min(most_warps(shape), 2)
 
 
 def block_n_choices(shape: Shape) -> tuple[int, ...]:
@@ -88,7 +93,7 @@ def candidates(shape: Shape) -> list[LaunchConfig]:
     found = []
     for block_n in block_n_choices(shape):
         for num_warps in (8,) if shape.dot else (1, 2, 4):
-            if num_warps > unit_warps(shape):
+            if num_warps > most_warps(shape):
                 continue
             most = -(-shape.columns // shape.block_inputs(num_warps))
             found += [LaunchConfig(block_n, num_warps, split_k) for split_k in (1, 2, 4, 8, 16) if split_k <= most]
