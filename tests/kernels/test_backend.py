@@ -1,7 +1,9 @@
 """The choice between Triton, the CPU kernels and PyTorch, on a device that Triton does not support."""
 
 import os
+import warnings
 
+import hf_pcdvq_kernels
 import pytest
 import torch
 from packing import random_packed
@@ -34,3 +36,16 @@ def test_triton_on_a_cpu_is_refused():
         product()
     hf_pcdvq.set_backend("reference")
     torch.testing.assert_close(product(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_graph_takes_the_choice_as_a_constant():
+    """`torch.compile` looks through caches, warns of it, and cannot trace how Triton or the library are looked for."""
+    torch.compiler.reset()
+
+    def prepared_and_next(x):
+        return hf_pcdvq_kernels.prepare(x, None, "ccq-2.5"), x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, out = torch.compile(prepared_and_next, fullgraph=True, backend="eager")(torch.ones(1, 64))
+    assert torch.equal(out, torch.full((1, 64), 2.0))
