@@ -6,6 +6,7 @@ import warnings
 import hf_pcdvq_kernels
 import pytest
 import torch
+from hf_pcdvq_kernels import backend
 from packing import random_packed
 
 import hf_pcdvq
@@ -49,3 +50,14 @@ def test_a_compiled_graph_takes_the_choice_as_a_constant():
         warnings.simplefilter("error")
         _, out = torch.compile(prepared_and_next, fullgraph=True, backend="eager")(torch.ones(1, 64))
     assert torch.equal(out, torch.full((1, 64), 2.0))
+
+
+def test_a_compiled_graph_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_obstacle", lambda device, dtype: "the CPU kernels are missing: not here")
+    torch.compiler.reset()
+
+    def prepared_and_next(x):
+        return hf_pcdvq_kernels.prepare(x, None, "ccq-2.5"), x + 1
+
+    with pytest.warns(UserWarning, match="slow, because the CPU kernels are missing: not here"):
+        torch.compile(prepared_and_next, fullgraph=True, backend="eager")(torch.ones(1, 64))

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 SHAPE = launch_config.Shape("pcdvq-2.25", 1, 4096, 8192)
 OTHER = launch_config.Shape("stream-2.0", 8, 4096, 8192)
 DEFAULT = launch_config.default(SHAPE, launch_config.processors(CPU))
+CONFIG_OF_OTHER = launch_config.candidates(OTHER)[-1]
 CONFIG = next(choice for choice in launch_config.candidates(SHAPE) if choice != DEFAULT)
 
 
@@ -89,3 +90,20 @@ def test_nothing_is_measured_without_a_gpu(file):
     with pytest.raises(RuntimeError, match="measured on a GPU"):
         list(tuning.tune([SHAPE], CPU))
     assert not file.exists()
+
+
+@pytest.mark.parametrize("file", sorted(tuned.SHIPPED.glob("*.json")), ids=lambda file: file.stem)
+def test_what_comes_with_the_package_fits_the_kernels(file):
+    assert tuned.read(file, 132, any_triton=True)
+
+
+def test_what_the_user_has_measured_takes_precedence(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
+    shipped = {SHAPE: tuned.TunedConfig(DEFAULT, 1e-6, 1e-6), OTHER: tuned.TunedConfig(CONFIG_OF_OTHER, 1e-6, 2e-6)}
+    tuned.write(tmp_path / "cpu.json", "a device", shipped)
+    assert tuned.choose(SHAPE, CPU) == CONFIG and tuned.choose(OTHER, CPU) == CONFIG_OF_OTHER
+    assert set(tuned.measured(CPU)) == {SHAPE}
+    (tmp_path / "cpu.json").write_text("{")
+    tuned.forget()
+    with pytest.warns(UserWarning, match="ignores the measured launch configs"):
+        assert tuned.choose(SHAPE, CPU) == CONFIG

@@ -89,7 +89,7 @@ STEPS = (
     Step("compile", 100, _own("compile.py")),
     Step("products", 90, _own("products.py")),
     Step("tests", 150, _tests),
-    Step("bench one token", 90, _bench("kernels-default-configs.json", 1)),
+    Step("bench one token", 90, _bench("kernels-one-token.json", 1)),
     Step("tune", 90, _own("tune.py")),
     Step("bench", 150, _bench("kernels.json", 1, 4, 16, 64, 2048)),
     Step("generate", 150, _generate),
@@ -112,7 +112,7 @@ def run(step: Step, out: Path, environment: dict[str, str], dry: bool) -> Outcom
     """Run a step, with its output on the terminal and at the end of `log.txt`."""
     started = time.perf_counter()
     print(f"== {step.name}", flush=True)
-    with open(out / "log.txt", "ab") as log:
+    with open(out / "log.txt", "ab", buffering=0) as log:
         log.write(f"== {step.name}\n".encode())
         process = subprocess.Popen(
             [sys.executable, *step.command(out, dry)],
@@ -123,6 +123,7 @@ def run(step: Step, out: Path, environment: dict[str, str], dry: bool) -> Outcom
             start_new_session=True,  # so that the processes that it starts can be stopped with it
         )
         tee = subprocess.Popen(["tee", "-a", log.name], stdin=process.stdout)
+        process.stdout.close()
         try:
             status = process.wait(None if dry else step.seconds)
             ended = "passed" if status == 0 else "failed"
@@ -169,6 +170,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the step that is running
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     record = out / "proof.json"
@@ -179,7 +181,9 @@ def main() -> None:
             install(args.wheels, site)
         for step in wanted:
             done[step.name] = asdict(run(step, out, environment(out, site, args.dry_run), args.dry_run))
-            record.write_text(json.dumps(done, indent=1) + "\n")
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(done, indent=1) + "\n")
+            partial.replace(record)
     print("\n" + "\n".join(f"{name:<16} {done[name]['ended']:<8} {done[name]['seconds']:6.1f} s" for name in done))
     sys.exit(any(outcome["ended"] != "passed" for outcome in done.values()))
 

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 import tune
 from hf_pcdvq_kernels.formats import FORMATS, PackedWeight
-from hf_pcdvq_kernels.triton import launch, launch_config, product
+from hf_pcdvq_kernels.triton import device, launch, launch_config, product
 from hf_pcdvq_kernels.triton.launch_config import LaunchConfig, Shape
 
 NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
@@ -104,14 +104,17 @@ def compiling_only(target: int | None) -> Iterator[list[Any]]:
         get_current_stream=lambda device: 0,
         get_active_torch_device=lambda: torch.device("cpu"),
     )
-    if target is not None:
+    if target is None:
+        has_pdl = device.has_pdl(torch.accelerator.current_accelerator())
+    else:
         driver.set_active(pretended)
+        has_pdl = target >= 90 and device.TRITON_HAS_PDL
     with (
         mock.patch.object(JITFunction, "run", run),
         # Tensors are on the CPU, without contents; only their dtypes and addresses count.
         mock.patch.object(product, "has_ptx", lambda device: True),
         mock.patch.object(launch, "has_ptx", lambda device: True),
-        mock.patch.object(product, "has_pdl", lambda device: target is None or target >= 90),
+        mock.patch.object(product, "has_pdl", lambda device: has_pdl),
     ):
         yield compiled
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ def _ptx(name: str) -> str:
     return "\n".join(texts[:1])
 
 
+def summary(name: str, rows: list[dict[str, Any]]) -> str:
+    """What was found for a format, with the first failures."""
+    bad = [row for row in rows if not row["passed"]]
+    errors = [
+        f"{dtype} {max((row['error'] for row in rows if row.get('dtype') == dtype and 'error' in row), default=0):.1e}"
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
+    lines = [f"{name}: {len(rows) - len(bad)} of {len(rows)} products agree; largest errors {', '.join(errors)}"]
+    return "\n".join(lines + [f"  failed: {row}" for row in bad[:4]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -81,26 +92,20 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     device, names = ("cpu", DRY_NAMES) if args.dry_run else ("cuda", args.formats)
-    rows = []
-    with ProcessPoolExecutor(1 if args.dry_run else len(names), mp_context=get_context("spawn")) as pool:
-        for name, (found, failures) in zip(names, pool.map(check_format, names, [device] * len(names))):
+    rows: list[dict[str, Any]] = []
+    workers = 1 if args.dry_run else len(names)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        tasks = {pool.submit(check_format, name, device): name for name in names}
+        for task in as_completed(tasks):
+            try:
+                found, failures = task.result()
+            except Exception as error:  # its process died
+                found, failures = [{"format": tasks[task], "passed": False}], f"{tasks[task]}: {error!r}\n"
             rows += found
             (args.out / "products.json").write_text(json.dumps(rows, indent=1) + "\n")
             with open(args.out / "failures.txt", "a", encoding="utf-8") as file:
                 file.write(failures)
-            bad = [row for row in found if not row["passed"]]
-            largest = {
-                dtype: max((row.get("error", 0) for row in found if row["dtype"] == dtype), default=0)
-                for dtype in ("bfloat16", "float16", "float32")
-            }
-            errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in largest.items())
-            print(
-                f"{name}: {len(found) - len(bad)} of {len(found)} products agree; largest errors {errors}", flush=True
-            )
-            for row in bad[:4]:
-                print(f"  failed: {row}", flush=True)
-            if failures:
-                print("\n".join(failures.splitlines()[:30]), flush=True)
+            print(summary(tasks[task], found), *failures.splitlines()[:30], sep="\n", flush=True)
     raise SystemExit(not all(row["passed"] for row in rows))
 
 

@@ -129,6 +129,11 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    _warned(message)
+
+
+@cache
+def _warned(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

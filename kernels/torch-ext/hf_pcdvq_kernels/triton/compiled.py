@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from ..formats import FORMATS, PackedWeight
 from ..random_weights import random_weight
 from . import activations, launch, launch_config, tiles
-from .device import OPTIONS
+from .device import OPTIONS, TRITON_HAS_PDL
 from .format_kernels import FormatKernels
 from .launch_config import LaunchConfig, Shape, kernels_of
 
@@ -122,7 +122,13 @@ def others() -> Iterator[Variant]:
         types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*fp16" if scale else "*bf16", "p_scale": "*fp32"}
         types |= {"columns": "i32", "blocks": "i32"}
         constants = {"BLOCK": 128, "UNIT": order.unit, "SLOTS": order.slots, "PLACES": order.places}
-        constants |= {"QUADS": order.quads, "UNITS": order.units, "SCALE": scale, "PDL": True, "TILE": activations.TILE}
+        constants |= {
+            "QUADS": order.quads,
+            "UNITS": order.units,
+            "SCALE": scale,
+            "PDL": True,
+            "TILE": activations.TILE,
+        }
         name = f"activations, {'pairs' if scale else 'matrices'}"
         yield Variant(name, activations.prepare_kernel, types, constants, 4, 0)
     types = {"p_parts": "*fp32", "p_out": "*bf16", "numbers": "i32", "splits": "i32"}
@@ -155,7 +161,7 @@ def measure(variant: Variant, target: GPUTarget) -> Figures:
     constants = dict(variant.constants)
     if target.backend != "cuda" and "PTX" in constants:
         constants["PTX"] = False
-    if (target.backend != "cuda" or target.arch < 90) and "PDL" in constants:
+    if not (target.backend == "cuda" and target.arch >= 90 and TRITON_HAS_PDL) and "PDL" in constants:
         constants["PDL"] = False
     names = list(variant.kernel.arg_names)
     # Pointers are aligned, and sizes are multiples of 16 in a large layer; Triton compiles for that when it launches.

@@ -16,6 +16,7 @@ INTERPRETED = isinstance(tiles.sum_kernel, InterpretedFunction)
 # Where a fused operation is wanted, the kernels use one explicitly.
 # Loads are not pipelined through shared memory either: that would take more shared memory than is available.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
+TRITON_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def has_ptx(device: torch.device) -> bool:
@@ -26,7 +27,7 @@ def has_ptx(device: torch.device) -> bool:
 @cache
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before it still runs: programmatic dependent launch (Hopper)."""
-    return has_ptx(device) and torch.cuda.get_device_capability(device) >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait")
+    return has_ptx(device) and TRITON_HAS_PDL and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pdl_option(pdl: bool) -> dict[str, bool]:

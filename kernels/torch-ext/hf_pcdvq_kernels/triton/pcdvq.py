@@ -130,7 +130,8 @@ def matmul_kernel(
     for block in range(begin, stop):
         p_block = p_x + block * (8 * UNITS)
         if AHEAD:
-            next_words, next_magnitudes = _load(p_words, p_magnitude, block + 1, o_lane, units, UNITS, PATTERNS)
+            following = tl.minimum(block + 1, stop - 1)
+            next_words, next_magnitudes = _load(p_words, p_magnitude, following, o_lane, units, UNITS, PATTERNS)
         else:
             words, magnitudes = _load(p_words, p_magnitude, block, o_lane, units, UNITS, PATTERNS)
         if PATTERNS == 512:

@@ -44,21 +44,22 @@ def choose(shape: Shape, device: torch.device) -> LaunchConfig:
 @cache
 def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
     """The tuned configs for this device model: those that come with the package, and the user's."""
-    shipped = SHIPPED / file_of(device).name
-    if not shipped.is_file():
-        return measured(device)
     # Another version of Triton may have another fastest config, but hardly one that is slower than the default.
-    return {**read(shipped, launch_config.processors(device), any_triton=True), **measured(device)}
+    return {**_usable(SHIPPED / file_of(device).name, device, any_triton=True), **measured(device)}
 
 
 @cache
 def measured(device: torch.device) -> Mapping[Shape, TunedConfig]:
-    """The configs that the user has measured; empty, with a warning, if their file cannot be used."""
-    file = file_of(device)
+    """The configs that the user has measured."""
+    return _usable(file_of(device), device)
+
+
+def _usable(file: Path, device: torch.device, any_triton: bool = False) -> dict[Shape, TunedConfig]:
+    """The configs in a file; none if there is no file, or, with a warning, if it cannot be used."""
     if not file.is_file():
         return {}
     try:
-        return read(file, launch_config.processors(device))
+        return read(file, launch_config.processors(device), any_triton)
     except (OSError, ValueError) as error:
         warnings.warn(
             f"hf_pcdvq ignores the measured launch configs in {file}: {error}. Delete it, or measure again with "
