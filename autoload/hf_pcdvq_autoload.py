@@ -32,11 +32,13 @@ class _AfterImport:
             execute = spec.loader.exec_module
 
             def exec_module(module):
+                del spec.loader.exec_module  # a loader may be shared, as those of archives are
                 execute(module)
-                sys.meta_path.remove(self)
-                _import_plugin()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    _import_plugin()
 
-            spec.loader.exec_module = exec_module  # of this loader, which is for this module alone
+            spec.loader.exec_module = exec_module
         return spec
 
 

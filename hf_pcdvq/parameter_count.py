@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -38,6 +38,22 @@ def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude
     return total
 
 
+class _CountOf:
+    """`num_parameters` of one model, which it does not keep alive; copied and pickled with the model."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = weakref.ref(model)
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        return num_parameters(self._model(), only_trainable, exclude_embeddings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CountOf:
+        return _CountOf(memo.get(id(self._model()), self._model()))
+
+    def __reduce__(self) -> tuple[type[_CountOf], tuple[PreTrainedModel]]:
+        return _CountOf, (self._model(),)
+
+
 def count_weights_of(model: nn.Module, packed: bool) -> None:
     """Have the model, and every model in it, count as above if it is packed, or as Transformers does."""
     from transformers import PreTrainedModel  # not when this package is imported: it takes seconds
@@ -46,4 +62,4 @@ def count_weights_of(model: nn.Module, packed: bool) -> None:
         if isinstance(part, PreTrainedModel):
             part.__dict__.pop("num_parameters", None)
             if packed:
-                part.__dict__["num_parameters"] = partial(num_parameters, part)  # pickled with it
+                part.__dict__["num_parameters"] = _CountOf(part)

@@ -206,6 +206,10 @@ def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -
     return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
 
 
+# Weights in formats that are not read here.
+OTHER_WEIGHTS = ["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.pt", "*.pth", "*.tflite"]
+
+
 def saved_folder(model: str) -> Path:
     """The folder with a model's files: the one given, or the cache of those on the Hub, which are downloaded."""
     from huggingface_hub import snapshot_download
@@ -215,7 +219,7 @@ def saved_folder(model: str) -> Path:
     check_source(model)
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    return Path(snapshot_download(model, ignore_patterns=OTHER_WEIGHTS))
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -27,6 +26,7 @@ from hf_pcdvq.evaluation.speed import measure_speed
 from hf_pcdvq.files.folders import folder_in_place
 from hf_pcdvq.files.size import FolderCount, count_folder, readable_size
 from hf_pcdvq.importers.gguf import dense_from_gguf
+from hf_pcdvq_cli.common import saved_folder
 from hf_pcdvq_cli.tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,9 +89,7 @@ def original_folder(model: str | None, out: Path) -> Path:
     """A folder with the dense model: the user's own, one from the Hub, or SmolLM2 decoded into `out`."""
     if model is None:
         return smollm2(out)
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    return saved_folder(model)
 
 
 def smollm2(out: Path) -> Path:

@@ -97,6 +97,17 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     assert "License-Expression: Apache-2.0" in metadata
 
 
+def isolated_python(environment):
+    """Python with the packages of the environment that runs the tests, except what is installed there to be edited.
+
+    A .pth file in a folder that is added in this way is not read.
+    """
+    venv.create(environment, with_pip=False, symlinks=True)
+    (site,) = (environment / "lib").glob("python*/site-packages")
+    (site / "outer.pth").write_text(sysconfig.get_paths()["purelib"])
+    return environment / "bin/python"
+
+
 def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     target = tmp_path / "target"
     pip("install", "--no-deps", "--target", target, wheel, cwd=tmp_path)
@@ -110,7 +121,8 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
     files = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split()
     assert files == [str(target / name / "__init__.py") for name in ROOTS]
     program = "from optimum.commands.optimum_cli import main; main()"
-    shown = run(sys.executable, "-P", "-c", program, "pcdvq", cwd=tmp_path, path=target)
+    # This command would otherwise be there twice.
+    shown = run(isolated_python(tmp_path / "venv"), "-P", "-c", program, "pcdvq", cwd=tmp_path, path=target)
     assert "hf-pcdvq quantize" in shown
     program = "from hf_pcdvq_kernels.cpu import library; print(library.PATH, type(library.load()).__name__)"
     assert run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=target).split() == [
@@ -122,13 +134,7 @@ def test_the_installed_wheel_imports_and_finds_its_data(wheel, tmp_path):
 def test_an_editable_install_points_to_the_checkout_and_needs_no_compiler(source, tmp_path, monkeypatch):
     for variable in ("CC", "CXX"):
         monkeypatch.setenv(variable, "no-such-compiler")
-    environment = tmp_path / "venv"
-    venv.create(environment, with_pip=False, symlinks=True)
-    python = environment / "bin/python"
-    # torch, transformers, pip and setuptools come from the environment that runs the tests. A .pth file in a folder
-    # added in this way is not read, so an editable install there has no effect here.
-    (site,) = (environment / "lib").glob("python*/site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_paths()["purelib"])
+    python = isolated_python(tmp_path / "venv")
     # --ignore-installed: otherwise pip would consider the outer environment's installation.
     options = ["--no-deps", "--no-build-isolation", "--ignore-installed"]
     pip("install", *options, "--editable", source, cwd=tmp_path, python=python)
@@ -139,7 +145,7 @@ def test_an_editable_install_points_to_the_checkout_and_needs_no_compiler(source
         source / "kernels/torch-ext/hf_pcdvq_kernels/__init__.py",
     ]
     assert not (source / "kernels/torch-ext" / LIBRARY).exists()
-    assert "Usage" in run(environment / "bin/hf-pcdvq", "--help", cwd=tmp_path)
+    assert "Usage" in run(python.with_name("hf-pcdvq"), "--help", cwd=tmp_path)
     program = "from optimum.commands.optimum_cli import main; main()"
     assert "hf-pcdvq quantize" in run(python, "-P", "-c", program, "pcdvq", cwd=tmp_path)
 

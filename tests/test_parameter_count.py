@@ -1,7 +1,9 @@
 """`num_parameters()` of a packed model is that of the dense one."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -41,3 +43,16 @@ def test_a_copy_counts_itself(tiny_model_dir):
     assert copied.num_parameters() < packed.num_parameters()
     packed.dequantize()
     assert packed.num_parameters() == sum(parameter.numel() for parameter in packed.parameters())
+
+
+def test_a_packed_model_is_freed_with_its_last_reference(tiny_model_dir):
+    """Without waiting for the garbage collector: what comes next may need the memory."""
+    packed = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=hf_pcdvq.PcdvqConfig())
+    gone = weakref.ref(packed.model.layers[0].mlp.up_proj)
+    gc.collect()
+    gc.disable()
+    try:
+        del packed
+        assert gone() is None
+    finally:
+        gc.enable()

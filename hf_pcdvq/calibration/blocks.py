@@ -46,7 +46,8 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
         ValueError: no `nn.ModuleList` of the model holds any of the layers.
         NotImplementedError: the model has an encoder and a decoder, which read different inputs.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    two_stacks = any({"encoder", "decoder"} <= dict(module.named_children()).keys() for module in model.modules())
+    if two_stacks and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NotImplementedError(
             f"{type(model).__name__} has an encoder and a decoder: calibration runs one list of blocks on text. Quantize it "
             "without calibration"

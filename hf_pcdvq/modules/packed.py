@@ -105,7 +105,7 @@ class PackedModule(nn.Module):
         for name, tensor in packed.items():
             moved = self._parameters[name]
             if moved.dtype != tensor.dtype:
-                self._parameters[name] = nn.Parameter(tensor.to(moved.device), requires_grad=False)
+                moved.data = tensor.to(moved.device)  # the same parameter, which an optimizer may hold
         # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
         for name, table in tables.items():
             moved = getattr(self, name)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
@@ -164,3 +165,27 @@ def test_peft_trains_an_adapter(tiny_model_dir, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
     assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.packed[""], packed)
+
+
+def test_an_interrupted_forward_leaves_offloading_intact(layer):
+    """accelerate brings words to the device before a forward and takes them away after it, but not after an error."""
+    x = torch.randn(2, 192)
+    expected = layer(x)
+    offloaded = cpu_offload(nn.Sequential(layer), torch.device("cpu"))
+    with pytest.raises(ValueError):
+        offloaded(torch.randn(2, 64))
+    assert torch.equal(offloaded(x), expected)
+
+
+def test_trained_scales_stay_trained_when_the_dtype_changes(layer):
+    scale = dict(layer.named_parameters())["weight_scale"].requires_grad_(True)
+    layer.to(torch.bfloat16)
+    assert dict(layer.named_parameters())["weight_scale"] is scale
+    assert scale.requires_grad and scale.dtype == torch.float32
+
+
+def test_words_are_not_moved_for_a_computation(layer):
+    weight = layer.weight
+    assert weight.to("cpu", weight.dtype) is weight
+    with pytest.raises(RuntimeError, match="is packed, so other code cannot compute with it"):
+        weight.to("meta", weight.dtype)
