@@ -15,7 +15,7 @@ _DEVICES = ("cuda", "xpu")  # ROCm devices are also of type cuda
 
 def _constant_when_compiled(function: Callable) -> Callable:
     """What `torch.compiler.assume_constant_result` does, which imports the whole compiler, and with it Triton, at once."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
