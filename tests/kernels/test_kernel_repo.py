@@ -98,7 +98,9 @@ def test_every_variant_is_described(repository):
 def test_it_computes_what_the_package_computes(repository, tmp_path, exact_products):
     inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
     generator = torch.Generator().manual_seed(0)
-    given = {setting: (torch.randn(3, 192, generator=generator), random_packed(setting, 12, 192)) for setting in SETTINGS}
+    given = {
+        setting: (torch.randn(3, 192, generator=generator), random_packed(setting, 12, 192)) for setting in SETTINGS
+    }
     torch.save(given, inputs)
     run(PRODUCTS.format(repository=str(repository), inputs=str(inputs), outputs=str(outputs)), path="")
     name, products = torch.load(outputs)
