@@ -85,9 +85,10 @@ def push(
 ) -> None:
     """Publish the packed model in DIR on the Hugging Face Hub as REPO, with a model card.
 
-    Only files that a model needs are sent; --dry-run names those that stay behind, and --include adds to them. The card states the measurements saved with the model: quantization_report.json, evaluation.json and speed.json.
-    The push is refused if DIR is damaged, if your own README.md states other figures, or if REPO contains another
-    model. An interrupted push resumes when it is started again.
+    Only files that a model needs are sent; --dry-run names those that stay behind, and --include adds to them. The card
+    states the measurements saved with the model: quantization_report.json, evaluation.json and speed.json. The push is
+    refused if DIR is damaged, if your own README.md states other figures, or if REPO contains another model. An
+    interrupted push resumes when it is started again.
 
     \b
     Example:

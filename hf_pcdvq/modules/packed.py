@@ -29,8 +29,9 @@ class PackedModule(nn.Module):
 
     For a parameter `weight` `[N, K]` of the dense module, this one has `weight` (packed words, integer) and
     `weight_<suffix>`, as given by the codec's `specs`; for a stack of weights `[E, N, K]` they are stacked. Subclasses
-    declare `weight = DenseName()`, so that the attribute cannot be taken for the dense parameter. The tables needed for decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the
-    config, and `reset_tables` fills them in after loading.
+    declare `weight = DenseName()`, so that the attribute cannot be taken for the dense parameter. The tables needed for
+    decoding (codebook, rotation signs) are buffers that are not saved: they are determined by the config, and
+    `reset_tables` fills them in after loading.
 
     Args:
         codec: the packed format.

@@ -20,7 +20,6 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (test_triton_interpreted.py runs it)", allow_module_level=True)
 
 from hf_pcdvq_kernels.triton import launch, launch_config, timing, tuned, tuning  # noqa: E402
-from hf_pcdvq_kernels.triton import product as product_module  # noqa: E402
 from hf_pcdvq_kernels.triton.product import product  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -363,41 +362,3 @@ def test_float64_is_refused_when_triton_is_asked_for():
         torch.ops.hf_pcdvq_kernels.ccq_matmul(
             activations(1, 64).double().to(DEVICE), *on_device(random_packed("ccq-2.5", 4, 64))
         )
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_products_are_captured_in_a_cuda_graph(setting):
-    packed, matmul = on_device(random_packed(setting, 512, 2048)), op_pair(setting)[1]
-    x = activations(1, 2048).bfloat16().to(DEVICE)
-    expected = matmul(x, *packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = matmul(x, *packed)
-    x.mul_(2)
-    graph.replay()
-    assert torch.equal(out, expected * 2)
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])
-def test_overlapping_launches_change_nothing(setting, monkeypatch):
-    """Many products in one graph, with shared activations, splits, and buffers that are freed and used again."""
-    signs, matmul = SIGNS.to(DEVICE), op_pair(setting)[1]
-    layers = [on_device(random_packed(setting, 2048, 2048, seed=seed)) for seed in range(8)]
-
-    def chain():
-        x = activations(1, 2048).half().to(DEVICE)
-        graph = torch.cuda.CUDAGraph()
-        matmul(x, *layers[0], signs=signs)  # compiled before the capture
-        with torch.cuda.graph(graph):
-            for number in range(200):
-                prepared = ops.prepare(x, signs, setting)
-                first, second = (matmul(x, *layers[(number + i) % 8], signs=signs, prepared=prepared) for i in (0, 1))
-                x = torch.nn.functional.rms_norm(first + second, (2048,))
-        graph.replay()
-        return x.clone()
-
-    overlapped = chain()
-    monkeypatch.setattr(product_module, "has_pdl", lambda device: False)
-    assert not overlapped.isnan().any() and torch.equal(overlapped, chain())

@@ -10,21 +10,27 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 # Small values by the name of a field, whatever the architecture; a field that a configuration lacks is not set.
 _SIZES: dict[int, str] = {
-    2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_k moe_topk experts_per_token linear_num_key_heads "
-    "num_experts_per_token n_kv_heads",
-    64: "adapter_in_dim adapter_input_size audio_hidden_size embedding_dim hidden_size d_model n_embd embed_dim dim n_embed emb_dim embedding_size word_embed_proj_dim attention_hidden_size "
+    2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_k moe_topk experts_per_token "
+    "linear_num_key_heads num_experts_per_token n_kv_heads",
+    64: "adapter_in_dim adapter_input_size audio_hidden_size embedding_dim hidden_size d_model n_embd "
+    "embed_dim dim n_embed emb_dim embedding_size word_embed_proj_dim attention_hidden_size "
     "rnn_hidden_size lru_width projection_dim moe_intermediate_size shared_expert_intermediate_size "
     "moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size",
-    128: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size entity_vocab_size "
-    "max_position_embeddings n_positions n_ctx max_sequence_length mlp_hidden_size intermediate_size_mlp d_inner "
-    "vocab_size_per_layer_input dense_intermediate_size moe_dense_intermediate_size",
-    4: "linear_num_heads indexer_n_heads num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
-    "num_local_experts n_routed_experts moe_num_experts num_key_value_heads_dense n_group_experts linear_num_value_heads "
-    "mamba_d_conv conv_kernel linear_conv_kernel_dim",
-    1: "num_expert_group num_kv_shared_layers indexer_kv_heads num_layers_per_stack n_group topk_group num_nextn_predict_layers n_shared_experts first_k_dense_replace",
-    16: "indexer_head_dim linear_head_dim d_head mamba_headdim head_dim kv_channels d_kv attention_head_dim global_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim "
-    "linear_key_head_dim linear_value_head_dim mamba_d_head index_head_dim swa_head_dim",
-    32: "indexer_budget qk_head_dim q_lora_rank kv_lora_rank sliding_window attention_window image_size hidden_size_per_layer_input lora_rank",
+    128: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size "
+    "entity_vocab_size max_position_embeddings n_positions n_ctx max_sequence_length mlp_hidden_size "
+    "intermediate_size_mlp d_inner vocab_size_per_layer_input dense_intermediate_size "
+    "moe_dense_intermediate_size",
+    4: "linear_num_heads indexer_n_heads num_attention_heads n_head n_heads num_heads "
+    "encoder_attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts "
+    "moe_num_experts num_key_value_heads_dense n_group_experts linear_num_value_heads mamba_d_conv "
+    "conv_kernel linear_conv_kernel_dim",
+    1: "num_expert_group num_kv_shared_layers indexer_kv_heads num_layers_per_stack n_group topk_group "
+    "num_nextn_predict_layers n_shared_experts first_k_dense_replace",
+    16: "indexer_head_dim linear_head_dim d_head mamba_headdim head_dim kv_channels d_kv attention_head_dim "
+    "global_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim "
+    "linear_value_head_dim mamba_d_head index_head_dim swa_head_dim",
+    32: "indexer_budget qk_head_dim q_lora_rank kv_lora_rank sliding_window attention_window image_size "
+    "hidden_size_per_layer_input lora_rank",
     8: "indexer_compress_ratio rotary_dim state_size mamba_d_state mamba_dt_rank time_step_rank patch_size",
 }
 SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
@@ -34,6 +40,13 @@ _DEPTHS = tuple(
 )
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "sep_token_id": 2}
 
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+_EXPAND = ("mamba_expand", "expand")
+_KEY_VALUE_HEADS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
+_STATE_HEADS = ("mamba_n_heads", "n_mamba_heads", "num_heads")
+_STATE_HEAD_SIZES = ("mamba_d_head", "mamba_headdim", "head_dim")
 
 # Enough layers for one of each kind: some architectures put attention into every fourth or eighth.
 LAYERS = (2, 4, 8)
@@ -99,14 +112,6 @@ def _shrunk(fields: dict[str, Any], layers: int, fill: bool) -> dict[str, Any]:
             if fields[number] and fields[size] and fields[number] * fields[size] == expand * hidden:
                 made[number] = expand * small_hidden // made[size]
     return made
-
-
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-_EXPAND = ("mamba_expand", "expand")
-_KEY_VALUE_HEADS = {"num_key_value_heads", "num_kv_heads", "n_kv_heads"}
-_STATE_HEADS = ("mamba_n_heads", "n_mamba_heads", "num_heads")
-_STATE_HEAD_SIZES = ("mamba_d_head", "mamba_headdim", "head_dim")
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -6,7 +6,7 @@ benchmarks write files of their own.
 
     python tools/gpu_proof --out results --wheels wheels     # on a GPU; the folder holds wheels that are missing there
     python tools/gpu_proof --out results --resume            # what failed, or was not reached
-    python tools/gpu_proof --out /tmp/proof --dry-run        # without a GPU: tiny shapes in Triton's interpreter
+    python tools/gpu_proof --out rehearsal --dry-run         # without a GPU: tiny shapes in Triton's interpreter
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _tests(out: Path, dry: bool) -> list[str]:
     options = ["-p", "no:cacheprovider", "--tb=short", "--noconftest"]
     if dry:
         return ["-m", "pytest", *options, DRY_TESTS]
-    return ["-m", "pytest", *options, "-n", "12", "--maxfail=40", "tests/kernels/test_triton.py"]
+    files = ["tests/kernels/test_triton.py", "tests/kernels/test_cuda_graphs.py"]
+    return ["-m", "pytest", *options, "-n", "12", "--maxfail=40", *files]
 
 
 def _bench(file: str, *tokens: int) -> Callable[[Path, bool], list[str]]:

@@ -133,15 +133,14 @@ def empty_weight(name: str, rows: int, columns: int) -> PackedWeight:
 
 def compile_all(task: Task) -> tuple[int, float, str]:
     """Number of launches, seconds, and the traceback of the first error, or nothing."""
-    started, count = time.perf_counter(), 0
-    try:
-        with compiling_only(task.target) as compiled:
+    started, error = time.perf_counter(), ""
+    with compiling_only(task.target) as compiled:
+        try:
             for launched in task.launches:
                 _compile(task, launched)
-        count = len(compiled)
-    except Exception:
-        return count, time.perf_counter() - started, traceback.format_exc()
-    return count, time.perf_counter() - started, ""
+        except Exception:  # whatever it is, the other tasks go on
+            error = traceback.format_exc()
+    return len(compiled), time.perf_counter() - started, error
 
 
 def _compile(task: Task, launched: Launch) -> None:

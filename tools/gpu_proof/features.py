@@ -126,7 +126,7 @@ def offloaded(pair: Pair) -> float:
         return close(pair.logits(model), pair.logits(pair.packed), 1e-6)
 
 
-def data_parallel_replica(pair: Pair) -> float:
+def copy_on_another_stream(pair: Pair) -> float:
     """A copy on the same device, run in another stream."""
     stream = torch.cuda.Stream()
     replica = copy.deepcopy(pair.packed)
@@ -142,7 +142,7 @@ FEATURES: tuple[Callable[[Pair], float], ...] = (
     cuda_graph,
     lora,
     offloaded,
-    data_parallel_replica,
+    copy_on_another_stream,
     compiled,
     generation,
 )

@@ -138,9 +138,9 @@ def _missing(device: torch.device) -> str | None:
 
 @_constant_when_compiled
 def _warn_once(message: str) -> None:
-    _warned(message)
+    _warn(message)
 
 
 @cache
-def _warned(message: str) -> None:
+def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=5)
