@@ -9,7 +9,7 @@ separate dictionary, created by `tables`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -193,8 +193,8 @@ class Codec(ABC):
             return None
         return ops.grouped_matmul(self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs"))
 
-    def arguments(self, packed: Packed, tables: Packed) -> list[Any]:
-        """The arguments of the ops, in order."""
+    def arguments(self, packed: Mapping[str, Any], tables: Mapping[str, Any]) -> list[Any]:
+        """The arguments of the ops, in order; of the names of tensors, those with names for tensors."""
         values = {**tables, **self.parameters()}
         names = (argument.name for argument in self.family.arguments)
         return [values[name] if name in values else packed.get(_suffix(name)) for name in names]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from hf_pcdvq_kernels.backend import constant_when_compiled
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -76,6 +77,19 @@ class PackedModule(nn.Module):
     def tables_of(self, parameter: str) -> Packed:
         """The constants needed to decode a dense parameter."""
         return {table: getattr(self, name) for table, name in self.packed_parameters[parameter].tables.items()}
+
+    def op_arguments(self, parameter: str) -> tuple[str, list[Any]]:
+        """The family of the ops for a dense parameter, and their arguments: what `Codec.arguments` makes of its tensors."""
+        family, names = self._op(parameter)
+        own, tables = self._parameters, self._buffers
+        return family, [own[name] if name in own else tables[name] if name in tables else name for name in names]
+
+    # `torch.compile` checks at every call all that it has looked at, which took longer than the products of a layer.
+    @constant_when_compiled
+    def _op(self, parameter: str) -> tuple[str, tuple[Any, ...]]:
+        """As `op_arguments`, with the names of tensors in their places."""
+        entry = self.packed_parameters[parameter]
+        return self.codec.family.family, tuple(self.codec.arguments(entry.tensors, entry.tables))
 
     def set_packed(self, parameter: str, packed: Packed) -> None:
         """Replace the packed tensors of a dense parameter; they are moved to the module's device."""
