@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
+from .divided import is_divided, local_part
 from .packed_words import PackedWords, packed_error
 
 
@@ -86,14 +87,25 @@ class PackedModule(nn.Module):
     def reset_tables(self) -> None:
         """Fill the table buffers, which loading leaves uninitialized, on their device."""
         for parameter, (shape, _, names) in self.packed_parameters.items():
-            home = getattr(self, parameter).device
+            home = self._parameters[parameter].device
             for table, value in self.codec.tables(shape[-1]).items():
                 device = getattr(self, names[table]).device
                 self.register_buffer(names[table], value.to(home if device.type == "meta" else device), False)
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """A dense parameter decoded to `dtype`, on the same device."""
-        return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
+        """A dense parameter decoded to `dtype`, on the same device, and divided among processes as the packed one is."""
+        packed = {suffix: local_part(tensor) for suffix, tensor in self.packed_tensors(parameter).items()}
+        dense = decode_stack(self.codec, packed, self.tables_of(parameter), dtype)
+        words = self._parameters[parameter]
+        if not is_divided(words):
+            return dense
+        from torch.distributed.tensor import DTensor
+
+        whole = torch.empty(self.packed_parameters[parameter].shape, device="meta")
+        # Words have the dimensions of the dense parameter, so what divides one divides the other.
+        return DTensor.from_local(
+            dense, words.device_mesh, words.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
     def _apply(self, fn, recurse: bool = True):
         # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .divided import local_part
+
 # What a reader may ask: where the parameter is and whether it is trained.
 _PLACE = ("device", "is_cpu", "is_cuda", "is_meta", "layout", "grad", "requires_grad")
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _PLACE}
@@ -71,7 +73,7 @@ class DenseName:
         # interrupted, accelerate finds words that it has put there.
         if words.is_meta or ("_hf_hook" in vars(module) and _asks_accelerate()):
             return words
-        alias = words.detach().as_subclass(PackedWords)
+        alias = local_part(words).detach().as_subclass(PackedWords)
         vars(alias).update(vars(words))  # Transformers marks what is loaded
         alias.owner, alias.dense_dtype, alias.words = f"{kind.__name__}: {self._name}", module.dense_dtype, words
         return alias
