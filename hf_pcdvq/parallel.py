@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ from transformers.distributed.tensor_parallel import (
     apply_tensor_parallelism,
 )
 
+from .codecs import Codec
 from .modules import PackedModule
 
 _PREFIX = "hf_pcdvq:"
+_SMALLER_BLOCKS = (512, 256, 128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,8 @@ class PackedStyle(TensorParallelLayer):
         problem = self.obstacle(module, parameter, mesh.size())
         if problem:
             raise ValueError(
-                f"{name} cannot be divided among {mesh.size()} processes: {problem}. Or keep it whole in every process, with "
-                f"the layers that it exchanges activations with: DistributedConfig(tp_plan={{"
-                f"{replace_layer_number_by_wildcard(name)!r}: 'replicate', ...}}). Or load with device_map='auto' in one process"
+                f"{name} cannot be divided among {mesh.size()} processes: {problem}, or load with device_map='auto' in one "
+                "process"
             )
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
@@ -79,22 +80,19 @@ class PackedStyle(TensorParallelLayer):
 
     @abstractmethod
     def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
-        """Why a packed weight cannot be cut for so many processes, and what could be; None if it can."""
+        """Why a packed weight cannot be divided among so many processes, and what could be done; None if it can."""
 
     @abstractmethod
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
-        """How a tensor of a packed weight is cut."""
+        """How a tensor of a packed weight is divided."""
 
-    def _uneven(self, size: int, multiple: int, ranks: int, what: str, codec: Any) -> str | None:
-        wanted = multiple * ranks * self.halves
-        if size % wanted == 0:
+    def _uneven(self, size: int, multiple: int, ranks: int) -> str | None:
+        """What is wrong with so many outputs or inputs, if parts begin at a multiple of `multiple`."""
+        wanted = multiple * ranks
+        if size % (wanted * self.halves) == 0:
             return None
-        each = "" if self.halves == 1 else f"{self.halves} x "
-        return (
-            f"{each}{size // self.halves} {what} in {codec.format} are cut at multiples of {multiple}, so that for {ranks} "
-            f"processes they must be a multiple of {multiple * ranks}. Take another number of processes, or another format "
-            "(pcdvq is cut at every output)"
-        )
+        each = "" if self.halves == 1 else f"{self.halves} times "
+        return f"{each}{size // self.halves} {{}} are not a multiple of {wanted} (each process takes a multiple of {multiple})"
 
     def _shard(self, dimension: int) -> Placement:
         return Shard(dimension) if self.halves == 1 else _StridedShard(dimension, split_factor=self.halves)
@@ -104,8 +102,13 @@ class ByOutputs(PackedStyle):
     """Column-wise: every process has some of the output channels, with all that belongs to them."""
 
     def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
-        *_, rows, _ = module.packed_parameters[parameter].shape
-        return self._uneven(rows, module.codec.row_multiple, ranks, "outputs", module.codec)
+        codec, (*stack, rows, _) = module.codec, module.packed_parameters[parameter].shape
+        problem = self._uneven(rows, codec.row_multiple, ranks)
+        if problem is None:
+            return None
+        finer = rows % (ranks * self.halves) == 0
+        other = ", pack it in a format that is cut at every output (overrides: 'int8', 'pcdvq-2.25')" if finer else ""
+        return f"in {codec.format}, {problem.format('outputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
 
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
         return self._shard(len(module.packed_parameters[parameter].shape) - 2)
@@ -115,8 +118,17 @@ class ByInputs(PackedStyle):
     """Row-wise: every process has some of the inputs, and what belongs to output channels as a whole."""
 
     def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
-        columns = module.packed_parameters[parameter].shape[-1]
-        return self._uneven(columns, module.codec.column_multiple(columns), ranks, "inputs", module.codec)
+        codec, (*stack, _, columns) = module.codec, module.packed_parameters[parameter].shape
+        problem = self._uneven(columns, codec.column_multiple(columns), ranks)
+        if problem is None:
+            return None
+        finer = next((block for block in _SMALLER_BLOCKS if self._fits(codec, block, columns, ranks)), None)
+        other = f", pack it with hadamard_block={finer}" if finer else ""
+        return f"in {codec}, {problem.format('inputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
+
+    def _fits(self, codec: Codec, block: int, columns: int, ranks: int) -> bool:
+        smaller = replace(codec, max_block=min(codec.max_block, block))
+        return self._uneven(columns, smaller.column_multiple(columns), ranks) is None
 
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
         if suffix not in module.codec.along_inputs():
@@ -129,13 +141,20 @@ class ByExperts(PackedStyle):
 
     def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
         experts = module.packed_parameters[parameter].shape[0]
-        return None if experts % ranks == 0 else f"{experts} experts. Take an ep_size that divides {experts}"
+        return None if experts % ranks == 0 else f"it has {experts} experts. Take an ep_size that divides {experts}"
 
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
         return Shard(0)
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
         self.stock.shard_param(module, param, mesh)  # which also tells the module how many experts it has
+
+
+def _whole(stack: bool, ranks: int) -> str:
+    """What to do with a weight that cannot be cut."""
+    if stack:
+        return f"give whole experts to processes: DistributedConfig(tp_size={ranks}, ep_size={ranks})"
+    return "keep it and the layers that it exchanges activations with whole: DistributedConfig(tp_plan={NAME: 'replicate', ...})"
 
 
 # By the type of the stock style. Styles that cut nothing need none, and neither do those for embeddings.
