@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -124,7 +123,7 @@ class ByInputs(PackedStyle):
             return None
         finer = next((block for block in _SMALLER_BLOCKS if self._fits(codec, block, columns, ranks)), None)
         other = f", pack it with hadamard_block={finer}" if finer else ""
-        return f"in {codec}, {problem.format('inputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
+        return f"in {codec.format}, {problem.format('inputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
 
     def _fits(self, codec: Codec, block: int, columns: int, ranks: int) -> bool:
         smaller = replace(codec, max_block=min(codec.max_block, block))
