@@ -4,6 +4,7 @@ it sees. The test does the same in one process, with the functions here.
 torchrun --nproc-per-node 2 parallel_worker.py FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_pcdvq import PcdvqConfig
@@ -21,6 +22,7 @@ from hf_pcdvq.modules import PackedModule
 from hf_pcdvq.modules.divided import local_part, whole
 
 IDS = torch.arange(3, 40)[None]
+WINDOWS = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(1))
 BATCH = torch.randint(0, 258, (2, 24), generator=torch.Generator().manual_seed(0))
 TENSORS, EXPERTS, DATA = (
     {"tp_size": 2},
@@ -52,6 +54,11 @@ def load(folder, way=None, **options):
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, distributed_config=distributed, **options
     )
+
+
+def load_cast(folder, way=None):
+    """A model whose dense layers are rounded to bfloat16; packed ones are not."""
+    return load(folder, way).to(torch.bfloat16).to(torch.float32)
 
 
 def load_dense(folder, way=None):
@@ -107,6 +114,27 @@ def step(model, ids):
     return before, {name: whole(parameter.detach()).clone() for name, parameter in trained.items()}
 
 
+def trainer_step(folder, output):
+    """What is trained, before and after two steps of the Trainer on two windows each, in one or more processes."""
+    ops.set_backend("reference")
+    model = with_adapters(folder)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        str(output),
+        max_steps=2,
+        per_device_train_batch_size=2 // int(os.environ.get("WORLD_SIZE", 1)),
+        learning_rate=0.1,
+        optim="sgd",
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+    )
+    windows = [{"input_ids": window, "labels": window} for window in WINDOWS]
+    Trainer(model, arguments, train_dataset=windows).train()
+    ops.set_backend("auto")
+    return before, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def sharded(model: nn.Module) -> nn.Module:
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)
@@ -135,10 +163,12 @@ def main(folder):
         model = load_dense(folder / kind, WAYS[kind, name])
         model.save_pretrained(folder / f"{kind} {name} dense")
         found[kind, name]["dense"] = outputs(model)
+    found["cast"] = outputs(load_cast(folder / "llama", TENSORS))
     for kind, way in ADVISED.items():
         found[kind, "advised"] = outputs(load(folder / kind, way))
     for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
         found[name] = step(wrap(with_adapters(folder / "llama")), BATCH[rank : rank + 1])
+    found["trainer"] = trainer_step(folder / "llama", folder / f"trainer {rank}")
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

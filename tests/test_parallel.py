@@ -157,6 +157,11 @@ def test_a_divided_model_saves_the_files_of_the_whole(runs, run):
         assert (folder / " ".join(run) / file).read_bytes() == (folder / run[0] / file).read_bytes()
 
 
+def test_a_cast_leaves_packed_tensors_as_they_are(runs):
+    folder, (seen, _) = runs
+    assert max(differences(seen["cast"], worker.outputs(worker.load_cast(folder / "llama")))) < 1e-3
+
+
 @pytest.mark.parametrize("run", [("llama", "tensors"), ("mixtral", "tensors"), ("mixtral", "experts")], ids=" ".join)
 def test_a_divided_model_can_be_decoded(runs, run, tmp_path):
     folder, (seen, _) = runs
@@ -188,10 +193,13 @@ def test_what_the_refusal_advises_works(runs, name):
     assert max(differences(seen[name, "advised"], worker.outputs(worker.load(folder / name)))) < 1e-3
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_a_step_of_training_adapters_is_that_of_one_process(runs, way):
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "trainer"])
+def test_training_adapters_changes_them_as_one_process_does(runs, way, tmp_path):
     folder, seen = runs
-    before, after = worker.step(worker.with_adapters(folder / "llama"), worker.BATCH)
+    if way == "trainer":
+        before, after = worker.trainer_step(folder / "llama", tmp_path)
+    else:
+        before, after = worker.step(worker.with_adapters(folder / "llama"), worker.BATCH)
     for ranks in seen:
         start, end = ranks[way]
         assert end.keys() == after.keys() and all(torch.equal(start[name], before[name]) for name in before)

@@ -118,7 +118,7 @@ class PackedModule(nn.Module):
         for name, tensor in packed.items():
             moved = self._parameters[name]
             if moved.dtype != tensor.dtype:
-                moved.data = tensor.to(moved.device)  # the same parameter, which an optimizer may hold
+                _refill(moved, tensor.to(moved.device))
         # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
         for name, table in tables.items():
             moved = getattr(self, name)
@@ -156,6 +156,14 @@ class PackedModule(nn.Module):
 
     def reset_parameters(self) -> None:
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")
+
+
+def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Give a parameter, which an optimizer may hold, other content, of any dtype."""
+    if is_divided(parameter):  # whose `data` is not all of it
+        torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = tensor
 
 
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
