@@ -61,7 +61,7 @@ class PackedStyle(TensorParallelLayer):
         parameter, _ = found
         path = (parameter_name or param).rpartition(".")[0]
         name = path if parameter == "weight" else f"{path}.{parameter}"
-        problem = self.obstacle(module, parameter, mesh.size())
+        problem = self.obstacle(module, parameter, mesh.size(), name)
         if problem:
             raise ValueError(
                 f"{name} cannot be divided among {mesh.size()} processes: {problem}, or load with device_map='auto' in one "
@@ -78,8 +78,8 @@ class PackedStyle(TensorParallelLayer):
         module._parameters[param] = nn.Parameter(cut, requires_grad=empty.requires_grad)
 
     @abstractmethod
-    def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
-        """Why a packed weight cannot be divided among so many processes, and what could be done; None if it can."""
+    def obstacle(self, module: PackedModule, parameter: str, ranks: int, name: str) -> str | None:
+        """Why a packed weight cannot be divided among so many processes, and what to do; None if it can. `name`: its path."""
 
     @abstractmethod
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
@@ -100,14 +100,14 @@ class PackedStyle(TensorParallelLayer):
 class ByOutputs(PackedStyle):
     """Column-wise: every process has some of the output channels, with all that belongs to them."""
 
-    def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
+    def obstacle(self, module: PackedModule, parameter: str, ranks: int, name: str) -> str | None:
         codec, (*stack, rows, _) = module.codec, module.packed_parameters[parameter].shape
         problem = self._uneven(rows, codec.row_multiple, ranks)
         if problem is None:
             return None
         finer = rows % (ranks * self.halves) == 0
         other = ", pack it in a format that is cut at every output (overrides: 'int8', 'pcdvq-2.25')" if finer else ""
-        return f"in {codec.format}, {problem.format('outputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
+        return f"in {codec.format}, {problem.format('outputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks, name)}"
 
     def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
         return self._shard(len(module.packed_parameters[parameter].shape) - 2)
@@ -116,14 +116,14 @@ class ByOutputs(PackedStyle):
 class ByInputs(PackedStyle):
     """Row-wise: every process has some of the inputs, and what belongs to output channels as a whole."""
 
-    def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
+    def obstacle(self, module: PackedModule, parameter: str, ranks: int, name: str) -> str | None:
         codec, (*stack, _, columns) = module.codec, module.packed_parameters[parameter].shape
         problem = self._uneven(columns, codec.column_multiple(columns), ranks)
         if problem is None:
             return None
         finer = next((block for block in _SMALLER_BLOCKS if self._fits(codec, block, columns, ranks)), None)
         other = f", pack it with hadamard_block={finer}" if finer else ""
-        return f"in {codec.format}, {problem.format('inputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks)}"
+        return f"in {codec.format}, {problem.format('inputs')}. Take fewer processes{other}, {_whole(bool(stack), ranks, name)}"
 
     def _fits(self, codec: Codec, block: int, columns: int, ranks: int) -> bool:
         smaller = replace(codec, max_block=min(codec.max_block, block))
@@ -138,7 +138,7 @@ class ByInputs(PackedStyle):
 class ByExperts(PackedStyle):
     """Expert parallelism: every process has some of the experts."""
 
-    def obstacle(self, module: PackedModule, parameter: str, ranks: int) -> str | None:
+    def obstacle(self, module: PackedModule, parameter: str, ranks: int, name: str) -> str | None:
         experts = module.packed_parameters[parameter].shape[0]
         return None if experts % ranks == 0 else f"it has {experts} experts. Take an ep_size that divides {experts}"
 
@@ -149,11 +149,14 @@ class ByExperts(PackedStyle):
         self.stock.shard_param(module, param, mesh)  # which also tells the module how many experts it has
 
 
-def _whole(stack: bool, ranks: int) -> str:
+def _whole(stack: bool, ranks: int, name: str) -> str:
     """What to do with a weight that cannot be cut."""
     if stack:
         return f"give whole experts to processes: DistributedConfig(tp_size={ranks}, ep_size={ranks})"
-    return "keep it and the layers that it exchanges activations with whole: DistributedConfig(tp_plan={NAME: 'replicate', ...})"
+    rule = f"{replace_layer_number_by_wildcard(name)!r}: 'replicate'"
+    return (
+        f"keep it and the layers that it exchanges activations with whole: DistributedConfig(tp_plan={{{rule}, ...}})"
+    )
 
 
 # By the type of the stock style. Styles that cut nothing need none, and neither do those for embeddings.
@@ -202,7 +205,7 @@ class PackedPlan(dict[str, str]):
             if style in ALL_PARALLEL_STYLES:
                 self.update(dict.fromkeys(names, style))
 
-    def __or__(self, given: Mapping[str, str]) -> PackedPlan:
+    def __or__(self, given: Mapping[str, str]) -> PackedPlan:  # type: ignore[override]
         return PackedPlan({**self._rules, **given}, self._tensors)
 
 

@@ -176,7 +176,7 @@ def test_a_divided_model_can_be_decoded(runs, run, tmp_path):
     ("name", "layer", "advice"),
     [
         ("small rings", "model.layers.0.self_attn.k_proj", "256 outputs are not a multiple of 512"),
-        ("small rings", "model.layers.0.self_attn.k_proj", "'replicate'"),
+        ("small rings", "model.layers.0.self_attn.k_proj", "'model.layers.*.self_attn.k_proj': 'replicate'"),
         ("small blocks", "model.layers.0.mlp.down_proj", "hadamard_block=32"),
         ("three experts", "model.layers.0.mlp.experts.gate_up_proj", "an ep_size that divides 3"),
         ("not packed", "Qwen3ForCausalLM", "Quantize it in one process"),
