@@ -35,6 +35,8 @@ WAYS = {
     ("qwen3", "tensors"): TENSORS,
     ("mixtral", "tensors"): TENSORS,
     ("mixtral", "experts"): EXPERTS,
+    ("deepseek", "tensors"): TENSORS,
+    ("deepseek", "experts"): EXPERTS,
     ("llama", "fsdp"): DATA,
     ("llama", "whole mlp"): {**TENSORS, "tp_plan": dict.fromkeys(MLP, "replicate")},
 }
