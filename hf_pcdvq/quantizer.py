@@ -154,13 +154,14 @@ class PackedHfQuantizer(HfQuantizer):
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        distributed = getattr(model.config, "distributed_config", None)
-        if any((getattr(distributed, size, None) or 1) > 1 for size in ("tp_size", "ep_size")):
-            raise NotImplementedError(
-                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be sharded like "
-                "dense ones. Load with device_map='auto' to spread the model over several GPUs"
-            )
-        super().update_parallel_plan(model, plan)
+        if not self.pre_quantized or not torch.distributed.is_available():
+            return
+        from .parallel import packed_plan  # not when this package is imported: it takes seconds
+
+        # Called for either plan. Replaced, not changed in place: a caller's rules are merged into it later.
+        for name in ("_tp_plan", "_ep_plan"):
+            if getattr(model, name) is plan:
+                setattr(model, name, packed_plan(model, plan))
 
     # ---------------------------------------------------------------------------------------- during loading
 
@@ -173,6 +174,12 @@ class PackedHfQuantizer(HfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        if not self.pre_quantized and getattr(model, "_mesh_manager", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} cannot be quantized while it is loaded onto several processes: each would encode "
+                "what it holds. Quantize it in one process, save it with save_pretrained, and load that with the same "
+                "distributed_config"
+            )
         module, name = get_module_from_name(model, param_name)
         return not self.pre_quantized and isinstance(module, PackedModule) and name in module.packed_parameters
 
@@ -286,6 +293,10 @@ class PackedHfQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
             if hasattr(layer, "_hf_hook"):  # of a model on several devices
                 add_hook_to_module(dense, layer._hf_hook)
+        if getattr(model, "_mesh_manager", None) is not None:
+            from .parallel import parallelize
+
+            parallelize(model, list(layers))
         unshare_inputs(model)
         count_weights_of(model, packed=False)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving

@@ -8,6 +8,7 @@ separate dictionary, created by `tables`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,20 @@ class Codec(ABC):
     def row_multiple(self) -> int:
         """Packed tensors can be split at multiples of this many output channels."""
         return self.family.row_multiple
+
+    def column_multiple(self, in_features: int) -> int:
+        """Packed tensors of a weight with that many inputs can be split at multiples of this many of them.
+
+        The rotation of every part is then that of the whole: see `hadamard`.
+        """
+        block = hadamard.block_size(in_features, self.max_block) if self.max_block else 1
+        return math.lcm(self.family.column_multiple(self.format), block)
+
+    def along_inputs(self) -> set[str]:
+        """Suffixes of the packed tensors whose last dimension runs along the inputs; others hold one value per output."""
+        width = self.family.column_multiple(self.format)
+        one, two = (self.specs(self.row_multiple, count * width) for count in (1, 2))
+        return {suffix for suffix in one if one[suffix] != two[suffix]}
 
     def specs(self, out_features: int, in_features: int) -> Specs:
         """Shape and dtype of every packed tensor, by suffix."""

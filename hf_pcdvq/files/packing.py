@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..codecs import Codec
 from ..codecs.description import codec_described, description
 from ..modules import STACKS, PackedModule, parameter_name
+from ..modules.divided import whole
 from ..version import FORMAT_VERSION
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
 from .names import matched_names
@@ -150,7 +151,7 @@ def _model_hash(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         stored = isinstance(tensor, Tensor) and tensor.device.type != "meta"
-        digest.update(f"{name} {tensor_hash(tensor) if stored else ''}\n".encode())
+        digest.update(f"{name} {tensor_hash(whole(tensor)) if stored else ''}\n".encode())
     return digest.hexdigest()
 
 

@@ -121,7 +121,8 @@ class QuantExperts(PackedModule):
 
     @property
     def _number(self) -> int:
-        return self.packed_parameters["down_proj"].shape[0]
+        # Of those that this process holds: with expert parallelism, some of them.
+        return len(self.packed_tensors("down_proj")[""])
 
     def _has_grouped_kernels(self, hidden_states: Tensor, pairs: int) -> bool:
         """Whether grouped kernels can be used, which are not differentiable, and pay for so many (token, expert) pairs."""
@@ -151,7 +152,7 @@ class QuantExperts(PackedModule):
         if out is not None:
             return out
         # One product per expert in turn: slower, but also without synchronization.
-        out = x.new_zeros(*x.shape[:-1], self.packed_parameters[stack].shape[1])
+        out = x.new_zeros(*x.shape[:-1], packed["scale"].shape[1])
         for expert in range(self._number):
             mine = (experts == expert)[:, None, None]
             out = torch.where(mine, self._multiply(stack, expert, x), out)

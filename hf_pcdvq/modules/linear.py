@@ -34,6 +34,8 @@ class QuantLinear(PackedModule, nn.Linear):
     """
 
     weight = DenseName()
+    # Transformers asks: with tensor parallelism, packed products take local tensors, also where gradients are computed.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,

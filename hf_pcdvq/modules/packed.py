@@ -9,6 +9,7 @@ from hf_pcdvq_kernels.backend import constant_when_compiled
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
+from .divided import is_divided, local_part
 from .packed_words import PackedWords, packed_error
 
 
@@ -100,14 +101,25 @@ class PackedModule(nn.Module):
     def reset_tables(self) -> None:
         """Fill the table buffers, which loading leaves uninitialized, on their device."""
         for parameter, (shape, _, names) in self.packed_parameters.items():
-            home = getattr(self, parameter).device
+            home = self._parameters[parameter].device
             for table, value in self.codec.tables(shape[-1]).items():
                 device = getattr(self, names[table]).device
                 self.register_buffer(names[table], value.to(home if device.type == "meta" else device), False)
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """A dense parameter decoded to `dtype`, on the same device."""
-        return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
+        """A dense parameter decoded to `dtype`, on the same device, and divided among processes as the packed one is."""
+        packed = {suffix: local_part(tensor) for suffix, tensor in self.packed_tensors(parameter).items()}
+        dense = decode_stack(self.codec, packed, self.tables_of(parameter), dtype)
+        words = self._parameters[parameter]
+        if not is_divided(words):
+            return dense
+        from torch.distributed.tensor import DTensor
+
+        whole = torch.empty(self.packed_parameters[parameter].shape, device="meta")
+        # Words have the dimensions of the dense parameter, so what divides one divides the other.
+        return DTensor.from_local(
+            dense, words.device_mesh, words.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
     def _apply(self, fn, recurse: bool = True):
         # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
@@ -120,7 +132,7 @@ class PackedModule(nn.Module):
         for name, tensor in packed.items():
             moved = self._parameters[name]
             if moved.dtype != tensor.dtype:
-                moved.data = tensor.to(moved.device)  # the same parameter, which an optimizer may hold
+                _refill(moved, tensor.to(moved.device))
         # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
         for name, table in tables.items():
             moved = getattr(self, name)
@@ -158,6 +170,14 @@ class PackedModule(nn.Module):
 
     def reset_parameters(self) -> None:
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")
+
+
+def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Give a parameter, which an optimizer may hold, other content, of any dtype."""
+    if is_divided(parameter):  # whose `data` is not all of it
+        torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = tensor
 
 
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
