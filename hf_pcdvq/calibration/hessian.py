@@ -73,6 +73,19 @@ class Hessian:
     damp_percent: float
     note: str | None
 
+    @property
+    def energy(self) -> Tensor:
+        """Mean square of every input, float32 `[K]`."""
+        return self.matrix.diagonal()
+
+    def product(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`rows matrix` for `[N, A]` and a part of the matrix, of its factor or of an inverse, `[A, B]`."""
+        return rows @ matrix
+
+    def loss(self, error: Tensor) -> Tensor:
+        """`e H e^T` of every row of an error float32 `[N, K]`."""
+        return (self.product(error, self.matrix) * error).sum(1)
+
     def permuted(self, order: Tensor) -> Hessian:
         """With the inputs in the given order, int64 `[K]`."""
         return replace(self, matrix=self.matrix[order][:, order])
