@@ -50,9 +50,13 @@ def quantize_layers(
         quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
     else:
         target = _target(rotated, weight, moments, hessian, signs, settings)
-        encoders = [codec.unit_encoder(rows) for rows in target.split(sizes)]
+        # One encoder for all, where rows do not depend on each other: fewer and larger calls.
+        shares = sizes if codec.row_multiple > 1 else [len(target)]
+        encoders = [codec.unit_encoder(rows) for rows in target.split(shares)]
         codes, quantized = quantize_with_feedback(target, hessian, encoders, settings)
-        packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(sizes))]
+        packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(shares))]
+        if shares != sizes:
+            packed = _split(packed[0], sizes, codec)
     seconds = time.perf_counter() - started
 
     errors = (rotated - quantized).split(sizes)
@@ -61,6 +65,16 @@ def quantize_layers(
         for name, rows, error in zip(weights, rotated.split(sizes), errors)
     ]
     return dict(zip(weights, packed)), records
+
+
+def _split(packed: Packed, sizes: list[int], codec: Codec) -> list[Packed]:
+    """The packed tensors of stacked layers, each with its own memory."""
+    parts, start = [], 0
+    for size in sizes:
+        rows = codec.rows(packed, start, start + size)
+        parts.append({suffix: tensor.clone() for suffix, tensor in rows.items()})
+        start += size
+    return parts
 
 
 def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:
