@@ -135,18 +135,21 @@ class Shortcuts:
         block: on the device of `hidden`.
         layers: the layers whose inputs may be kept, by name.
         hidden, call: what to run the block with.
+        memory: where inputs and outputs are kept.
     """
 
-    def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
-        self._layers = layers
+    def __init__(
+        self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call, memory: torch.device
+    ):
+        self._layers, self._memory = layers, memory
         self._ends = _ending_modules(block, layers, hidden, call)
         self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
         self._applied: set[tuple[str, int]] = set()
 
     def keep(self, name: str, window: int, inputs: Tensor) -> None:
-        """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
+        """Keep the input of a layer for a window, if the layer is the final one of its module."""
         if name in self._ends:
-            self._known.setdefault(name, {})[window] = inputs.cpu()
+            self._known.setdefault(name, {})[window] = inputs.to(self._memory)
 
     @contextmanager
     def taken(self, window: int) -> Iterator[None]:
@@ -166,7 +169,7 @@ class Shortcuts:
         tensor = known[window].to(layer.weight.device)
         if (name, window) not in self._applied:
             tensor = layer(tensor)
-            known[window] = tensor.cpu()
+            known[window] = tensor.to(self._memory)
             self._applied.add((name, window))
         return tensor
 

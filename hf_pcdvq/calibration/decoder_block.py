@@ -21,9 +21,10 @@ class DecoderBlock:
         module: the block, on `device`.
         layers: its layers to quantize, by name. They stay dense; once quantized, their weights are the decoded ones.
         call: what the block is called with besides hidden states, on `device`.
-        original: hidden states `[1, L, D]` of every window in the original model, on the CPU.
+        original: hidden states `[1, L, D]` of every window in the original model, on `memory`.
         hidden: the same in the model quantized so far.
         device: where the block is computed.
+        memory: the device where hidden states and inputs are kept.
     """
 
     module: nn.Module
@@ -32,17 +33,18 @@ class DecoderBlock:
     original: list[Tensor]
     hidden: list[Tensor]
     device: device
+    memory: device
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
         """Skip recomputing parts of the block that have not changed, from now on."""
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
-        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call)
+        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call, self.memory)
 
     def forward(self, index: int) -> Tensor:
-        """The hidden states of a window after the block in its current state, on the CPU."""
+        """The hidden states of a window after the block in its current state."""
         with self.shortcuts.taken(index) if self.shortcuts else nullcontext():
-            return run_block(self.module, self.hidden[index].to(self.device), self.call).cpu()
+            return run_block(self.module, self.hidden[index].to(self.device), self.call).to(self.memory)
 
     def advance(self) -> None:
         """Replace the hidden states before the block by those after it."""
@@ -55,10 +57,10 @@ class DecoderBlock:
         Returns:
             The inputs of the layers for all windows, stored if `keep`.
         """
-        found = OriginalInputs(list(self.layers), keep)
+        found = OriginalInputs(list(self.layers), self.memory if keep else None)
         with recorded_inputs(self.layers) as inputs:
             for index, states in enumerate(self.original):
-                self.original[index] = run_block(self.module, states.to(self.device), self.call).cpu()
+                self.original[index] = run_block(self.module, states.to(self.device), self.call).to(self.memory)
                 found.add(inputs)
                 inputs.clear()
         return found

@@ -5,8 +5,8 @@ far. Within a block, layers are quantized in the order in which they run. For ea
 input, the hidden states of the second kind are run through the block up to that group, whose inputs then contain all
 errors made so far; they give its Hessian, and their difference from the original inputs gives its correction.
 
-Held in memory are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all
-windows and the original inputs of one block's layers. A CPU that only emulates the model's dtype computes in float32
+Held in memory are the model, the moments of one group, and in the model's dtype the hidden states of all windows and
+the original inputs of one block's layers; these on the CPU, unless an accelerator has ample room. A CPU that only emulates the model's dtype computes in float32
 instead, block by block, with the same weights.
 """
 
@@ -86,7 +86,8 @@ class CalibratedRun:
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
             hidden, calls = capture(self._model, blocks, self._windows)
-            hidden = [to_device(states, states.device, self._upcast) for states in hidden]
+            memory = self._memory(hidden)
+            hidden = [to_device(states, memory, self._upcast) for states in hidden]
             original = list(hidden)
             for number, (module, call) in enumerate(zip(blocks, calls)):
                 started = time.perf_counter()
@@ -94,10 +95,27 @@ class CalibratedRun:
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
                 with placed(module, self.device, self._upcast):
                     call = call.to(self.device, self._upcast)
-                    block = DecoderBlock(module, layers, call, original, hidden, self.device)
+                    block = DecoderBlock(module, layers, call, original, hidden, self.device, memory)
                     self._run_block(number, block)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
+
+    def _memory(self, hidden: list[Tensor]) -> torch.device:
+        """Where hidden states and inputs are kept: where the blocks are computed, if they take half of what is free there.
+
+        Copying them to and from an accelerator would take longer than computing a small model's blocks.
+        """
+        memory_info = getattr(torch.get_device_module(self.device), "mem_get_info", None)
+        if self.device.type == "cpu" or memory_info is None:
+            return torch.device("cpu")
+        layers = [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)]
+        widths = sum(layer.in_features for layer in layers if isinstance(layer, nn.Linear)) // len(
+            self._model.get_submodule(self._prefix)
+        )
+        states = sum(states.nbytes for states in hidden)
+        # Of both models, and the inputs of a block's layers in both.
+        needed = 2 * states + 2 * states // hidden[0].shape[-1] * widths
+        return self.device if needed < memory_info(self.device)[0] // 2 else torch.device("cpu")
 
     # --------------------------------------------------------------------------------------------- one block
 
