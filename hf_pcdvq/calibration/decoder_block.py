@@ -65,18 +65,21 @@ class DecoderBlock:
                 inputs.clear()
         return found
 
-    def moments(self, groups: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
+    def moments(
+        self, groups: list[list[str]], inputs: OriginalInputs, with_change: bool = False
+    ) -> dict[str, InputMoments]:
         """Moments of the inputs that groups of linear layers receive from the block in its current state.
 
         Args:
             groups: names of layers with a common input.
             inputs: what the layers receive in the original model.
+            with_change: see `InputMoments`.
 
         Returns:
             Moments by the first name of each group.
         """
         leaders = [names[0] for names in groups]
-        moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
+        moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
         last = leaders[0] if len(leaders) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
             for index in range(len(self.hidden)):

@@ -21,12 +21,17 @@ class InputMoments:
     Attributes:
         hessian: sum of `x x^T`, float32 `[K, K]`; only the upper triangle is complete.
         cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None if some `x0` is unknown.
+        change: sum of `(x0 - x) (x0 - x)^T`, float32 `[K, K]`, only the upper triangle; None unless asked for.
         tokens: number of tokens seen.
+
+    Args:
+        with_change: accumulate `change` too.
     """
 
-    def __init__(self, features: int, device: torch.device):
+    def __init__(self, features: int, device: torch.device, with_change: bool = False):
         self.hessian = torch.zeros(features, features, device=device)
         self.cross: Tensor | None = torch.zeros_like(self.hessian)
+        self.change = torch.zeros_like(self.hessian) if with_change else None
         self.tokens = 0
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
@@ -38,9 +43,7 @@ class InputMoments:
                 they belong to experts that are modules of their own, which may have received other tokens there.
         """
         x = inputs.flatten(0, -2).float()
-        band = -(-x.shape[1] // _BANDS)
-        for start in range(0, x.shape[1], band):
-            self.hessian[start : start + band, start:].addmm_(x[:, start : start + band].T, x[:, start:])
+        _add_squares(self.hessian, x)
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
@@ -48,7 +51,22 @@ class InputMoments:
             dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
             change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
             self.cross += change.T @ inputs.to(dtype).flatten(0, -2)
+            if self.change is not None:
+                _add_squares(self.change, change.float())
         self.tokens += len(x)
+
+
+def _add_squares(sums: Tensor, x: Tensor) -> None:
+    """Add `x^T x` of float32 `[T, K]` to the upper triangle of `sums` `[K, K]`."""
+    band = -(-x.shape[1] // _BANDS)
+    for start in range(0, x.shape[1], band):
+        sums[start : start + band, start:].addmm_(x[:, start : start + band].T, x[:, start:])
+
+
+def symmetric(sums: Tensor) -> Tensor:
+    """The whole matrix from its upper triangle, `[K, K]`."""
+    upper = sums.triu()
+    return upper + upper.triu(1).T
 
 
 class UnusableHessian(Exception):
@@ -119,8 +137,7 @@ def prepare_hessian(moments: InputMoments | None, damp_percent: float, signs: Te
     """
     if moments is None or moments.tokens == 0:
         raise UnusableHessian("no token reached it")
-    upper = moments.hessian.triu()
-    matrix = (upper + upper.triu(1).T) / moments.tokens
+    matrix = symmetric(moments.hessian) / moments.tokens
     if not torch.isfinite(matrix).all():
         raise UnusableHessian("its Hessian is not finite")
     tokens, features = moments.tokens, len(matrix)

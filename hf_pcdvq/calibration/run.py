@@ -29,7 +29,7 @@ from .hessian import InputMoments
 from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 from .store import BlockStore
 
 # A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
@@ -123,7 +123,7 @@ class CalibratedRun:
         """Quantize one block, unless an interrupted run has done so, and advance the hidden states past it."""
         stored = self._store.load(number) if self._store else None
         if stored is None:
-            inputs = block.advance_original(keep=self._settings.correction > 0)
+            inputs = block.advance_original(keep=self._settings.correction != 0)
             result = self._quantize_block(block, inputs)
             if self._store:
                 self._store.save(number, result)
@@ -152,7 +152,7 @@ class CalibratedRun:
         for stage in _stages(inputs.groups(), block.layers):
             first = stage[0][0]
             if isinstance(block.layers[first], nn.Linear):
-                moments = block.moments(stage, inputs)
+                moments = block.moments(stage, inputs, self._settings.correction == OWN_SHARE)
                 for names in stage:
                     layers = {name: block.layers[name] for name in names}
                     yield self._quantize_linear(layers, moments[names[0]])
