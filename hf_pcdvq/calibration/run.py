@@ -105,17 +105,18 @@ class CalibratedRun:
 
         Copying them to and from an accelerator would take longer than computing a small model's blocks.
         """
-        memory_info = getattr(torch.get_device_module(self.device), "mem_get_info", None)
-        if self.device.type == "cpu" or memory_info is None:
+        accelerator = torch.get_device_module(self.device)
+        if self.device.type == "cpu" or not hasattr(accelerator, "mem_get_info"):
             return torch.device("cpu")
         layers = [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)]
-        widths = sum(layer.in_features for layer in layers if isinstance(layer, nn.Linear)) // len(
-            self._model.get_submodule(self._prefix)
-        )
+        widths = sum(layer.in_features for layer in layers if isinstance(layer, nn.Linear))
+        blocks = len(self._model.get_submodule(self._prefix))
         states = sum(states.nbytes for states in hidden)
-        # Of both models, and the inputs of a block's layers in both.
-        needed = 2 * states + 2 * states // hidden[0].shape[-1] * widths
-        return self.device if needed < memory_info(self.device)[0] // 2 else torch.device("cpu")
+        # Hidden states of both models, and the inputs of a block's layers in both.
+        needed = 2 * states + 2 * states // hidden[0].shape[-1] * widths // blocks
+        cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
+        free = accelerator.mem_get_info(self.device)[0] + cached
+        return self.device if needed < free // 2 else torch.device("cpu")
 
     # --------------------------------------------------------------------------------------------- one block
 
