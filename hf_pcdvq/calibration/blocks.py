@@ -158,7 +158,7 @@ class Shortcuts:
             for name, known in self._known.items():
                 if window in known:
                     module, wrap = self._ends[name]
-                    stack.enter_context(_replaced_forward(module, self._replay(name, window, wrap)))
+                    stack.enter_context(replaced_forward(module, self._replay(name, window, wrap)))
             yield
 
     def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
@@ -215,7 +215,7 @@ def streamed(model: nn.Module, blocks: nn.ModuleList, device: torch.device, upca
                 stack.enter_context(placed(module, home, upcast))
         if upcast or device != home:
             for block in blocks:
-                stack.enter_context(_replaced_forward(block, _moved(block, device, home, upcast)))
+                stack.enter_context(replaced_forward(block, _moved(block, device, home, upcast)))
         yield
 
 
@@ -270,10 +270,10 @@ def _record(
 
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, recorder(number)))
+            stack.enter_context(replaced_forward(block, recorder(number)))
         head = model.get_output_embeddings()
         if head is not None:
-            stack.enter_context(_replaced_forward(head, _stop))
+            stack.enter_context(replaced_forward(head, _stop))
         _run_until_stop(model, window)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
@@ -321,7 +321,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 @contextmanager
-def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
     if "forward" in block.__dict__:  # set by accelerate's hooks
         raise ValueError("calibration needs a model without device hooks: load it on one device, without offloading")
     block.forward = forward

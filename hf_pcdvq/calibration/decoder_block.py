@@ -9,6 +9,7 @@ from torch import Tensor, device, nn
 
 from .blocks import Call, Shortcuts, run_block
 from .experts import RoutedTokens, routed_tokens
+from .guidance import Sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
 
@@ -66,27 +67,29 @@ class DecoderBlock:
         return found
 
     def moments(
-        self, groups: list[list[str]], inputs: OriginalInputs, with_change: bool = False
+        self, groups: list[list[str]], inputs: OriginalInputs, sensitivity: Sensitivity, with_change: bool
     ) -> dict[str, InputMoments]:
         """Moments of the inputs that groups of linear layers receive from the block in its current state.
 
         Args:
             groups: names of layers with a common input.
             inputs: what the layers receive in the original model.
+            sensitivity: of the model's predictions to the outputs of some of the layers.
             with_change: see `InputMoments`.
 
         Returns:
             Moments by the first name of each group.
         """
-        leaders = [names[0] for names in groups]
+        leaders = {names[0]: names for names in groups}
         moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
-        last = leaders[0] if len(leaders) == 1 else None
+        last = groups[0][0] if len(groups) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
             for index in range(len(self.hidden)):
                 with suppress(Stop):
                     self.forward(index)
                 for name, tensor in now.items():
-                    moments[name].add(tensor, inputs.of(name, index))
+                    squares = {layer: sensitivity[layer][index] for layer in leaders[name] if layer in sensitivity}
+                    moments[name].add(tensor, inputs.of(name, index), squares)
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, index, tensor)
                 now.clear()

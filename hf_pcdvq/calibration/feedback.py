@@ -14,7 +14,8 @@ Sweeps of coordinate descent then visit the units again: with all others fixed, 
 `Q_B + (E H)_B H_BB^-1`; it is encoded, and rows whose loss decreases take the new code. The scale of a row is fitted
 to its codes in the same metric, `W H Q^T / Q H Q^T`.
 
-Rows do not interact, so layers that share their inputs are stacked and quantized together.
+Rows do not interact, so layers that share their inputs are stacked and quantized together, and groups of rows may have
+Hessians of their own.
 
 Both passes work in panels of `_PANEL` columns: within a panel every unit sees the effect of those before it at once;
 the effect of a whole panel on the columns after it is one large matrix product.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import UnitEncoder
-from .hessian import Hessian
+from .hessian import GroupedHessian, Hessian
 from .settings import Calibration
 
 _PANEL = 128
@@ -41,7 +42,7 @@ class _State:
 
     encoders: Sequence[UnitEncoder]  # of the layers that are stacked
     units: list[tuple[int, slice]]  # numbers of the units in that order, and their columns
-    hessian: Hessian
+    hessian: Hessian | GroupedHessian
     weight: Tensor  # [N, K]
     quantized: Tensor  # [N, K]
     codes: Tensor  # int32 [N, number of units]
@@ -83,13 +84,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def quantize_with_feedback(
-    weight: Tensor, hessian: Hessian, encoders: Sequence[UnitEncoder], settings: Calibration
+    weight: Tensor, hessian: Hessian | GroupedHessian, encoders: Sequence[UnitEncoder], settings: Calibration
 ) -> tuple[Tensor, Tensor]:
     """Codes, and the weight that they decode to.
 
     Args:
         weight: rotated, float32 `[N, K]`.
-        hessian: of the rotated inputs.
+        hessian: of the rotated inputs, one for all rows or one for every group of them.
         encoders: of the layers whose weights are stacked in `weight`; with `settings.refit` their scales change.
         settings: of which `sweeps`, `refit` and `desc_act` are used here.
 

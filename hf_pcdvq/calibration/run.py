@@ -25,6 +25,7 @@ from ..modules import count_matrices, dense_weights, packed_type
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
+from .guidance import Sensitivity, output_sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs
 from .layers import quantize_layers
@@ -74,6 +75,7 @@ class CalibratedRun:
         self._model, self._prefix, self._names = model, prefix, names
         self._codec_of, self._settings = codec_of, settings
         self._windows, self.device, self._store = windows, device, store
+        self._sensitivity: Sensitivity = {}
         self._upcast = is_emulated(model.dtype, device)
         matrices = sum(count_matrices(model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
@@ -85,6 +87,7 @@ class CalibratedRun:
         refuse_shared(self._model, prefix, self._names)
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
+            self._find_sensitivity()
             hidden, calls = capture(self._model, blocks, self._windows)
             memory = self._memory(hidden)
             hidden = [to_device(states, memory, self._upcast) for states in hidden]
@@ -99,6 +102,16 @@ class CalibratedRun:
                     self._run_block(number, block)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
+
+    def _find_sensitivity(self) -> None:
+        """How much the original's predictions depend on every layer's outputs, if the settings ask for it."""
+        groups = self._settings.fisher_groups
+        if groups:
+            names = [name for name in self._names if _inside(name, self._prefix)]
+            options = {"device": self.device, "progress": not self._bar.disable}
+            self._sensitivity = output_sensitivity(
+                self._model, self._prefix, names, self._windows, groups, self._settings.seed, **options
+            )
 
     def _memory(self, hidden: list[Tensor]) -> torch.device:
         """Where hidden states and inputs are kept: where the blocks are computed, if they take half of what is free there.
@@ -153,7 +166,7 @@ class CalibratedRun:
         for stage in _stages(inputs.groups(), block.layers):
             first = stage[0][0]
             if isinstance(block.layers[first], nn.Linear):
-                moments = block.moments(stage, inputs, self._settings.correction == OWN_SHARE)
+                moments = block.moments(stage, inputs, self._sensitivity, self._settings.correction == OWN_SHARE)
                 for names in stage:
                     layers = {name: block.layers[name] for name in names}
                     yield self._quantize_linear(layers, moments[names[0]])

@@ -16,6 +16,7 @@ _INTEGERS = (
     ("seed", 0, (1 << 31) - 1),
     ("sweeps", 0, 100),
     ("expert_tokens", 1, 1 << 30),
+    ("fisher_groups", 0, 64),
 )
 _NUMBERS = (("damp_percent", 1e-8, 10.0), ("correction", 0.0, 1.0))
 OWN_SHARE = "own"
@@ -43,6 +44,9 @@ class Calibration:
         refit: fit the scales to the codes in the metric of the Hessian.
         expert_tokens: an expert that receives fewer tokens is calibrated on all tokens of its layer.
         all_experts: calibrate every expert on all tokens of its layer, however they are routed.
+        fisher_groups: weigh the tokens by how much the model's predictions depend on a layer's outputs there, with so many
+            groups of output channels; 0 weighs all alike. It takes a forward and a backward pass of the whole model, which
+            must fit the device, over all windows, and as many Hessians as there are groups. Experts are not weighed.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -60,6 +64,7 @@ class Calibration:
     refit: bool = True
     expert_tokens: int = 128
     all_experts: bool = False
+    fisher_groups: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:

@@ -145,6 +145,7 @@ class StreamEncoder(UnitEncoder):
         self.values = values(layout.window_bits, weight.device).float()
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
         self._unit_values = self.values / DEVIATION
+        self._importance: Tensor | None = None
         self._set_scale(row_scale(weight) * (_SHRINK[layout.bits] / DEVIATION))
 
     def _set_scale(self, scale: Tensor) -> None:
@@ -155,6 +156,8 @@ class StreamEncoder(UnitEncoder):
         # scale squared.
         self._divisor = torch.where(scale > 0, scale, 1) * DEVIATION
         cost = (scale / scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
+        if self._importance is not None:
+            cost = cost * self._importance
         self._filled = -self.rows % self.layout.period
         self._cost = pad(cost, (0, self._filled))
 
@@ -170,6 +173,10 @@ class StreamEncoder(UnitEncoder):
     def improved(self, change: Tensor) -> Tensor:
         rings = pad(change, (0, -self.rows % STREAM_RING)).view(-1, STREAM_RING).sum(1)
         return (rings < 0).repeat_interleave(STREAM_RING)[: self.rows]
+
+    def weigh(self, importance: Tensor) -> None:
+        self._importance = importance / importance.amax()
+        self._set_scale(self.scale)
 
     def rescale(self, factor: Tensor) -> None:
         self._set_scale(self.scale * factor)
