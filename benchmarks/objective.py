@@ -8,9 +8,10 @@ a machine that has nothing but the model's folder and that file:
     python benchmarks/objective.py run --model MODEL --tokens tokens.safetensors --out objective.json --jobs 4 --seconds 400
 
 All variants see the same draws: 128 windows of 1024 tokens each, by seeds 0, 1 and 2. Perplexity, KL divergence and top-1
-agreement over the first 48 windows of 1024 tokens of the WikiText-2 test text, and KL over a slice of code, as in quality.py.
-Runs that are in the output file are not computed again; the first draw of every variant comes before the second. The text
-"own" is written by the model, once for each draw. `--table` prints the file.
+agreement over the first 48 windows of 1024 tokens of the WikiText-2 test text, as in quality.py, and KL over others: code of
+Python's library, and with --answers what the original answers to prompts about chat, tools and code. Runs that are in the
+output file are not computed again; the first draw of every variant comes before the second. The model itself writes the
+texts "own", from random tokens, and "answers", to other prompts than those of the evaluation. `--table` prints the file.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_pcdvq import Calibration, quantize_model
 from hf_pcdvq.calibration.data import read_windows
-from hf_pcdvq.calibration.sampling import sample_from_model
+from hf_pcdvq.calibration.sampling import read_prompts, sample_answers, sample_from_model, shipped_prompts
 from hf_pcdvq.config import config_of_setting
 from hf_pcdvq.evaluation.metrics import Evaluation, compare_logits, token_windows
 from hf_pcdvq.files.records import device_name, package_versions, write_text
 
-LENGTH, SAMPLES, DRAWS, WINDOWS, CODE_WINDOWS = 1024, 128, 3, 48, 12
+LENGTH, SAMPLES, DRAWS, WINDOWS, FEW_WINDOWS = 1024, 128, 3, 48, 12
 SETTINGS = ("pcdvq-2.25", "stream-2.0")
-OWN = "own"  # text that the model writes
+OWN, ANSWERS = "own", "answers"  # texts that the model writes
+KINDS = ("chat", "tool", "code")  # of prompts whose answers are evaluated on
 # By name: fields of Calibration, and fields of the config.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
@@ -84,11 +86,14 @@ class Bench:
             self.model.config.num_hidden_layers = args.blocks
         self._calibration = {name: tensor for name, tensor in tokens.items() if not name.startswith("test.")}
         self._samples = args.samples
+        self._folder = folder
         self._tests = {
             name.removeprefix("test."): tensor[: args.windows].long()
             for name, tensor in tokens.items()
             if name.startswith("test.")
         }
+        if args.answers:
+            self._tests |= {f"{kind} answers": self._held_out(kind, args.windows) for kind in KINDS}
         self._logits = {name: list(window_logits(self.model, windows)) for name, windows in self._tests.items()}
         self._thread = local()
         if self.device.type == "cuda":
@@ -97,10 +102,28 @@ class Bench:
     def windows(self, text: str, draw: int) -> torch.Tensor:
         name = f"{text}.{draw}"
         if name not in self._calibration:
-            if text != OWN:
-                sys.exit(f"objective.py: the tokens hold no draw {draw} of {text!r}, only {', '.join(self._calibration)}")
-            self._calibration[name] = sample_from_model(self.model, self._samples, LENGTH, draw, progress=False)
+            with self._stream():
+                self._calibration[name] = self._written(text, draw)
         return self._calibration[name][: self._samples].long()
+
+    def _written(self, text: str, draw: int) -> torch.Tensor:
+        """A draw of a text that the model writes."""
+        if text == OWN:
+            return sample_from_model(self.model, self._samples, LENGTH, draw, progress=False)
+        if text == ANSWERS:
+            return sample_answers(self.model, self._prompts(0), self._samples, LENGTH, draw, progress=False)
+        sys.exit(f"objective.py: the tokens hold no draw {draw} of {text!r}, only {', '.join(self._calibration)}")
+
+    def _held_out(self, kind: str, windows: int) -> torch.Tensor:
+        """Answers to prompts of a kind that are not calibrated on."""
+        count = min(FEW_WINDOWS, windows)
+        return sample_answers(self.model, self._prompts(1, kind), count, LENGTH, DRAWS, progress=False)
+
+    def _prompts(self, half: int, kind: str | None = None) -> list[list[int]]:
+        """Every second prompt, of one kind or of all."""
+        tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        chosen = [line["messages"] for line in shipped_prompts()[half::2] if kind in (None, line["kind"])]
+        return read_prompts(tokenizer, chosen)
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Quantize and evaluate, on a stream of its own, so that several runs share a GPU."""
@@ -151,7 +174,7 @@ def prepare(args: argparse.Namespace) -> None:
     code = "\n".join(file.read_text(encoding="utf-8") for file in sorted(library.glob("[a-d]*.py")))
     tokens = {
         "test.wikitext2": token_windows(tokenizer, texts.evaluation_text(), LENGTH, WINDOWS),
-        "test.code": token_windows(tokenizer, code, LENGTH, CODE_WINDOWS),
+        "test.code": token_windows(tokenizer, code, LENGTH, FEW_WINDOWS),
     }
     for text in ON_HUB:
         for draw in range(DRAWS):
@@ -187,11 +210,10 @@ def run(args: argparse.Namespace) -> None:
             write(args.out, rows, bench, args)
             print(json.dumps(row), flush=True)
 
-    for text, draw in {(run.text, run.draw): None for run in wanted}:
-        bench.windows(text, draw)
     for run in wanted[:1]:  # alone, since it compiles what the others find in the cache
         measure(run)
     with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda drawn: bench.windows(*drawn), {(run.text, run.draw): None for run in wanted}))
         list(pool.map(measure, wanted[1:]))
 
 
@@ -212,7 +234,9 @@ def write(file: Path, rows: list[dict[str, Any]], bench: Bench, args: argparse.N
 def table(rows: list[dict[str, Any]]) -> Table:
     """Mean over the draws and, in brackets, standard deviation, for every setting, text and variant."""
     shown = Table(title="mean (standard deviation) over the draws", title_justify="left")
-    for heading in ("setting", "text", "variant", "draws", "perplexity", "KL mean", "KL 90 %", "top 1", "KL code", "s"):
+    others = [name for name in ("code", *(f"{kind} answers" for kind in KINDS)) if all(name in row for row in rows)]
+    figures = ("draws", "perplexity", "KL mean", "KL 90 %", "top 1", *(f"KL {name}" for name in others), "s")
+    for heading in ("setting", "text", "variant", *figures):
         shown.add_column(heading, justify="left" if heading in ("setting", "text", "variant") else "right")
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -225,9 +249,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             return f"{statistics.mean(figures):.{digits}f} ({spread:.{digits}f})"
 
         fields = (("perplexity_packed", 2), ("kl_mean", 4), ("kl_p90", 3), ("top1_agreement", 4))
-        figures = [over("wikitext2", field, digits) for field, digits in fields]
+        means = [over("wikitext2", field, digits) for field, digits in fields]
         seconds = statistics.mean(row["seconds"] for row in group)
-        shown.add_row(*key, str(len(group)), *figures, over("code", "kl_mean", 4), f"{seconds:.0f}")
+        shown.add_row(*key, str(len(group)), *means, *(over(name, "kl_mean", 4) for name in others), f"{seconds:.0f}")
     return shown
 
 
@@ -242,7 +266,8 @@ def main() -> None:
     second.add_argument("--tokens", type=Path, required=True, help="the file that `prepare` wrote")
     for name, choices in (("setting", SETTINGS), ("variant", tuple(VARIANTS))):
         second.add_argument(f"--{name}", nargs="+", choices=choices, default=choices)
-    second.add_argument("--text", nargs="+", default=["c4"], help=f"{', '.join(ON_HUB)} or {OWN}")
+    second.add_argument("--text", nargs="+", default=["c4"], help=f"{', '.join(ON_HUB)}, {OWN} or {ANSWERS}")
+    second.add_argument("--answers", action="store_true", help="evaluate on answers of the original, too")
     second.add_argument("--draw", nargs="+", type=int, default=list(range(DRAWS)))
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     second.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a thread")

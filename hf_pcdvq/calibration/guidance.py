@@ -71,7 +71,10 @@ def output_sensitivity(
     whole = {name: parts for name, parts in found.items() if len(parts) == len(windows)}
     lengths = {name: {len(part) for part in parts} for name, parts in whole.items()}
     complete = {name: torch.stack(parts) for name, parts in whole.items() if lengths[name] == {windows.shape[1]}}
-    return {name: squares / squares.mean().clamp(min=torch.finfo(torch.float32).tiny) for name, squares in complete.items()}
+    return {
+        name: squares / squares.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        for name, squares in complete.items()
+    }
 
 
 def _backward(model: nn.Module, ids: Tensor, generator: torch.Generator) -> None:
@@ -79,7 +82,9 @@ def _backward(model: nn.Module, ids: Tensor, generator: torch.Generator) -> None
     with torch.enable_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         cumulative = logits.detach().softmax(-1).cumsum(-1)
-        uniform = 1 - torch.rand(len(logits), 1, generator=generator).to(logits.device)  # above 0, as in `sampling.py`
+        uniform = 1 - torch.rand(len(logits), 1, generator=generator).to(
+            logits.device
+        )  # above 0, as in `sampling.py`
         labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])[:, 0]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 

@@ -35,7 +35,7 @@ def expected_squares(model, labels):
         outputs = {}
         handles = [
             model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: outputs.__setitem__(name, output)
+                lambda module, args, output, name=name, into=outputs: into.__setitem__(name, output)
             )
             for name in NAMES
         ]

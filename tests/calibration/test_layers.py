@@ -47,7 +47,9 @@ def test_own_share_is_how_much_of_the_change_in_outputs_the_inputs_predict():
     # Half of the change is a linear function of the inputs, half is noise; least squares over the tokens says how much.
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 4096, 64, generator=generator)
-    change = inputs @ torch.randn(64, 64, generator=generator) / 80 + 0.1 * torch.randn(inputs.shape, generator=generator)
+    change = inputs @ torch.randn(64, 64, generator=generator) / 80 + 0.1 * torch.randn(
+        inputs.shape, generator=generator
+    )
     weights = {name: torch.randn(size, 64, generator=generator) / 8 for name, size in (("gate", 24), ("up", 40))}
     moments = InputMoments(64, torch.device("cpu"), with_change=True)
     moments.add(inputs, inputs + change)
