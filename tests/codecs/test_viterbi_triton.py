@@ -57,7 +57,7 @@ def test_kernel_compiles_for_gpus_without_spilling(target, bits, window):
     compiled = triton.compile(
         ASTSource(viterbi_triton.search_kernel, signature, constexprs=constants),
         target=GPUTarget(*target),
-        options={"num_warps": viterbi_triton.WARPS},
+        options={"num_warps": viterbi_triton.warps(stream_layout(bits, window))},
     )
     if target[0] == "hip":
         assert ".vgpr_spill_count: 0" in compiled.asm["amdgcn"]
