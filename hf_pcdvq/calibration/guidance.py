@@ -106,9 +106,7 @@ def _recorder(parts: list[Tensor], groups: int) -> Callable:
 
 def _recomputed(forward: Callable) -> Callable:
     """A forward pass whose activations are computed again in the backward pass."""
-    return lambda *args, **kwargs: checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-    )
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @contextmanager

@@ -41,7 +41,14 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
         for start in range(0, columns, chunk):
             part = targets[start : start + chunk]
             search_kernel[(len(part), rings)](
-                part, cost, values, errors, found[start : start + chunk], rows, **constant, num_warps=warps(layout)
+                part,
+                cost,
+                values,
+                errors,
+                found[start : start + chunk],
+                rows,
+                **constant,
+                num_warps=warps(layout, 64 if torch.version.hip else 32),
             )
     return found
 
@@ -62,9 +69,12 @@ def constants(layout: StreamLayout, overlap: int) -> dict[str, Any]:
     }
 
 
-def warps(layout: StreamLayout) -> int:
-    """Warps of a program: 16 windows per thread, if there may be so many threads."""
-    return min(32, max(4, (1 << layout.window_bits) // 512))
+def warps(layout: StreamLayout, lanes: int) -> int:
+    """Warps of a program, of so many threads each: 16 windows per thread, with at most 1024 threads.
+
+    Windows of 15 and 16 bits are more than the registers of so many threads hold; the rest goes to the caches.
+    """
+    return min(1024, (1 << layout.window_bits) // 16) // lanes
 
 
 @triton.jit
@@ -96,7 +106,9 @@ def search_kernel(
     # The state at the ring's boundary: from the best path over the weights around it, free at both ends.
     before = length - OVERLAP % length  # a multiple of PHASES, as the length is
     path = tl.zeros([1 << (WINDOW - (STRIDES & 15))], tl.float32)
-    path = _forward(path, p_targets, p_cost, p_values, p_errors, before, length, 2 * OVERLAP, STRIDES, PHASES, WINDOW, STATES)
+    path = _forward(
+        path, p_targets, p_cost, p_values, p_errors, before, length, 2 * OVERLAP, STRIDES, PHASES, WINDOW, STATES
+    )
     state = tl.argmin(path, 0)
     tl.debug_barrier()  # the errors were written by other threads
     for j in range(OVERLAP):
@@ -144,13 +156,19 @@ def _forward(
 
     Those before every weight are written to `p_errors`.
     """
+    kept = _window_values(p_values, STRIDES & 15, (STRIDES >> 4) & 15, WINDOW)
     for start in range(0, count, PHASES):
         for phase in tl.static_range(PHASES):
+            values = kept
+            if PHASES > 1:
+                values = _window_values(
+                    p_values, (STRIDES >> (4 * phase)) & 15, (STRIDES >> (4 * ((phase + 1) % 4))) & 15, WINDOW
+                )
             path = _step(
                 path,
                 p_targets,
                 p_cost,
-                p_values,
+                values,
                 p_errors,
                 first,
                 length,
@@ -164,11 +182,19 @@ def _forward(
 
 
 @triton.jit
+def _window_values(p_values, STRIDE: tl.constexpr, NEXT: tl.constexpr, WINDOW: tl.constexpr):
+    """The values of all windows, by their oldest bits, which go next, those that stay, and the new ones."""
+    MERGED: tl.constexpr = 1 << (WINDOW - STRIDE - NEXT)
+    o_state = tl.arange(0, 1 << NEXT)[:, None] * MERGED + tl.arange(0, MERGED)[None, :]
+    return tl.load(p_values + (o_state[:, :, None] << STRIDE) + tl.arange(0, 1 << STRIDE)[None, None, :])
+
+
+@triton.jit
 def _step(
     path,
     p_targets,
     p_cost,
-    p_values,
+    values,  # of `_window_values`
     p_errors,
     first,
     length,
@@ -183,10 +209,7 @@ def _step(
     row = (first + i) % length
     target, cost = tl.load(p_targets + row), tl.load(p_cost + row)
     tl.store(p_errors + i * STATES + tl.arange(0, 1 << (WINDOW - STRIDE)), path)
-    # A window consists of the oldest bits, which go next, of those that stay, and of the new ones.
-    o_oldest, o_merged, o_new = tl.arange(0, 1 << NEXT), tl.arange(0, MERGED), tl.arange(0, 1 << STRIDE)
-    o_state = o_oldest[:, None] * MERGED + o_merged[None, :]
-    difference = tl.load(p_values + (o_state[:, :, None] << STRIDE) + o_new[None, None, :]) - target
+    difference = values - target
     errors = tl.reshape(path, [1 << NEXT, MERGED])[:, :, None] + cost * difference * difference
     return tl.reshape(tl.min(errors, 0), [MERGED << STRIDE])
 
