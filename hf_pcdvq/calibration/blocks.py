@@ -135,18 +135,21 @@ class Shortcuts:
         block: on the device of `hidden`.
         layers: the layers whose inputs may be kept, by name.
         hidden, call: what to run the block with.
+        memory: where inputs and outputs are kept.
     """
 
-    def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
-        self._layers = layers
+    def __init__(
+        self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call, memory: torch.device
+    ):
+        self._layers, self._memory = layers, memory
         self._ends = _ending_modules(block, layers, hidden, call)
         self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
         self._applied: set[tuple[str, int]] = set()
 
     def keep(self, name: str, window: int, inputs: Tensor) -> None:
-        """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
+        """Keep the input of a layer for a window, if the layer is the final one of its module."""
         if name in self._ends:
-            self._known.setdefault(name, {})[window] = inputs.cpu()
+            self._known.setdefault(name, {})[window] = inputs.to(self._memory)
 
     @contextmanager
     def taken(self, window: int) -> Iterator[None]:
@@ -155,7 +158,7 @@ class Shortcuts:
             for name, known in self._known.items():
                 if window in known:
                     module, wrap = self._ends[name]
-                    stack.enter_context(_replaced_forward(module, self._replay(name, window, wrap)))
+                    stack.enter_context(replaced_forward(module, self._replay(name, window, wrap)))
             yield
 
     def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
@@ -166,7 +169,7 @@ class Shortcuts:
         tensor = known[window].to(layer.weight.device)
         if (name, window) not in self._applied:
             tensor = layer(tensor)
-            known[window] = tensor.cpu()
+            known[window] = tensor.to(self._memory)
             self._applied.add((name, window))
         return tensor
 
@@ -212,7 +215,7 @@ def streamed(model: nn.Module, blocks: nn.ModuleList, device: torch.device, upca
                 stack.enter_context(placed(module, home, upcast))
         if upcast or device != home:
             for block in blocks:
-                stack.enter_context(_replaced_forward(block, _moved(block, device, home, upcast)))
+                stack.enter_context(replaced_forward(block, _moved(block, device, home, upcast)))
         yield
 
 
@@ -267,10 +270,10 @@ def _record(
 
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, recorder(number)))
+            stack.enter_context(replaced_forward(block, recorder(number)))
         head = model.get_output_embeddings()
         if head is not None:
-            stack.enter_context(_replaced_forward(head, _stop))
+            stack.enter_context(replaced_forward(head, _stop))
         _run_until_stop(model, window)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
@@ -318,7 +321,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 @contextmanager
-def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
     if "forward" in block.__dict__:  # set by accelerate's hooks
         raise ValueError("calibration needs a model without device hooks: load it on one device, without offloading")
     block.forward = forward

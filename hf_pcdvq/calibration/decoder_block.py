@@ -9,6 +9,7 @@ from torch import Tensor, device, nn
 
 from .blocks import Call, Shortcuts, run_block
 from .experts import RoutedTokens, routed_tokens
+from .guidance import Sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
 
@@ -21,9 +22,10 @@ class DecoderBlock:
         module: the block, on `device`.
         layers: its layers to quantize, by name. They stay dense; once quantized, their weights are the decoded ones.
         call: what the block is called with besides hidden states, on `device`.
-        original: hidden states `[1, L, D]` of every window in the original model, on the CPU.
+        original: hidden states `[1, L, D]` of every window in the original model, on `memory`.
         hidden: the same in the model quantized so far.
         device: where the block is computed.
+        memory: the device where hidden states and inputs are kept.
     """
 
     module: nn.Module
@@ -32,17 +34,18 @@ class DecoderBlock:
     original: list[Tensor]
     hidden: list[Tensor]
     device: device
+    memory: device
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
         """Skip recomputing parts of the block that have not changed, from now on."""
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
-        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call)
+        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call, self.memory)
 
     def forward(self, index: int) -> Tensor:
-        """The hidden states of a window after the block in its current state, on the CPU."""
+        """The hidden states of a window after the block in its current state."""
         with self.shortcuts.taken(index) if self.shortcuts else nullcontext():
-            return run_block(self.module, self.hidden[index].to(self.device), self.call).cpu()
+            return run_block(self.module, self.hidden[index].to(self.device), self.call).to(self.memory)
 
     def advance(self) -> None:
         """Replace the hidden states before the block by those after it."""
@@ -55,33 +58,38 @@ class DecoderBlock:
         Returns:
             The inputs of the layers for all windows, stored if `keep`.
         """
-        found = OriginalInputs(list(self.layers), keep)
+        found = OriginalInputs(list(self.layers), self.memory if keep else None)
         with recorded_inputs(self.layers) as inputs:
             for index, states in enumerate(self.original):
-                self.original[index] = run_block(self.module, states.to(self.device), self.call).cpu()
+                self.original[index] = run_block(self.module, states.to(self.device), self.call).to(self.memory)
                 found.add(inputs)
                 inputs.clear()
         return found
 
-    def moments(self, groups: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
+    def moments(
+        self, groups: list[list[str]], inputs: OriginalInputs, sensitivity: Sensitivity, with_change: bool
+    ) -> dict[str, InputMoments]:
         """Moments of the inputs that groups of linear layers receive from the block in its current state.
 
         Args:
             groups: names of layers with a common input.
             inputs: what the layers receive in the original model.
+            sensitivity: of the model's predictions to the outputs of some of the layers.
+            with_change: see `InputMoments`.
 
         Returns:
             Moments by the first name of each group.
         """
-        leaders = [names[0] for names in groups]
-        moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
-        last = leaders[0] if len(leaders) == 1 else None
+        leaders = {names[0]: names for names in groups}
+        moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
+        last = groups[0][0] if len(groups) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
             for index in range(len(self.hidden)):
                 with suppress(Stop):
                     self.forward(index)
                 for name, tensor in now.items():
-                    moments[name].add(tensor, inputs.of(name, index))
+                    squares = {layer: sensitivity[layer][index] for layer in leaders[name] if layer in sensitivity}
+                    moments[name].add(tensor, inputs.of(name, index), squares)
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, index, tensor)
                 now.clear()

@@ -20,7 +20,7 @@ from .hessian import InputMoments
 from .inputs import Stop
 from .layers import quantize_layers
 from .records import LayerRecord
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 
 _CHUNK = 1 << 13  # tokens whose activations are computed at a time
 
@@ -106,7 +106,7 @@ def quantize_experts(
         inputs_of: Callable[[Tensor, bool], Tensor] = _unchanged
         for stack, weight in zip(STACKS, weights):
             matrix = f"{name}.{expert}.{stack}"
-            moments = _moments(own, weight.device, inputs_of)
+            moments = _moments(own, weight.device, inputs_of, settings.correction == OWN_SHARE)
             tensors, (record,) = quantize_layers({matrix: weight}, moments, codec, settings)
             packed[stack].append(tensors[matrix])
             records.append(replace(record, note="; ".join(filter(None, (note, record.note))) or None))
@@ -139,7 +139,10 @@ def _gated(experts: nn.Module, dense: Tensor, codec: Codec, packed: Packed) -> C
 
 
 def _moments(
-    tokens: RoutedTokens | None, device: torch.device, inputs_of: Callable[[Tensor, bool], Tensor]
+    tokens: RoutedTokens | None,
+    device: torch.device,
+    inputs_of: Callable[[Tensor, bool], Tensor],
+    with_change: bool,
 ) -> InputMoments | None:
     """Moments of the inputs that `inputs_of` computes from hidden states and whether they are the original's."""
     if tokens is None:
@@ -149,6 +152,6 @@ def _moments(
         rows = slice(start, start + _CHUNK)
         found = inputs_of(tokens.hidden[rows].to(device), False)
         before = None if tokens.original is None else inputs_of(tokens.original[rows].to(device), True)[None]
-        moments = moments or InputMoments(found.shape[1], device)
+        moments = moments or InputMoments(found.shape[1], device, with_change)
         moments.add(found[None], before)
     return moments

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -51,13 +52,13 @@ class OriginalInputs:
 
     Args:
         names: of all layers.
-        keep: store the inputs, on the CPU.
+        keep: where the inputs are stored; None stores nothing.
 
     Attributes:
-        windows: the stored inputs of every window, by the first layer of each group; empty without `keep`.
+        windows: the stored inputs of every window, by the first layer of each group; empty if nothing is stored.
     """
 
-    def __init__(self, names: list[str], keep: bool):
+    def __init__(self, names: list[str], keep: torch.device | None):
         self.windows: list[dict[str, Tensor]] = []
         self._names, self._keep = names, keep
         self._leader: dict[str, str] = {}
@@ -68,8 +69,8 @@ class OriginalInputs:
         for name, tensor in inputs.items():
             leader = leaders.setdefault(id(tensor), name)
             self._leader.setdefault(name, leader)
-        kept = {leader: inputs[leader].cpu() for leader in leaders.values()} if self._keep else {}
-        self.windows.append(kept)
+        kept = [] if self._keep is None else leaders.values()
+        self.windows.append({leader: inputs[leader].to(self._keep) for leader in kept})
 
     def of(self, name: str, window: int) -> Tensor | None:
         """The stored input of a layer for a window; None if there is none."""

@@ -5,8 +5,8 @@ far. Within a block, layers are quantized in the order in which they run. For ea
 input, the hidden states of the second kind are run through the block up to that group, whose inputs then contain all
 errors made so far; they give its Hessian, and their difference from the original inputs gives its correction.
 
-Held in memory are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all
-windows and the original inputs of one block's layers. A CPU that only emulates the model's dtype computes in float32
+Held in memory are the model, the moments of one group, and in the model's dtype the hidden states of all windows and
+the original inputs of one block's layers; these on the CPU, unless an accelerator has ample room. A CPU that only emulates the model's dtype computes in float32
 instead, block by block, with the same weights.
 """
 
@@ -25,11 +25,12 @@ from ..modules import count_matrices, dense_weights, packed_type
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
+from .guidance import Sensitivity, output_sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 from .store import BlockStore
 
 # A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
@@ -74,6 +75,7 @@ class CalibratedRun:
         self._model, self._prefix, self._names = model, prefix, names
         self._codec_of, self._settings = codec_of, settings
         self._windows, self.device, self._store = windows, device, store
+        self._sensitivity: Sensitivity = {}
         self._upcast = is_emulated(model.dtype, device)
         matrices = sum(count_matrices(model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
@@ -85,8 +87,10 @@ class CalibratedRun:
         refuse_shared(self._model, prefix, self._names)
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
+            self._find_sensitivity()
             hidden, calls = capture(self._model, blocks, self._windows)
-            hidden = [to_device(states, states.device, self._upcast) for states in hidden]
+            memory = self._memory(hidden)
+            hidden = [to_device(states, memory, self._upcast) for states in hidden]
             original = list(hidden)
             for number, (module, call) in enumerate(zip(blocks, calls)):
                 started = time.perf_counter()
@@ -94,10 +98,38 @@ class CalibratedRun:
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
                 with placed(module, self.device, self._upcast):
                     call = call.to(self.device, self._upcast)
-                    block = DecoderBlock(module, layers, call, original, hidden, self.device)
+                    block = DecoderBlock(module, layers, call, original, hidden, self.device, memory)
                     self._run_block(number, block)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
+
+    def _find_sensitivity(self) -> None:
+        """How much the original's predictions depend on every layer's outputs, if the settings ask for it."""
+        groups = self._settings.fisher_groups
+        if groups:
+            names = [name for name in self._names if _inside(name, self._prefix)]
+            options = {"device": self.device, "progress": not self._bar.disable}
+            self._sensitivity = output_sensitivity(
+                self._model, self._prefix, names, self._windows, groups, self._settings.seed, **options
+            )
+
+    def _memory(self, hidden: list[Tensor]) -> torch.device:
+        """Where hidden states and inputs are kept: where the blocks are computed, if they take half of what is free there.
+
+        Copying them to and from an accelerator would take longer than computing a small model's blocks.
+        """
+        accelerator = torch.get_device_module(self.device)
+        if self.device.type == "cpu" or not hasattr(accelerator, "mem_get_info"):
+            return torch.device("cpu")
+        layers = [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)]
+        widths = sum(layer.in_features for layer in layers if isinstance(layer, nn.Linear))
+        blocks = len(self._model.get_submodule(self._prefix))
+        states = sum(states.nbytes for states in hidden)
+        # Hidden states of both models, and the inputs of a block's layers in both.
+        needed = 2 * states + 2 * states // hidden[0].shape[-1] * widths // blocks
+        cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
+        free = accelerator.mem_get_info(self.device)[0] + cached
+        return self.device if needed < free // 2 else torch.device("cpu")
 
     # --------------------------------------------------------------------------------------------- one block
 
@@ -105,7 +137,7 @@ class CalibratedRun:
         """Quantize one block, unless an interrupted run has done so, and advance the hidden states past it."""
         stored = self._store.load(number) if self._store else None
         if stored is None:
-            inputs = block.advance_original(keep=self._settings.correction > 0)
+            inputs = block.advance_original(keep=self._settings.correction != 0)
             result = self._quantize_block(block, inputs)
             if self._store:
                 self._store.save(number, result)
@@ -134,7 +166,7 @@ class CalibratedRun:
         for stage in _stages(inputs.groups(), block.layers):
             first = stage[0][0]
             if isinstance(block.layers[first], nn.Linear):
-                moments = block.moments(stage, inputs)
+                moments = block.moments(stage, inputs, self._sensitivity, self._settings.correction == OWN_SHARE)
                 for names in stage:
                     layers = {name: block.layers[name] for name in names}
                     yield self._quantize_linear(layers, moments[names[0]])

@@ -65,6 +65,9 @@ class UnitEncoder(ABC):
         """
         return change < 0
 
+    def weigh(self, importance: Tensor) -> None:  # noqa: B027  # nothing to do where rows do not depend on each other
+        """Let errors in every row cost in proportion to its `importance`, float32 `[N]`, where rows share codes."""
+
     @abstractmethod
     def rescale(self, factor: Tensor) -> None:
         """Multiply the scale of every row by `factor`, float32 `[N]`; all codes then decode to that multiple."""

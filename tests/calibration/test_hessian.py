@@ -104,7 +104,7 @@ def test_tokens_that_cannot_be_paired_are_not_compared():
 
 
 def test_layers_with_one_input_are_a_group_and_idle_ones_are_found():
-    inputs = OriginalInputs(["q", "k", "o", "expert", "idle"], keep=True)
+    inputs = OriginalInputs(["q", "k", "o", "expert", "idle"], keep=torch.device("cpu"))
     for seed in range(2):
         x = tokens(6, 8, seed)[None]
         window = {"q": x, "k": x, "o": x.clone()}
