@@ -146,6 +146,11 @@ class PackedModule(nn.Module):
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")
 
 
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
     """Round a weight `[N, K]`, or each in a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
     if weight.ndim == 2:
