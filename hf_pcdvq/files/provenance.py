@@ -84,8 +84,9 @@ class Recovered:
 
     @property
     def over_adapted(self) -> bool:
-        """Whether the model predicts the held-out text better than its original, which it was to imitate."""
-        return self.perplexity_after < self.perplexity_original
+        """Whether training has made the model predict the held-out text better than its original, which it was to
+        imitate."""
+        return self.best_step > 0 and self.perplexity_after < self.perplexity_original
 
 
 @dataclass(frozen=True)

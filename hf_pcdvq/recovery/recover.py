@@ -210,14 +210,14 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
     Transformers does so in training mode only, which would also switch dropout on: it is set for the blocks alone.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 # --------------------------------------------------------------------------------------------------------------- text

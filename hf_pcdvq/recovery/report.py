@@ -51,7 +51,7 @@ class RecoveryReport:
     def over_adapted(self) -> bool:
         """Whether the model predicts the held-out text better than its original, which it was to imitate: it has learnt the
         text rather than the original."""
-        return self.after.perplexity_packed < self.after.perplexity_original
+        return self.record().over_adapted
 
     def notes(self) -> list[str]:
         """What a user has to know, a sentence each."""
