@@ -79,7 +79,9 @@ def _settings(options: dict[str, Any], names: tuple[str, ...]) -> Recovery:
     metavar="DIR",
     help="Folder for the state until the end, from which an interrupted run resumes. [default: beside --out]",
 )
-@click.option("--force", is_flag=True, help="Replace the model in --out, and start anew where --work-dir does not fit.")
+@click.option(
+    "--force", is_flag=True, help="Replace the model in --out, and start anew where --work-dir does not fit."
+)
 @loader_stub_option
 @json_option
 @placement_options
@@ -191,7 +193,9 @@ def _run(
     from hf_pcdvq.recovery.recover import recover
 
     if AutoTokenizer.from_pretrained(teacher, **source).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{teacher} numbers tokens differently than the packed model's tokenizer: it is not its original")
+        raise ValueError(
+            f"{teacher} numbers tokens differently than the packed model's tokenizer: it is not its original"
+        )
     return recover(
         model,
         load_model(teacher, options["dtype"], options["device_map"] or "cpu", **source),

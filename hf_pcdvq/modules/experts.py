@@ -178,7 +178,11 @@ class QuantExperts(PackedModule):
 
 
 def sum_over_experts(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, number: int, run: Callable[[int, Tensor], Tensor]
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    number: int,
+    run: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
     """The weighted sum of the outputs of each token's experts, one expert after the other.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,6 +143,7 @@ def recover(
             best_step=best,
             parameters=trained.values.numel(),
             seconds=time.perf_counter() - started,
+            seconds_per_step=median(run.step_seconds) if run.step_seconds else None,
             device=device_name(device),
             before=run.before,
             after=after,
@@ -293,8 +296,6 @@ def _identity(model: nn.Module, teacher: nn.Module, settings: Recovery) -> Ident
 
 
 def _text_identity(windows: Tensor, held_out: Tensor) -> Identity:
-    from hashlib import sha256
-
     found = {}
     for name, tensor in (("the text", windows), ("the held-out text", held_out)):
         digest = sha256()

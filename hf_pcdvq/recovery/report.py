@@ -25,6 +25,7 @@ class RecoveryReport:
         best_step: the step whose result is kept; 0 if nothing was better than the model before.
         parameters: how many numbers were trained.
         seconds: duration.
+        seconds_per_step: median duration of a step, without evaluations; None if a finished run was only taken up again.
         device: name of the device.
         before, after: compared with the original on the held-out text.
         losses: training loss of every step, KL(original || student) in nats per prediction.
@@ -41,6 +42,7 @@ class RecoveryReport:
     best_step: int
     parameters: int
     seconds: float
+    seconds_per_step: float | None
     device: str
     before: Evaluation
     after: Evaluation

@@ -77,4 +77,6 @@ class Teacher:
             save_file({"logits": logits.cpu().contiguous().clone()}, partial)
             os.replace(partial, self._file(number))
         except (SafetensorError, OSError) as error:
-            raise OSError(f"{self._file(number)} could not be written: {error}; cache_bytes=0 keeps no logits") from error
+            raise OSError(
+                f"{self._file(number)} could not be written: {error}; cache_bytes=0 keeps no logits"
+            ) from error

@@ -46,6 +46,10 @@ class Training:
         processes: those that share the work.
         folder: where the state is kept; None keeps none.
         progress: write lines of progress to standard error.
+
+    Attributes:
+        progress: where the run is.
+        step_seconds: duration of every step that this process has done.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Training:
         self._optimizer = torch.optim.AdamW([trained.values], lr=0.0, betas=_BETAS, weight_decay=0.0, foreach=False)
         self._order = _order(len(windows), settings)
         self.progress = Progress()
+        self.step_seconds: list[float] = []
         self._resumed, self._begun, self._started, self._shown, self._saved = 0, 0.0, 0.0, -math.inf, 0.0
 
     def run(self) -> None:
@@ -101,6 +106,7 @@ class Training:
     # ---------------------------------------------------------------------------------------------- one step
 
     def _step(self) -> None:
+        started = time.perf_counter()
         settings, progress = self._settings, self.progress
         numbers = self._order[progress.step * settings.batch : (progress.step + 1) * settings.batch]
         mine = numbers[self._processes.rank :: self._processes.count]
@@ -126,6 +132,7 @@ class Training:
         self._trained.write(self._trained.values)
         progress.losses.append(value)
         progress.step += 1
+        self.step_seconds.append(time.perf_counter() - started)
 
     def _backward(self, numbers: list[int], batch: int) -> Tensor:
         """Add the gradient of some windows; returns their share of the mean loss of a batch."""
@@ -198,7 +205,11 @@ class Training:
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
         if self._folder is not None and self._processes.rank == 0:
-            tensors = {**self.progress.tensors, "values": self._trained.values, **self._optimizer.state[self._trained.values]}
+            tensors = {
+                **self.progress.tensors,
+                "values": self._trained.values,
+                **self._optimizer.state[self._trained.values],
+            }
             self._folder.save(Progress(**{**vars(self.progress), "tensors": tensors}))
         self._saved = time.monotonic()
 
@@ -246,7 +257,10 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """The same inputs give the same bits, also in the derivatives of attention and of indexing."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     filled = torch.utils.deterministic.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)

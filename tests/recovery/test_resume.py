@@ -65,7 +65,9 @@ def test_a_finished_run_is_not_run_again(tiny_model_dir, tmp_path):
 
 def test_another_run_is_refused_or_replaced(tiny_model_dir, tmp_path):
     _run(tiny_model_dir, tmp_path)
-    with pytest.raises(ValueError, match="belongs to another run, which differs in the text. Delete it or use --force"):
+    with pytest.raises(
+        ValueError, match="belongs to another run, which differs in the text. Delete it or use --force"
+    ):
         _run(tiny_model_dir, tmp_path, text=windows(5, seed=2))
     other = Recovery(steps=3, batch=1)
     with pytest.raises(ValueError, match="differs in the settings and the model's weights|differs in the settings"):
