@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from hf_pcdvq import Recovery, recover
 from hf_pcdvq.evaluation.metrics import evaluate, token_windows
 from hf_pcdvq.files.records import device_name, package_versions, write_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 def arguments() -> argparse.Namespace:

@@ -64,10 +64,10 @@ class Recovery:
                 continue
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"Recovery: {name} must be an integer from {low} to {high}, got {value!r}")
-        for name, high in (("learning_rate", 1.0), ("warmup", 0.9)):
+        for name, most in (("learning_rate", 1.0), ("warmup", 0.9)):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= high:
-                raise ValueError(f"Recovery: {name} must be a number from 0 to {high}, got {value!r}")
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ValueError(f"Recovery: {name} must be a number from 0 to {most}, got {value!r}")
         if not isinstance(self.checkpointing, bool):
             raise ValueError(f"Recovery: checkpointing must be True or False, got {self.checkpointing!r}")
 

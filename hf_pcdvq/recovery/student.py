@@ -30,7 +30,7 @@ class _ScaledRows(torch.autograd.Function):
         return torch.addcmul(out, out, change)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
         weight, change, out = ctx.saved_tensors
         by_row = (gradient * out).flatten(0, -2).sum(0, dtype=torch.float32)
         by_input = torch.addcmul(gradient, gradient, change) @ weight if ctx.needs_input_grad[0] else None

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_llama
-from hf_pcdvq.config import config_of_setting
-from hf_pcdvq.modules import packed_modules
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_pcdvq.config import config_of_setting
+from hf_pcdvq.modules import packed_modules
 
 SETTINGS = ("pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.5", "ccq-2.0625", "stream-2.0", "stream-2.25", "int8")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hf_pcdvq.codecs import SETTINGS, codec_of_setting
 
 ROWS, COLUMNS = 48, 128

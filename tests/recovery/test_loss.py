@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import kl_div, linear
+
 from hf_pcdvq.recovery import loss
 from hf_pcdvq.recovery.settings import Recovery
 from hf_pcdvq.recovery.student import _ScaledRows
 from hf_pcdvq.recovery.training import learning_rate
-from torch.nn.functional import kl_div, linear
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])

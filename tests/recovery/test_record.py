@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packed_pairs import pair, windows
+
 from hf_pcdvq import Recovery, recover
 from hf_pcdvq.files.provenance import NAME, Provenance, Recovered
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.publish.card import model_card
-from packed_pairs import pair, windows
 
 RECOVERED = Recovered(
     teacher="org/tiny",

@@ -5,11 +5,12 @@ from pathlib import Path
 import moe_models
 import pytest
 import torch
+from packed_pairs import SETTINGS, pair, saved_original, scales, tensors, windows
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
 from hf_pcdvq import CcqConfig, PcdvqConfig, Recovery, recover
 from hf_pcdvq.evaluation.metrics import evaluate
 from hf_pcdvq.recovery.training import NotFiniteError
-from packed_pairs import SETTINGS, pair, saved_original, scales, tensors, windows
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 QUICK = Recovery(steps=12, batch=2, learning_rate=0.02, evaluations=3)
 TEXT, HELD_OUT = windows(12), windows(4, seed=1)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_pairs import pair, tensors, windows
+from safetensors.torch import load_file, save_file
+
 from hf_pcdvq import Recovery, recover
 from hf_pcdvq.recovery import training
 from hf_pcdvq.recovery.state import clear
-from packed_pairs import pair, tensors, windows
-from safetensors.torch import load_file, save_file
 
 SETTINGS = Recovery(steps=8, batch=2, learning_rate=0.01, evaluations=4)
 TEXT, HELD_OUT = windows(5), windows(2, seed=1)  # every window comes three times
