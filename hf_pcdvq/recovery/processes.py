@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,15 @@ class Processes:
         from accelerate.utils import reduce
 
         return reduce(tensor, "sum")
+
+    def from_first(self, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What `make` returns in the first process, in each of them: int64 of this shape, on the CPU."""
+        if self.count == 1:
+            return make()
+        from accelerate.utils import broadcast
+
+        made = make() if self.rank == 0 else torch.zeros(shape, dtype=torch.int64)
+        return broadcast(made.to(self.device)).cpu()
 
     def wait(self) -> None:
         """Wait until all processes are here."""

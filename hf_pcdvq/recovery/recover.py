@@ -94,13 +94,21 @@ def recover(
     source = _source(model, dataset)
     with _ready(model), _ready(teacher), ExitStack() as stack:
         identity = _identity(model, teacher, settings) if folder is not None else {}
-        windows = _windows(teacher, tokenizer, source, settings, folder, identity, restart, progress, device)
+        if source is not None:
+            count = settings.samples or settings.steps * settings.batch
+            windows = read_windows(source, tokenizer, count, settings.length, settings.seed)
+        else:
+            windows = _own_windows(teacher, settings, folder, identity, restart, progress, device, processes)
         judged = _held_out_windows(tokenizer, held_out, settings)
         for text in (windows, judged):
             check_windows(model, text)
         run_folder = None
         if folder is not None:
-            run_folder = RunFolder(folder, {**identity, **_text_identity(windows, judged)}, restart)
+            owner = {**identity, **_text_identity(windows, judged)}
+            if processes.rank == 0:  # which deletes what does not fit
+                RunFolder(folder, owner, restart)
+            processes.wait()
+            run_folder = RunFolder(folder, owner)
         dtype = torch.float32 if is_emulated(model.dtype, device) else model.dtype
         stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
         stack.enter_context(deterministic())
@@ -241,29 +249,28 @@ def _source(model: Any, dataset: Any) -> Any:
     return dataset
 
 
-def _windows(
+def _own_windows(
     teacher: Any,
-    tokenizer: Any,
-    source: Any,
     settings: Recovery,
     folder: Path | None,
     identity: Identity,
     restart: bool,
     progress: bool,
     device: torch.device,
+    processes: Processes,
 ) -> Tensor:
-    """Windows of tokens to train on."""
-    needed = settings.steps * settings.batch
-    if source is not None:
-        return read_windows(source, tokenizer, settings.samples or needed, settings.length, settings.seed)
+    """Windows of tokens that the teacher writes, to train on; kept in the folder, if there is one."""
     check_length(teacher, settings.length)
-    count = settings.samples or min(needed, _OWN_WINDOWS)
+    count = settings.samples or min(settings.steps * settings.batch, _OWN_WINDOWS)
 
     def write() -> Tensor:
         with placed(teacher, device, False):
             return sample_from_model(teacher, count, settings.length, settings.seed, progress)
 
-    return write() if folder is None else keep_windows(folder, identity, write, restart)
+    def read_or_write() -> Tensor:
+        return write() if folder is None else keep_windows(folder, identity, write, restart)
+
+    return processes.from_first(read_or_write, (count, settings.length))
 
 
 def _held_out_windows(tokenizer: Any, held_out: Any, settings: Recovery) -> Tensor:
