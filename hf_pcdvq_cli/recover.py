@@ -154,8 +154,13 @@ def recover_quantized(
     Raises:
         ValueError: there is no tokenizer.
     """
+    from hf_pcdvq.calibration.store import kept_windows
+
     if tokenizer is None:
         raise ValueError(f"--recover needs a tokenizer to judge on held-out text, and {teacher} has none")
+    # What the original wrote to be calibrated on serves again, because writing takes long.
+    dataset = options["dataset"] if options["dataset"] is not None else kept_windows(work_dir)
+    options = {**options, "dataset": dataset}
     return _run(model, teacher, tokenizer, _settings(options, _OPTIONS), options, work_dir / _FOLDER, source)
 
 

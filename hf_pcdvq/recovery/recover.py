@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -139,6 +140,7 @@ def recover(
             trained.reset()
             raise
         student.keep_changes()
+        _forget_comparison(model)
         best, after = run.best
         return RecoveryReport(
             settings=settings.to_dict(),
@@ -229,6 +231,13 @@ def _checkpointing(model: Any) -> Iterator[None]:
         yield
     finally:
         model.activation_checkpointing_disable()
+
+
+def _forget_comparison(model: Any) -> None:
+    """Drop the figures of the calibrated run, which are not those of the recovered model."""
+    report = model.hf_quantizer.report
+    if report is not None:
+        model.hf_quantizer.report = replace(report, comparison=None)
 
 
 # --------------------------------------------------------------------------------------------------------------- text
