@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -37,7 +36,8 @@ if TYPE_CHECKING:
 
 _OWN_WINDOWS = 64  # of text that the model writes, at most: it takes a minute on two cores
 _LOGIT_BYTES = 4 << 30  # of student, teacher and gradient at once, on an accelerator
-_CACHE_BYTES = 4 << 30
+_CACHE_BYTES = 4 << 30  # of the teacher's logits, on disk
+_JUDGE_BYTES = 512 << 20  # of those on held-out text, in memory
 HELD_OUT_TEXT = "the text in hf_pcdvq/recovery/data/held_out.txt"
 
 
@@ -87,7 +87,7 @@ def recover(
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    settings, started = settings or Recovery(), time.perf_counter()
+    settings = settings or Recovery()
     _check_models(model, teacher, tokenizer)
     processes = Processes()
     device = _device(model, device, processes)
@@ -119,14 +119,14 @@ def recover(
         stack.enter_context(_checkpointing(model) if settings.checkpointing else nullcontext())
         trained = TrainedVector(student, stored)
         micro_batch = settings.micro_batch or _micro_batch(windows, teacher, settings, device)
-        cache = _cache_bytes(windows, settings, device, processes)
+        cache = _cache_bytes(windows, settings, device, processes) if run_folder is not None else 0
         logits = run_folder.logits if run_folder is not None else None
         run = Training(
             model,
             trained,
             Teacher(teacher, windows, logits, cache, micro_batch),
             windows,
-            Teacher(teacher, judged, None, 0, 1),
+            Teacher(teacher, judged, None, _JUDGE_BYTES, 1),
             judged,
             settings,
             micro_batch=micro_batch,
@@ -152,7 +152,7 @@ def recover(
             steps=run.progress.step,
             best_step=best,
             parameters=trained.values.numel(),
-            seconds=time.perf_counter() - started,
+            seconds=run.progress.seconds,
             seconds_per_step=median(run.step_seconds) if run.step_seconds else None,
             device=device_name(device),
             before=run.before,
@@ -235,9 +235,9 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
 def _forget_comparison(model: Any) -> None:
     """Drop the figures of the calibrated run, which are not those of the recovered model."""
-    report = model.hf_quantizer.report
-    if report is not None:
-        model.hf_quantizer.report = replace(report, comparison=None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.report is not None:
+        quantizer.report = replace(quantizer.report, comparison=None)
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -249,7 +249,8 @@ def _source(model: Any, dataset: Any) -> Any:
     Raises:
         ValueError: no dataset is given, and the model was calibrated on one, which is not here.
     """
-    calibration = model.hf_quantizer.quantization_config.calibration
+    quantizer = getattr(model, "hf_quantizer", None)
+    calibration = None if quantizer is None else quantizer.quantization_config.calibration
     if dataset is None and calibration is not None and calibration.dataset is not None:
         raise ValueError(
             f"the model was calibrated on {calibration.dataset!r}, which is known by this name only: pass it, or other "

@@ -24,7 +24,7 @@ class RecoveryReport:
         steps: steps that were done; fewer than the settings ask for if held-out text no longer improved.
         best_step: the step whose result is kept; 0 if nothing was better than the model before.
         parameters: how many numbers were trained.
-        seconds: duration.
+        seconds: duration of the training, that of interrupted runs included.
         seconds_per_step: median duration of a step, without evaluations; None if a finished run was only taken up again.
         device: name of the device.
         before, after: compared with the original on the held-out text.

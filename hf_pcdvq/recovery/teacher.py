@@ -1,4 +1,4 @@
-"""The teacher's logits, computed as they are needed, or once and kept on disk where windows are repeated."""
+"""The teacher's logits, computed as they are needed, or once and kept where windows are repeated."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ class Teacher:
     Args:
         model: on its device, ready to run.
         windows: int64 `[n, L]`.
-        folder: keeps the logits of the first windows; None keeps none.
-        limit: bytes that they may take.
+        folder: keeps logits on disk; None keeps them in memory, on the CPU.
+        limit: bytes that they may take, those of the first windows; 0 keeps none.
         micro_batch: windows that are computed at once.
     """
 
     def __init__(self, model: nn.Module, windows: Tensor, folder: Path | None, limit: int, micro_batch: int):
         self._model, self._windows, self._folder = model, windows, folder
         self._device = next(model.parameters()).device
-        self._micro_batch = micro_batch
-        itemsize = next(model.parameters()).dtype.itemsize
-        size = windows.shape[1] * model.get_output_embeddings().weight.shape[0] * itemsize
-        self._kept = 0 if folder is None else min(len(windows), limit // size)
+        self._limit, self._micro_batch = limit, micro_batch
+        self._kept = 0
+        self._memory: dict[int, Tensor] = {}
 
     def prepare(self) -> None:
         """Compute the logits that are kept. Those that an interrupted run has left are not computed again."""
-        if not self._kept:
+        if not self._limit:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        first = self._read(0)
+        size = (self._compute([0]) if first is None else first).nbytes
+        self._kept = min(len(self._windows), self._limit // size)
         for start in range(0, self._kept, self._micro_batch):
             numbers = list(range(start, min(start + self._micro_batch, self._kept)))
             # All of a batch or none: with others beside it, a window's logits may differ in their last bits.
             if any(self._read(number) is None for number in numbers):
                 for number, logits in zip(numbers, self._compute(numbers)):
-                    self._write(number, logits)
+                    self._keep(number, logits.cpu().contiguous())
 
     def logits(self, numbers: list[int]) -> Tensor:
         """Logits `[len(numbers), L, vocabulary]` on the teacher's device."""
         missing = [number for number in numbers if number >= self._kept]
-        computed = dict(zip(missing, self._compute(missing))) if missing else {}
+        computed = self._compute(missing) if missing else None
         if len(missing) == len(numbers):
-            return torch.stack(list(computed.values())) if len(missing) > 1 else next(iter(computed.values()))[None]
-        return torch.stack([computed[n] if n in computed else self._kept_logits(n) for n in numbers])
+            return computed
+        rows = dict(zip(missing, computed)) if missing else {}
+        return torch.stack([rows[number] if number in rows else self._kept_logits(number) for number in numbers])
 
     @torch.no_grad()
     def _compute(self, numbers: list[int]) -> Tensor:
@@ -66,15 +68,21 @@ class Teacher:
         return self._folder / f"logits-{number:06d}.safetensors"
 
     def _read(self, number: int) -> Tensor | None:
+        """What is kept of a window; None if that is nothing, or damaged."""
+        if self._folder is None:
+            return self._memory.get(number)
         try:
             return load_file(self._file(number))["logits"]
         except (FileNotFoundError, SafetensorError):
             return None
 
-    def _write(self, number: int, logits: Tensor) -> None:
+    def _keep(self, number: int, logits: Tensor) -> None:
+        if self._folder is None:
+            self._memory[number] = logits
+            return
         partial = self._folder / _PARTIAL
         try:
-            save_file({"logits": logits.cpu().contiguous().clone()}, partial)
+            save_file({"logits": logits}, partial)
             os.replace(partial, self._file(number))
         except (SafetensorError, OSError) as error:
             raise OSError(

@@ -102,6 +102,7 @@ class Training:
                 self._save()
             self._line()
         self._trained.write(progress.tensors["best"])
+        progress.seconds = time.monotonic() - self._started
 
     # ---------------------------------------------------------------------------------------------- one step
 
@@ -113,9 +114,10 @@ class Training:
         gradient, loss = torch.zeros_like(self._trained.values), torch.zeros((), device=self._device)
         for start in range(0, len(mine), self._micro_batch):
             part = mine[start : start + self._micro_batch]
-            loss += self._backward(part, len(numbers))
+            loss += self._backward(part)
             gradient += self._trained.take_gradient()
-        gradient, loss = self._processes.sum(gradient), self._processes.sum(loss)
+        predictions = len(numbers) * self._windows.shape[1]
+        gradient, loss = (self._processes.sum(total) / predictions for total in (gradient, loss))
         # One look at the device per step: NaN in the gradient makes its sum NaN.
         value, total = torch.stack([loss, gradient.sum()]).tolist()
         if not math.isfinite(value) or not math.isfinite(total):
@@ -134,15 +136,18 @@ class Training:
         progress.step += 1
         self.step_seconds.append(time.perf_counter() - started)
 
-    def _backward(self, numbers: list[int], batch: int) -> Tensor:
-        """Add the gradient of some windows; returns their share of the mean loss of a batch."""
+    def _backward(self, numbers: list[int]) -> Tensor:
+        """Add the gradient of some windows; returns their divergence, summed over the predictions.
+
+        The sum is what is derived, and not the mean: derivatives that are smaller by thousands could vanish in float16.
+        """
         teacher = self._teacher.logits(numbers).to(self._device)
         logits = self._model(input_ids=self._windows[numbers].to(self._device), use_cache=False).logits
         if logits.shape != teacher.shape:
             raise ValueError(
                 f"the teacher has a vocabulary of {teacher.shape[-1]} tokens, the packed model one of {logits.shape[-1]}"
             )
-        loss = divergence(logits, teacher) / (batch * self._windows.shape[1])
+        loss = divergence(logits, teacher)
         loss.backward()
         return loss.detach()
 
