@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from .trained import TrainedVector
 
 _BETAS = (0.9, 0.99)  # runs are short: the default of 0.999 would still average the first steps in the last
 _INTERVAL = 10.0  # seconds between lines of progress
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _SAVE = 60.0  # seconds between states on disk
 
 
@@ -267,13 +268,15 @@ def deterministic() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     filled = torch.utils.deterministic.fill_uninitialized_memory
+    workspace = os.environ.get(_WORKSPACE)
     try:
+        # PyTorch asks for this before every product, and warns without it. cuBLAS needs it only for several streams.
+        os.environ[_WORKSPACE] = workspace or ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a matter of bugs, and of time
-        with warnings.catch_warnings():
-            # cuBLAS, which is deterministic on the one stream that is used here.
-            warnings.filterwarnings("ignore", message=".*Deterministic behavior was enabled.*")
-            yield
+        yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+        if workspace is None:
+            del os.environ[_WORKSPACE]
