@@ -85,15 +85,26 @@ def test_biases_are_trained_and_embeddings_are_not(tmp_path):
     assert not trained & {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def test_what_is_saved_in_bfloat16_is_trained_in_finer_steps(tiny_model_dir):
-    """Steps of less than half a unit in the last place of bfloat16 add up."""
-    packed = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=PcdvqConfig(bits=2.0))
-    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    norm = packed.model.layers[0].input_layernorm.weight.detach().clone()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_what_is_saved_in_sixteen_bits_is_trained_in_finer_steps(tiny_model_dir, monkeypatch, dtype, emulated):
+    """Steps of less than half a unit in the last place add up, wherever the models are computed."""
+    monkeypatch.setattr("hf_pcdvq.recovery.recover.is_emulated", lambda kind, device: emulated)
+    config = PcdvqConfig(bits=2.0)
+    packed = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype, quantization_config=config)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype)
+    before, of_teacher = tensors(packed), tensors(teacher)
     report = _recover(packed, teacher, Recovery(steps=12, batch=2, learning_rate=1e-3, evaluations=2))
-    after = packed.model.layers[0].input_layernorm.weight
-    assert after.dtype == torch.bfloat16 and not torch.equal(after, norm)
+    after = tensors(packed)
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    norm = "model.layers.0.input_layernorm.weight"
+    assert after[norm].dtype == dtype and not torch.equal(after[norm], before[norm])
     assert report.after.kl_mean < report.before.kl_mean
+    measured = evaluate(teacher, packed, HELD_OUT, progress=False)
+    assert report.after.kl_mean == pytest.approx(measured.kl_mean, rel=0.05)
+    assert all(torch.equal(tensor, of_teacher[name]) for name, tensor in tensors(teacher).items())
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(original):
