@@ -40,7 +40,7 @@ from .files.marks import drop_marks
 from .files.names import matched_names
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, count_matrices, packed_type, share_inputs, unshare_inputs
+from .modules import PackedModule, count_matrices, packed_modules, packed_type, share_inputs, unshare_inputs
 from .parameter_count import count_weights_of
 from .select import added_modules, check_packable, select_layers
 
@@ -230,7 +230,7 @@ class PackedHfQuantizer(HfQuantizer):
                 find_tokenizer(config, model, self._checkpoint_files),
                 progress=is_progress_bar_enabled(),
             )
-        layers = _packed_modules(model)
+        layers = packed_modules(model)
         if self.report is None:
             _check_loaded(layers)
         for layer in layers.values():
@@ -260,7 +260,7 @@ class PackedHfQuantizer(HfQuantizer):
             conversions = prefixes + [entry for entry in stock if not isinstance(entry, PrefixChange)]
         packed = [
             f"{name}.{parameter}"
-            for name, module in _packed_modules(model).items()
+            for name, module in packed_modules(model).items()
             for parameter in module.packed_parameters
         ]
         model._weight_conversions = [entry for entry in conversions if not _changes(entry, packed)]
@@ -284,7 +284,7 @@ class PackedHfQuantizer(HfQuantizer):
         from accelerate.hooks import add_hook_to_module
 
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config may hold its name
-        layers = _packed_modules(model)
+        layers = packed_modules(model)
         for name, layer in layers.items():
             if next(layer.parameters()).device.type == "meta":
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
@@ -344,10 +344,6 @@ def _replace(model: nn.Module, name: str, codec: Codec) -> PackedModule:
     empty._is_hf_initialized = True
     model.set_submodule(name, empty)
     return empty
-
-
-def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:

@@ -18,6 +18,7 @@ from .import_wint2 import import_wint2_command
 from .inspect import inspect
 from .push import card, check, push
 from .quantize import quantize
+from .recover import recover_command
 from .serve import chat, serve
 from .speed import speed
 from .tune import tune
@@ -42,6 +43,7 @@ def main() -> None:
 
 for command in (
     quantize,
+    recover_command,
     estimate,
     inspect,
     evaluate_command,

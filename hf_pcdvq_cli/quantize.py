@@ -27,6 +27,7 @@ from .common import (
     placement_options,
     setting_option,
 )
+from .recover import check_recovery_options, finish_recovery, recover_quantized, recovery_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
+    from hf_pcdvq.recovery.report import RecoveryReport
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -89,6 +91,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Replace the model in --out, and compute again what --work-dir holds of another run, or damaged.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option(
+    "--recover",
+    is_flag=True,
+    help="Afterwards, train scales, norms and biases towards the original, on the same text; see hf-pcdvq recover.",
+)
+@recovery_options
 @loader_stub_option
 @json_option
 @placement_options
@@ -112,12 +120,15 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.files.size import count_folder
 
     config = _quantization_config(ctx, skip)
+    check_recovery_options(ctx)
     check_source(model)
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
         result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
+    if result.recovery is not None:
+        finish_recovery(result.recovery, work_dir)
     clear(work_dir)
     if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
         with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
@@ -136,6 +147,7 @@ class _Result(NamedTuple):
     model: PreTrainedModel
     held_out: HeldOut | None  # what to compare it with its original on
     has_tokenizer: bool
+    recovery: RecoveryReport | None
 
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
@@ -201,7 +213,7 @@ def _quantize_into(
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
-        held_out = None
+        held_out = recovery = None
         if config.calibration is None:
             loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
         else:
@@ -210,6 +222,8 @@ def _quantize_into(
             held_out = quantize_uncompared(
                 loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
             )
+        if options["recover"]:
+            recovery = recover_quantized(loaded, model, tokenizer, options, work_dir, source)
         _save(loaded, folder, options["max_shard_size"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -217,9 +231,11 @@ def _quantize_into(
             loaded.hf_quantizer.report.write(folder)
         commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
+        if recovery is not None:
+            recovery.write(folder)
         if options["loader_stub"]:
             add_stub(folder)
-    return _Result(loaded, held_out, tokenizer is not None)
+    return _Result(loaded, held_out, tokenizer is not None, recovery)
 
 
 def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:

@@ -102,6 +102,12 @@ def keep_windows(folder: Path, identity: Identity, generate: Callable[[], Tensor
     return windows
 
 
+def kept_windows(folder: Path) -> Tensor | None:
+    """The windows that a run in this folder has generated, int64 `[n, L]`; None if its text was given."""
+    file = folder / _WINDOWS
+    return _read(file)[0]["windows"] if file.is_file() else None
+
+
 def clear(folder: Path) -> None:
     """Delete the files of a finished run, and their folder if nothing else is in it."""
     if folder.is_dir():

@@ -168,6 +168,20 @@ class Codec(ABC):
         first, last = (self.specs(rows, self.multiple) for rows in (start, stop))
         return {suffix: tensor[first[suffix][0][0] : last[suffix][0][0]] for suffix, tensor in packed.items()}
 
+    def with_factor(self, packed: Packed, factor: Tensor) -> Packed:
+        """The packed tensors of the weight, or of the stack of weights, whose rows are multiplied by a factor.
+
+        Codes are the same tensors; in all formats here a row's scale is a factor of everything that it decodes to. The
+        product is rounded once to the dtype of the scale, and stays finite.
+
+        Args:
+            factor: `[N]`, or `[E, N]` for a stack, in any floating-point dtype.
+        """
+        scale = packed["scale"]
+        largest = torch.finfo(scale.dtype).max
+        product = (scale.double() * factor.double()).clamp(-largest, largest)
+        return {**packed, "scale": product.to(scale.dtype)}
+
     # ------------------------------------------------------------------------------------------------- encoding
 
     @abstractmethod

@@ -7,6 +7,8 @@ expert is a slice of every tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hf_pcdvq_kernels.backend import use_cpu, use_triton
 from torch import Tensor, nn
@@ -109,15 +111,7 @@ class QuantExperts(PackedModule):
         """
         if self._has_grouped_kernels(hidden_states, top_k_index.numel()):
             return self._forward_in_tiles(hidden_states, top_k_index, top_k_weights)
-        summed = torch.promote_types(hidden_states.dtype, torch.float32)
-        out = torch.zeros_like(hidden_states, dtype=summed)
-        for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < self._number:
-                continue
-            token, place = torch.where(top_k_index == expert)
-            result = self.run_expert(expert, hidden_states[token])
-            out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
-        return out.to(hidden_states.dtype)
+        return sum_over_experts(hidden_states, top_k_index, top_k_weights, self._number, self.run_expert)
 
     @property
     def _number(self) -> int:
@@ -182,6 +176,31 @@ class QuantExperts(PackedModule):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(entry.shape)}" for name, entry in self.packed_parameters.items())
         return f"{shapes}, codec={self.codec}"
+
+
+def sum_over_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    number: int,
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum of the outputs of each token's experts, one expert after the other.
+
+    Args:
+        hidden_states, top_k_index, top_k_weights: see `QuantExperts.forward`.
+        number: number of experts.
+        run: the output `[t, H]` of an expert for tokens `[t, H]`.
+    """
+    summed = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = torch.zeros_like(hidden_states, dtype=summed)
+    for expert in top_k_index.unique().tolist():
+        if not 0 <= expert < number:
+            continue
+        token, place = torch.where(top_k_index == expert)
+        result = run(expert, hidden_states[token])
+        out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
+    return out.to(hidden_states.dtype)
 
 
 def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:

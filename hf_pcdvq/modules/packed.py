@@ -180,6 +180,11 @@ def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
         parameter.data = tensor
 
 
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
     """Round a weight `[N, K]`, or each in a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
     if weight.ndim == 2:
