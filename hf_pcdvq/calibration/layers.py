@@ -11,7 +11,15 @@ from torch import Tensor
 from ..codecs import hadamard
 from ..codecs.base import Codec, Packed
 from .feedback import proxy_loss, quantize_with_feedback
-from .hessian import Hessian, InputMoments, UnusableHessian, prepare_guided, prepare_hessian, symmetric
+from .hessian import (
+    GroupedHessian,
+    Hessian,
+    InputMoments,
+    UnusableHessian,
+    prepare_guided,
+    prepare_hessian,
+    symmetric,
+)
 from .records import LayerRecord
 from .settings import OWN_SHARE, Calibration
 
@@ -53,10 +61,10 @@ def quantize_layers(
         # One encoder for all, where rows do not depend on each other: fewer and larger calls.
         shares = sizes if codec.row_multiple > 1 else [len(target)]
         encoders = [codec.unit_encoder(rows) for rows in target.split(shares)]
-        metric = hessian
+        metric: Hessian | GroupedHessian = hessian
         if weights.keys() <= moments.guided.keys():
-            metric = prepare_guided(moments, dict(zip(weights, sizes)), settings.damp_percent, signs)
-            for encoder, importance in zip(encoders, metric.importance.split(shares)):
+            metric = grouped = prepare_guided(moments, dict(zip(weights, sizes)), settings.damp_percent, signs)
+            for encoder, importance in zip(encoders, grouped.importance.split(shares)):
                 encoder.weigh(importance)
         codes, quantized = quantize_with_feedback(target, metric, encoders, settings)
         packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(shares))]

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH = 64  # sequences, at most
-_NO_END = -1  # no token: sequences have one length, whatever ends within them
 
 
 @torch.no_grad()
@@ -120,7 +119,7 @@ def _generate(
     Args:
         processor: makes the logits processor of a batch, given its rows, that leaves one token to choose.
     """
-    device = model.get_input_embeddings().weight.device
+    device, no_token = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
     parts = []
     attention = _SingleQueries() if device.type == "cpu" else nullcontext()
     with placed(model, device, is_emulated(model.dtype, device)), attention:
@@ -134,7 +133,7 @@ def _generate(
                 logits_processor=[processor(slice(start, start + len(batch)))],
                 do_sample=False,
                 pad_token_id=0,  # nothing is padded; it avoids a warning
-                eos_token_id=_NO_END,
+                eos_token_id=no_token,  # sequences have one length, whatever ends within them
                 max_new_tokens=length - prompt.shape[1],
             )
             start += len(batch)
