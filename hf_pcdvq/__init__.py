@@ -16,6 +16,7 @@ from .registration import register
 from .version import FORMAT_VERSION, __version__
 
 if TYPE_CHECKING:
+    from .allocate import allocate_bits
     from .publish.push import push_to_hub
     from .quantize import quantize_model
 
@@ -26,6 +27,7 @@ __all__ = [
     "PackedHfQuantizer",
     "PcdvqConfig",
     "__version__",
+    "allocate_bits",
     "get_backend",
     "push_to_hub",
     "quantize_model",
@@ -33,7 +35,11 @@ __all__ = [
     "set_backend",
 ]
 
-_ON_FIRST_USE = {"push_to_hub": ".publish.push", "quantize_model": ".quantize"}
+_ON_FIRST_USE = {
+    "allocate_bits": ".allocate",
+    "push_to_hub": ".publish.push",
+    "quantize_model": ".quantize",
+}
 
 register()
 

@@ -295,7 +295,8 @@ class PcdvqConfig(PackedConfig):
                 raise ValueError(f"codebook {codebook!r} is for one number of bits, but bits is {bits!r}")
             self.codebook_sha256 = None if bits == AUTO else codebook_hash(codec.codebook)
         self.magnitude = codec.magnitude
-        self.bits, self.codebook = (AUTO, None) if bits == AUTO else (codec.bits, codec.codebook)
+        self.bits: float | str = AUTO if bits == AUTO else codec.bits
+        self.codebook: str | None = None if bits == AUTO else codec.codebook
         if codebook_sha256 not in (None, self.codebook_sha256):
             raise ValueError(
                 f"PcdvqConfig: the model was packed with a codebook {self.codebook!r} of SHA-256 {codebook_sha256}, "
@@ -354,7 +355,7 @@ class CcqConfig(PackedConfig):
                     f"hadamard {hadamard!r}"
                 )
             codec = self._codec_with(bits, window_bits)
-        self.bits = AUTO if bits == AUTO else codec.bits
+        self.bits: float | str = AUTO if bits == AUTO else codec.bits
         self.window_bits = codec.parameters().get("window_bits")
 
     def _codec_with(self, bits: float | str | None, window_bits: int | None) -> Codec:
@@ -383,4 +384,4 @@ def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
     names = tuple(name for name, (codec, _) in SETTINGS.items() if codec.method in CONFIGS)
     with _named("config"):
         codec, own = SETTINGS[one_of("setting", setting, names)]
-    return CONFIGS[codec.method](**own, **fields)
+    return CONFIGS[codec.method](**{**own, **fields})

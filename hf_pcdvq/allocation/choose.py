@@ -76,9 +76,7 @@ def _best_step(options: Sequence[Option], now: int, room: int) -> tuple[float, i
     return max(steps, default=None)
 
 
-def _best_exchange(
-    groups: Sequence[Sequence[Option]], chosen: list[int], room: int
-) -> list[tuple[int, int]] | None:
+def _best_exchange(groups: Sequence[Sequence[Option]], chosen: list[int], room: int) -> list[tuple[int, int]] | None:
     """The change of one or two groups that saves the most loss and fits, as pairs of group and option."""
     moves = [
         (group, index, option.nbytes - options[now].nbytes, option.loss - options[now].loss)
@@ -95,7 +93,9 @@ def _best_exchange(
     pairs = loss[down, None] + loss
     pairs[(cost[down, None] + cost > room) | (owner[down, None] == owner)] = torch.inf
     single = torch.where(cost <= room, loss, torch.inf)
-    least = 1e-12 * sum(options[now].loss for options, now in zip(groups, chosen))  # not for ever in a circle of roundings
+    least = 1e-12 * sum(
+        options[now].loss for options, now in zip(groups, chosen)
+    )  # not for ever in a circle of roundings
     best_single = single.min().item()
     best_pair = pairs.min().item() if len(down) else torch.inf
     if min(best_single, best_pair) >= -least:

@@ -7,16 +7,23 @@ import math
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from ..codecs import Codec
 from ..codecs.description import description
 from ..config import PackedConfig
 from ..files.headers import DTYPES
-from ..files.packing import KEY, PackingRecord, config_hashes
+from ..files.packing import PackingRecord, config_hashes
 from ..modules import dense_weights, parameter_name
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of dtypes, in files of the safetensors library: the last ones come first.
+_ORDER = [
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32",
+    "C64", "F64", "I64", "U64",
+]  # fmt: skip
 _HASH = "0" * 32  # as long as a hash
 _ALIGNMENT = 8
 
@@ -40,17 +47,32 @@ def file_bytes(model: nn.Module, names: list[str], config: PackedConfig) -> int:
 
 
 def _tensors(model: nn.Module, names: list[str], config: PackedConfig) -> dict[str, Shape]:
-    """Shape and dtype of every tensor in the file, by name."""
+    """Shape and dtype of every tensor in the file, by its name there."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    tensors = {
+    dense = {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items() if name not in tied
     }
+    packed: dict[str, Shape] = {}
     for name in names:
         for parameter, weight in dense_weights(model.get_submodule(name)).items():
             *stack, rows, columns = weight.shape
-            del tensors[f"{name}.{parameter}"]
+            del dense[f"{name}.{parameter}"]
             for suffix, (shape, dtype) in config.codec_of(name).specs(rows, columns).items():
-                tensors[f"{name}.{parameter_name(suffix, parameter)}"] = ((*stack, *shape), dtype)
+                packed[f"{name}.{parameter_name(suffix, parameter)}"] = ((*stack, *shape), dtype)
+    return _renamed(model, dense, everything=True) | _renamed(model, packed, everything=False)
+
+
+def _renamed(model: nn.Module, tensors: dict[str, Shape], everything: bool) -> dict[str, Shape]:
+    """With the names that saving gives to them: packed weights keep theirs, up to a prefix of the whole model."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        stock = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [entry for entry in stock if not isinstance(entry, PrefixChange)]
+    kind = WeightRenaming if everything else PrefixChange
+    for entry in reversed(conversions):
+        if isinstance(entry, kind):
+            back = entry.reverse_transform()
+            tensors = {back.rename_source_key(name)[0]: tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -63,8 +85,10 @@ def _header_bytes(tensors: dict[str, Shape], metadata: dict[str, str]) -> int:
     """Length of a safetensors header, its own length in front included."""
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0
-    # By decreasing alignment, then by name, as the library writes them: what is in front determines the digits of places.
-    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+    # In the order in which the library writes them, because what is in front determines the digits of places.
+    for name, (shape, dtype) in sorted(
+        tensors.items(), key=lambda item: (-_ORDER.index(_NAMES[item[1][1]]), item[0])
+    ):
         stop = start + _nbytes((shape, dtype))
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop

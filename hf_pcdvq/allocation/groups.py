@@ -64,7 +64,10 @@ def find_groups(model: nn.Module, prefix: str, names: list[str], window: Tensor)
         # Experts that are modules have inputs of their own, or none: what makes them a group is where they stand.
         common = kind.rpartition(".")[0] if "*" in kind else leader.get(name, name)
         members.setdefault((block, common, *_shapes(inside[name])), []).append(name)
-    return [_group(key[0], prefix, modules, inside) for key, modules in sorted(members.items(), key=lambda item: item[0][0])]
+    return [
+        _group(key[0], prefix, modules, inside)
+        for key, modules in sorted(members.items(), key=lambda item: item[0][0])
+    ]
 
 
 def _place(name: str, prefix: str) -> tuple[int, str]:

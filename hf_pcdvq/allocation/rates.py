@@ -30,9 +30,7 @@ def packed_bytes(codec: Codec, module: nn.Module) -> int:
     total = 0
     for weight in dense_weights(module).values():
         *stack, rows, columns = weight.shape
-        one = sum(
-            torch.Size(shape).numel() * dtype.itemsize for shape, dtype in codec.specs(rows, columns).values()
-        )
+        one = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in codec.specs(rows, columns).values())
         total += torch.Size(stack).numel() * one
     return total
 

@@ -58,7 +58,9 @@ class Replay:
         Raises:
             ValueError: logits are NaN.
         """
-        parts = [self._predictions[number].divergence(self._logits(number, start)) for number in range(len(self._batches))]
+        parts = [
+            self._predictions[number].divergence(self._logits(number, start)) for number in range(len(self._batches))
+        ]
         return max(0.0, torch.cat(parts).mean().item())
 
     def _logits(self, batch: int, start: int) -> Tensor:

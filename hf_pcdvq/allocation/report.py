@@ -142,9 +142,7 @@ class Allocation:
 
     def block_rows(self) -> list[list[str]]:
         """A row per decoder block, with its number and for every kind the setting and the sensitivity."""
-        cells = {
-            (group.block, group.kind): f"{group.setting} ({group.sensitivity:.4f})" for group in self.groups
-        }
+        cells = {(group.block, group.kind): f"{group.setting} ({group.sensitivity:.4f})" for group in self.groups}
         blocks = dict.fromkeys(group.block for group in self.groups)
         return [[str(block), *(cells.get((block, kind), "") for kind in self.kinds)] for block in blocks]
 
@@ -158,10 +156,17 @@ class Allocation:
 
     def markdown(self) -> str:
         """The report as text and tables."""
-        lines = ["# Allocation of bits", "", f"Asked for: {self.target}. Kept: **{self.kept}**, because {self.reason}."]
+        lines = [
+            "# Allocation of bits",
+            "",
+            f"Asked for: {self.target}. Kept: **{self.kept}**, because {self.reason}.",
+        ]
         lines += ["", *_table(SUMMARY_HEADINGS, self.summary_rows()), "", "## Setting (and sensitivity) by block", ""]
         lines += _table(["block", *self.kinds], self.block_rows())
-        lines += ["", "Sensitivity is the mean KL(original \\|\\| model) in nats with the error of the smallest setting in"]
+        lines += [
+            "",
+            "Sensitivity is the mean KL(original \\|\\| model) in nats with the error of the smallest setting in",
+        ]
         lines += [
             "these layers alone; that of another setting is estimated from its squared error on normal weights:",
             "",

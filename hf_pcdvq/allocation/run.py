@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.blocks import find_blocks
@@ -25,6 +26,7 @@ from ..calibration.held_out import HeldOut
 from ..calibration.identity import Identity, model_identity, run_identity
 from ..calibration.store import BlockStore
 from ..config import PackedConfig
+from ..modules import PackedModule
 from .budget import Budget, Choice
 from .choose import Option, choose
 from .dense import quantized, with_errors_of
@@ -32,12 +34,10 @@ from .groups import Group, find_groups
 from .rates import measured_error
 from .replay import Replay
 from .report import Allocation, GroupBits, Measured
-from .store import RecordStore
+from .store import FOLDER, MIXED, RESULT, SENSITIVITY, SMALLEST, UNIFORM, RecordStore
 from .windows import Windows
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "allocation"  # in the folder of a run, for finished parts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Work:
     restart: bool
     progress: bool
 
-    def quantized(self, name: str, config: PackedConfig):
+    def quantized(self, name: str, config: PackedConfig) -> AbstractContextManager[dict[str, PackedModule]]:
         """The model calibrated according to a config; `name` is that of the folder that keeps its blocks."""
         store = None
         if self.folder is not None:
@@ -73,11 +73,11 @@ class _Work:
             progress=self.progress,
         )
 
-    def records(self, name: str) -> RecordStore:
-        """Kept figures that depend on everything here."""
+    def records(self, name: str, config: PackedConfig) -> RecordStore:
+        """Kept figures of a model that is quantized according to a config."""
         if self.folder is None:
             return RecordStore(None, {}, False)
-        identity = run_identity(self.identity, self.names, self.config, self.windows.all_tokens())
+        identity = run_identity(self.identity, self.names, config, self.windows.all_tokens())
         return RecordStore(self.folder / f"{name}.json", identity, self.restart)
 
 
@@ -129,7 +129,7 @@ def allocate(
         folder = None if work_dir is None else work_dir / FOLDER
         identity = model_identity(model) if folder is not None and identity is None else identity
         work = _Work(model, prefix, names, config, windows, device, folder, identity, restart, progress)
-        kept = work.records("result")
+        kept = work.records(RESULT, config)
         if "allocation" not in kept.values:
             kept.add("allocation", _allocate(work, groups, budget, started).to_dict())
         return Allocation.from_dict(kept.values["allocation"])
@@ -174,15 +174,15 @@ def _allocate(work: _Work, groups: list[Group], budget: Budget, started: float) 
 
 def _sensitivities(work: _Work, groups: list[Group], budget: Budget) -> dict[str, float]:
     """Divergence of the original with the error of the smallest setting in one group, by the group's name."""
-    store = work.records("sensitivity")
-    missing = [group for group in groups if group.name not in store.values]
-    if not missing:
-        return store.values
     smallest = budget.uniform(budget.smallest)
     # The error of the codes alone: a correction is for changed inputs, which the original does not have.
     smallest.calibration = replace(smallest.calibration, correction=0.0)
+    store = work.records(SENSITIVITY, smallest)
+    missing = [group for group in groups if group.name not in store.values]
+    if not missing:
+        return store.values
     home = next(work.model.parameters()).device
-    with work.quantized("smallest", smallest) as packed:
+    with work.quantized(SMALLEST, smallest) as packed:
         pass
     try:
         work.model.to(work.device)
@@ -224,17 +224,15 @@ def _choose(groups: list[Group], budget: Budget, sensitivities: dict[str, float]
     return uniform
 
 
-def _compare(
-    work: _Work, budget: Budget, uniform: PackedConfig, mixed: PackedConfig
-) -> tuple[Measured, Measured]:
+def _compare(work: _Work, budget: Budget, uniform: PackedConfig, mixed: PackedConfig) -> tuple[Measured, Measured]:
     """The bytes and the divergence of two models; the latter only if they differ."""
     if uniform.overrides == mixed.overrides:
         same = _measured(budget, uniform, None)
         return same, same
     held_out = HeldOut(work.model, work.prefix, work.windows.check, work.device, work.progress)
     found = []
-    for name, config in (("uniform", uniform), ("mixed", mixed)):
-        store = work.records(name)
+    for name, config in ((UNIFORM, uniform), (MIXED, mixed)):
+        store = work.records(name, config)
         if "kl" not in store.values:
             with work.quantized(name, config):
                 store.add("kl", held_out.compare(work.model).kl_mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ def settle_bits(
     from .run import allocate  # which imports what imports this
     from .windows import Windows
 
-    options = {"work_dir": work_dir, "identity": identity, "restart": restart, "progress": progress}
+    options: dict[str, Any] = {"work_dir": work_dir, "identity": identity, "restart": restart, "progress": progress}
     allocation = allocate(model, names, config, Windows.of(windows), device=device, **options)
     settled = config.settled(allocation.base, dict(allocation.overrides))
-    vars(config).update(vars(settled))
+    config.__dict__.update(settled.__dict__)
     return allocation

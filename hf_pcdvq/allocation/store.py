@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.identity import Identity, differences
-from ..calibration.store import clear as clear_blocks
+from ..calibration.store import clear as clear_run
 from ..files.records import read_object, write_text
+
+FOLDER = "allocation"  # in the folder of a run, for finished parts of the allocation
+SMALLEST, UNIFORM, MIXED = STEPS = ("smallest", "uniform", "mixed")  # models that are quantized for it
+SENSITIVITY, RESULT = RECORDS = ("sensitivity", "result")
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +73,15 @@ class RecordStore:
             write_text(self._file, json.dumps({"identity": self._identity, "values": self.values}))
 
 
-def clear(folder: Path) -> None:
-    """Delete the files of a finished allocation, and their folder if nothing else is in it."""
-    if not folder.is_dir():
-        return
-    for name in ("smallest", "uniform", "mixed"):
-        clear_blocks(folder / name)
-    for name in ("sensitivity", "uniform", "mixed", "result"):
-        (folder / f"{name}.json").unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def clear_all(work_dir: Path) -> None:
+    """Delete the files of a finished run and of its allocation, and their folders if nothing else is in them."""
+    folder = work_dir / FOLDER
+    if folder.is_dir():
+        for name in STEPS:
+            clear_run(folder / name)
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        for name in RECORDS:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    clear_run(work_dir)

@@ -63,16 +63,15 @@ def calibrate_model(
         FileNotFoundError, ImportError: see `read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    started, home = time.perf_counter(), _device_of(model)
+    started = time.perf_counter()
+    device = calibration_device(model, device)
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
     identity = None if work_dir is None else model_identity(model)
-    windows = _all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    windows = all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
     check_windows(model, windows)
     windows, holdout = split_windows(windows, config.calibration)
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
     allocation = None
     if config.target is not None:
         allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
@@ -146,6 +145,18 @@ def _commit(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
+def calibration_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
+    """Where to compute: what is asked for, or else the accelerator if there is one, or the device of the model.
+
+    Raises:
+        ValueError: the model is spread over several devices or is on meta.
+    """
+    home = _device_of(model)
+    if asked is not None:
+        return torch.device(asked)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
+
+
 def _device_of(model: nn.Module) -> torch.device:
     """The one device that the whole model is on."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -157,7 +168,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _all_windows(
+def all_windows(
     model: nn.Module,
     config: PackedConfig,
     dataset: Any,
