@@ -50,13 +50,13 @@ class Budget:
             weight.numel() for module in self._modules.values() for weight in dense_weights(module).values()
         )
         own = own_settings(config)
-        self.settings: dict[str, Codec] = own
+        self.settings: dict[str, Codec] = {**own, **shared_settings(config)}
         self.smallest, largest = list(own)[0], list(own)[-1]
         size, bits = config.target.size, config.target.bits
         self.ceiling = int(bits * self.weights / 8) if size is None else size
-        if self.total(self.uniform(largest)) < self.ceiling:
-            self.settings = {**own, **shared_settings(config)}
         self._check_range()
+        if self.total(self.uniform(largest)) >= self.ceiling:
+            self.settings = own
         self.base = [name for name in own if self.total(self.uniform(name)) <= self.ceiling][-1]
 
     def total(self, config: PackedConfig) -> int:
@@ -106,19 +106,18 @@ class Budget:
         return setting == self.smallest or fits(self.settings[setting], module)
 
     def _check_range(self) -> None:
-        least = self.uniform(self.smallest)
-        most = self.uniform(self.smallest) if len(self.settings) == 1 else self._largest()
-        low, high = self.total(least), self.total(most)
+        low, high = self.total(self.uniform(self.smallest)), self.total(self._largest())
         if low <= self.ceiling <= high:
             return
-        field, unit, wanted = "target_bits", "bits per packed weight", f"{self._config.target.bits:g}"
-        shown = [f"{8 * nbytes / self.weights:.4f}" for nbytes in (low, high)]
-        if self._config.target.size is not None:
-            field, unit, wanted = "target_size", "bytes", f"{self._config.target.size:,}"
-            shown = [f"{nbytes:,}" for nbytes in (low, high)]
+        target = self._config.target
+        if target.size is None:
+            wanted = f"target_bits {target.bits:g}"
+            span = f"{8 * low / self.weights:.4f} to {8 * high / self.weights:.4f} bits per packed weight"
+        else:
+            wanted, span = f"target_size {target.size:,}", f"{low:,} to {high:,} bytes"
         raise ValueError(
-            f"{field} {wanted} is out of range: {type(self._model).__name__} can take {shown[0]} to {shown[1]} {unit}, from "
-            f"{self.smallest} to {list(self.settings)[-1]}"
+            f"{wanted} is out of range: {type(self._model).__name__} can take {span}, from {self.smallest} to "
+            f"{list(self.settings)[-1]}"
         )
 
     def _largest(self) -> PackedConfig:

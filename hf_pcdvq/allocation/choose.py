@@ -1,17 +1,20 @@
 """Choosing one option for every group so that the sum of losses is small and the sum of bytes within a limit.
 
-A knapsack problem. First steps up, always the one with the most loss saved per byte that still fits; then exchanges: as
-long as there is one, the best change of a group, or of two groups at once, that saves loss and fits. In between the hull of
-the options, which is all that the greedy part by itself sees, the exchanges spend the bytes that are left.
+A knapsack problem, solved by dynamic programming over the bytes above the smallest options, in the largest unit that all
+differences share. Where that makes too many cells, a coarser unit to which differences are rounded up; exchanges then
+spend the bytes that rounding left: as long as there is one, the best change of a group, or of two at once, that saves loss
+and fits.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+_CELLS = 1 << 16
 
 
 class Option(NamedTuple):
@@ -33,11 +36,14 @@ def choose(groups: Sequence[Sequence[Option]], limit: int) -> list[int]:
     """
     if not groups:
         return []
-    chosen = [min(range(len(options)), key=lambda index: options[index]) for options in groups]
-    room = limit - sum(options[index].nbytes for options, index in zip(groups, chosen))
+    smallest = [min(option.nbytes for option in options) for options in groups]
+    room = limit - sum(smallest)
     if room < 0:
         raise ValueError(f"the smallest options take {limit - room} bytes, more than the limit of {limit}")
-    room = _greedy(groups, chosen, room)
+    costs = [[option.nbytes - least for option in options] for options, least in zip(groups, smallest)]
+    losses = [[option.loss for option in options] for options in groups]
+    chosen = _knapsack(costs, losses, room)
+    room -= sum(cost[index] for cost, index in zip(costs, chosen))
     while (change := _best_exchange(groups, chosen, room)) is not None:
         for group, index in change:
             room += groups[group][chosen[group]].nbytes - groups[group][index].nbytes
@@ -45,35 +51,25 @@ def choose(groups: Sequence[Sequence[Option]], limit: int) -> list[int]:
     return chosen
 
 
-def _greedy(groups: Sequence[Sequence[Option]], chosen: list[int], room: int) -> int:
-    """Take the steps with the most loss saved per byte; returns the bytes that are left."""
-    heap: list[tuple[float, int, int]] = []
-
-    def push(group: int) -> None:
-        step = _best_step(groups[group], chosen[group], room)
-        if step is not None:
-            heapq.heappush(heap, (-step[0], group, step[1]))
-
-    for group in range(len(groups)):
-        push(group)
-    while heap:
-        _, group, index = heapq.heappop(heap)
-        cost = groups[group][index].nbytes - groups[group][chosen[group]].nbytes
-        if cost <= room:
-            room -= cost
-            chosen[group] = index
-        push(group)  # the next step, or a smaller one if this did not fit
-    return room
-
-
-def _best_step(options: Sequence[Option], now: int, room: int) -> tuple[float, int] | None:
-    """The step up with the most loss saved per byte among those that fit, with that ratio."""
-    steps = []
-    for index, option in enumerate(options):
-        cost, gain = option.nbytes - options[now].nbytes, options[now].loss - option.loss
-        if 0 <= cost <= room and gain > 0:
-            steps.append((gain / max(cost, 1), index))
-    return max(steps, default=None)
+def _knapsack(costs: list[list[int]], losses: list[list[float]], room: int) -> list[int]:
+    """The options with the least sum of losses, of those whose costs in whole units are together within the room."""
+    unit = max(math.gcd(*(cost for options in costs for cost in options)), -(-room // _CELLS), 1)
+    cells = room // unit + 1
+    least = torch.zeros(cells, dtype=torch.float64)  # by the units that may be spent on the groups so far
+    taken = []
+    for options, loss in zip(costs, losses):
+        tried = torch.full((len(options), cells), torch.inf, dtype=torch.float64)
+        for index, cost in enumerate(options):
+            start = -(-cost // unit)
+            if start < cells:
+                tried[index, start:] = least[: cells - start] + loss[index]
+        least, best = tried.min(0)
+        taken.append(best.to(torch.uint8))
+    chosen, left = [], cells - 1
+    for options, best in zip(reversed(costs), reversed(taken)):
+        chosen.append(int(best[left]))
+        left -= -(-options[chosen[-1]] // unit)
+    return chosen[::-1]
 
 
 def _best_exchange(groups: Sequence[Sequence[Option]], chosen: list[int], room: int) -> list[tuple[int, int]] | None:
@@ -93,12 +89,12 @@ def _best_exchange(groups: Sequence[Sequence[Option]], chosen: list[int], room: 
     pairs = loss[down, None] + loss
     pairs[(cost[down, None] + cost > room) | (owner[down, None] == owner)] = torch.inf
     single = torch.where(cost <= room, loss, torch.inf)
-    least = 1e-12 * sum(
+    negligible = 1e-12 * sum(
         options[now].loss for options, now in zip(groups, chosen)
     )  # not for ever in a circle of roundings
     best_single = single.min().item()
     best_pair = pairs.min().item() if len(down) else torch.inf
-    if min(best_single, best_pair) >= -least:
+    if min(best_single, best_pair) >= -negligible:
         return None
     if best_single <= best_pair:
         return [moves[int(single.argmin())][:2]]

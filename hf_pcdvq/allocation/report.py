@@ -44,6 +44,10 @@ class GroupBits:
     nbytes: int
 
     @property
+    def name(self) -> str:
+        return f"{self.block} {self.kind}"
+
+    @property
     def bits(self) -> float:
         """Bits per weight, as counted on the file."""
         return 8 * self.nbytes / self.weights

@@ -37,6 +37,8 @@ from .report import Allocation, GroupBits, Measured
 from .store import FOLDER, MIXED, RESULT, SENSITIVITY, SMALLEST, UNIFORM, RecordStore
 from .windows import Windows
 
+_GRAIN = 32  # bytes; no header changes by less
+
 logger = logging.getLogger(__name__)
 
 
@@ -211,17 +213,28 @@ def _choose(groups: list[Group], budget: Budget, sensitivities: dict[str, float]
         for group, names in zip(groups, allowed)
     ]
     uniform = {group.name: budget.uniform_setting(group, budget.base) for group in groups}
+
+    def chosen(room: int) -> Choice:
+        indices = choose(options, room)
+        return {group.name: names[index] for group, names, index in zip(groups, allowed, indices)}
+
+    def fits(choice: Choice) -> bool:
+        return budget.total(budget.chosen(budget.base, choice)) <= budget.ceiling
+
+    best = {group.name: budget.uniform_setting(group, budget.base) for group in groups}
     room = budget.ceiling - budget.total(budget.uniform(budget.base))
-    room += sum(budget.nbytes(group, uniform[group.name]) for group in groups)
-    while room >= sum(min(option.nbytes for option in group) for group in options):
-        chosen = choose(options, room)
-        choice = {group.name: names[index] for group, names, index in zip(groups, allowed, chosen)}
-        # The header of a file, which counts towards its size, depends on the choice.
-        excess = budget.total(budget.chosen(budget.base, choice)) - budget.ceiling
-        if excess <= 0:
-            return choice
-        room = sum(group[index].nbytes for group, index in zip(options, chosen)) - excess
-    return uniform
+    room += sum(budget.nbytes(group, best[group.name]) for group in groups)
+    if fits(choice := chosen(room)):
+        return choice
+    # The header of a file, which counts towards its size, depends on the choice.
+    least = sum(min(option.nbytes for option in group) for group in options)
+    while room - least > _GRAIN:
+        middle = (least + room) // 2
+        if fits(choice := chosen(middle)):
+            best, least = choice, middle
+        else:
+            room = middle
+    return best
 
 
 def _compare(work: _Work, budget: Budget, uniform: PackedConfig, mixed: PackedConfig) -> tuple[Measured, Measured]:

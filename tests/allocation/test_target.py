@@ -25,7 +25,7 @@ def test_sizes(size, nbytes):
         ({"bits": "auto", "target_bits": 2.3, "target_size": "1GB"}, "not both"),
         ({"bits": "auto", "target_bits": -1}, "positive number of bits per weight, got -1"),
         ({"bits": "auto", "target_bits": "2.3"}, "positive number of bits per weight, got '2.3'"),
-        ({"bits": "auto", "target_size": "1.2 gigabytes"}, "like \"1.2GB\" or \"900MiB\", got '1.2 gigabytes'"),
+        ({"bits": "auto", "target_size": "1.2 gigabytes"}, 'like "1.2GB" or "900MiB", got \'1.2 gigabytes\''),
         ({"bits": "auto", "target_size": True}, "got True"),
         ({"bits": "most", "target_bits": 2.3}, "got bits 'most'"),
     ],
