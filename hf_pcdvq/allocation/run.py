@@ -212,7 +212,6 @@ def _choose(groups: list[Group], budget: Budget, sensitivities: dict[str, float]
         ]
         for group, names in zip(groups, allowed)
     ]
-    uniform = {group.name: budget.uniform_setting(group, budget.base) for group in groups}
 
     def chosen(room: int) -> Choice:
         indices = choose(options, room)

@@ -31,7 +31,7 @@ def planted():
     with torch.no_grad():
         for name, module in model.named_modules():
             if name.endswith(("o_proj", "down_proj")) and name != PLANTED:
-                module.weight *= 0.02
+                module.weight *= 0.001
     return model
 
 
