@@ -18,6 +18,7 @@ from .registration import register
 from .version import FORMAT_VERSION, __version__
 
 if TYPE_CHECKING:
+    from .allocate import allocate_bits
     from .publish.push import push_to_hub
     from .quantize import quantize_model
     from .recovery.recover import recover
@@ -30,6 +31,7 @@ __all__ = [
     "PcdvqConfig",
     "Recovery",
     "__version__",
+    "allocate_bits",
     "get_backend",
     "push_to_hub",
     "quantize_model",
@@ -38,7 +40,12 @@ __all__ = [
     "set_backend",
 ]
 
-_ON_FIRST_USE = {"push_to_hub": ".publish.push", "quantize_model": ".quantize", "recover": ".recovery.recover"}
+_ON_FIRST_USE = {
+    "allocate_bits": ".allocate",
+    "push_to_hub": ".publish.push",
+    "quantize_model": ".quantize",
+    "recover": ".recovery.recover",
+}
 
 register()
 

@@ -69,6 +69,12 @@ class PackedHfQuantizer(HfQuantizer):
                 "dequantize=True decodes a model that is packed already; this checkpoint is not. "
                 "Leave it out to quantize, or load without a quantization_config"
             )
+        config = self.quantization_config
+        if not self.pre_quantized and config.target is not None and config.calibration is None:
+            raise ValueError(
+                f'bits="auto" for {config.target} chooses by what quantization does to predictions on a text, and needs '
+                'calibration: pass calibration=Calibration(dataset=...) or "text.txt" in the config'
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         # Encoding and decoding belong on the accelerator if there is one; None would leave both on the CPU.

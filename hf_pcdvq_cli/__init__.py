@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import click
 
+from .allocate import allocate
 from .compare import compare
 from .estimate import estimate
 from .evaluate import evaluate_command
@@ -44,6 +45,7 @@ def main() -> None:
 for command in (
     quantize,
     recover_command,
+    allocate,
     estimate,
     inspect,
     evaluate_command,

@@ -27,6 +27,7 @@ from .common import (
     placement_options,
     setting_option,
 )
+from .mixed import allocated, show_allocation, target_fields, target_options
 from .recover import check_recovery_options, finish_recovery, recover_quantized, recovery_options
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
 )
 @override_option
+@target_options
+@click.option(
+    "--allocation",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Bits by layer from the allocation.json of hf-pcdvq allocate, instead of --setting.",
+)
 @click.option(
     "--dataset",
     metavar="DATA",
@@ -112,10 +120,11 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     Examples:
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --dataset wiki.txt
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
+      hf-pcdvq quantize ./my-model --out my-model-2.3bit --setting stream-2.0 --bits auto --target-bits 2.3
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
+    from hf_pcdvq.allocation.store import clear_all
     from hf_pcdvq.calibration.held_out import with_comparison
-    from hf_pcdvq.calibration.store import clear
     from hf_pcdvq.files.folders import check_source, folder_in_place
     from hf_pcdvq.files.size import count_folder
 
@@ -129,7 +138,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
     if result.recovery is not None:
         finish_recovery(result.recovery, work_dir)
-    clear(work_dir)
+    clear_all(work_dir)
     if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
         with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
     seconds = time.monotonic() - started
@@ -137,6 +146,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         echo_json({**count_folder(out).to_dict(), "comparison": _comparison(out), "seconds": round(seconds, 1)})
     else:
         _print_result(out, model, options["gguf_file"], seconds)
+        show_allocation(result.model.hf_quantizer.report)
     if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
 
@@ -157,6 +167,9 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
+    common.update(target_fields(ctx))
+    if ctx.params["allocation"] is not None:
+        setting, overrides = allocated(ctx, overrides)
     try:
         for name in chosen:
             if not hasattr(config_of_setting(setting), name):

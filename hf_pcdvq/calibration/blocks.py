@@ -200,22 +200,30 @@ def _ending_modules(
 
 
 @contextmanager
-def streamed(model: nn.Module, blocks: nn.ModuleList, device: torch.device, upcast: bool) -> Iterator[None]:
+def streamed(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    device: torch.device,
+    upcast: bool,
+    around: Callable[[int, Callable], Callable] | None = None,
+) -> Iterator[None]:
     """Have a model compute its blocks on `device`, where they are moved one at a time while it runs.
 
     Args:
         model: on one device, where everything else is computed.
         device: may be the model's own.
         upcast: compute in float32 what is held in 16-bit floats.
+        around: gives each block, by its number and from its forward pass, the one that it has meanwhile.
     """
     home = model.get_input_embeddings().weight.device
     with ExitStack() as stack:
         if upcast:
             for module in _outside(model, blocks):
                 stack.enter_context(placed(module, home, upcast))
-        if upcast or device != home:
-            for block in blocks:
-                stack.enter_context(replaced_forward(block, _moved(block, device, home, upcast)))
+        if upcast or device != home or around is not None:
+            for number, block in enumerate(blocks):
+                forward = _moved(block, device, home, upcast)
+                stack.enter_context(replaced_forward(block, around(number, forward) if around else forward))
         yield
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..allocation.settle import settle_bits
 from ..evaluation.metrics import check_length, check_windows
 from .blocks import find_blocks
 from .data import read_windows, split_windows
@@ -43,7 +44,7 @@ def calibrate_model(
     Args:
         model: on one device.
         names: the modules to quantize, linear layers and fused experts.
-        config: the format of every module, and in `calibration` the options.
+        config: the format of every module, and in `calibration` the options. `bits="auto"` is settled in place.
         dataset: what `read_windows` accepts; None: the model generates the text.
         tokenizer: may be None for token tensors and generated text.
         device: where blocks are computed; None takes the accelerator if there is one, or else the model's device.
@@ -62,19 +63,21 @@ def calibrate_model(
         FileNotFoundError, ImportError: see `read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    started, home = time.perf_counter(), _device_of(model)
+    started = time.perf_counter()
+    device = calibration_device(model, device)
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
     identity = None if work_dir is None else model_identity(model)
-    windows = _all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    windows = all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
     check_windows(model, windows)
     windows, holdout = split_windows(windows, config.calibration)
+    allocation = None
+    if config.target is not None:
+        allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
     store = None
     if work_dir is not None:
         store = BlockStore(work_dir, run_identity(identity, names, config, windows), restart)
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = HeldOut(model, blocks, holdout, device, progress)
@@ -91,7 +94,7 @@ def calibrate_model(
     )
     run.run()
     model.train(training)
-    return QuantizationReport.of(config, run, windows, time.perf_counter() - started), held_out
+    return QuantizationReport.of(config, run, windows, time.perf_counter() - started, allocation), held_out
 
 
 def find_tokenizer(config: PackedConfig, model: PreTrainedModel, files: list[str] | None = None) -> Any:
@@ -142,6 +145,18 @@ def _commit(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
+def calibration_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
+    """Where to compute: what is asked for, or else the accelerator if there is one, or the device of the model.
+
+    Raises:
+        ValueError: the model is spread over several devices or is on meta.
+    """
+    home = _device_of(model)
+    if asked is not None:
+        return torch.device(asked)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
+
+
 def _device_of(model: nn.Module) -> torch.device:
     """The one device that the whole model is on."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -153,7 +168,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _all_windows(
+def all_windows(
     model: nn.Module,
     config: PackedConfig,
     dataset: Any,
