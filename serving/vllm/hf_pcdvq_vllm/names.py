@@ -28,7 +28,9 @@ def packed_as(
     if not any(found):
         return None
     if any(coding != found[0] for coding in found):
-        described = ", ".join(f"{name}: {coding.format if coding else 'not packed'}" for name, coding in zip(names, found))
+        described = ", ".join(
+            f"{name}: {coding.format if coding else 'not packed'}" for name, coding in zip(names, found)
+        )
         raise ValueError(
             f"{layer}: vLLM merges weights that are packed in different ways ({described}); quantize the model with the "
             "same setting for them"
