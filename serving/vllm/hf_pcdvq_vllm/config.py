@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from .coding import Coding
+from .experts import PackedExpertsMethod
 from .linear import PackedLinearMethod
 from .names import packed_as
 from .record import read_codings
@@ -62,14 +63,11 @@ class PackedConfig(QuantizationConfig):
 
         Raises:
             ValueError: weights that vLLM merges are packed in different ways.
-            NotImplementedError: experts are packed.
+            NotImplementedError: packed experts are spread over several devices.
         """
         if isinstance(layer, RoutedExperts):
-            if prefix in self.codings:
-                raise NotImplementedError(
-                    f"{prefix}: packed experts are not supported in vLLM yet; serve the model with hf-pcdvq serve"
-                )
-            return None
+            coding = self.codings.get(prefix)
+            return None if coding is None else PackedExpertsMethod(prefix, coding, layer.moe_config)
         if not isinstance(layer, LinearBase):
             return None
         found = packed_as(prefix, self.codings, self.packed_modules_mapping)
