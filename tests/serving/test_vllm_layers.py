@@ -4,6 +4,8 @@ Needs vLLM, whose environment cannot hold hf_pcdvq: `pip install ./kernels ./ser
 `python -m pytest --noconftest -p no:cacheprovider tests/serving/test_vllm_layers.py`.
 """
 
+from types import SimpleNamespace
+
 import hf_pcdvq_kernels as ops
 import pytest
 import torch
@@ -13,9 +15,12 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment without hf_pcd
 
 from hf_pcdvq_vllm import register  # noqa: E402
 from hf_pcdvq_vllm.coding import Coding  # noqa: E402
+from hf_pcdvq_vllm.experts import PackedExpertsMethod  # noqa: E402
+from hf_pcdvq_vllm.linear import parameter_name  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
 from vllm.model_executor.layers import linear  # noqa: E402
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation  # noqa: E402
 from vllm.model_executor.layers.quantization import get_quantization_config  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
 
@@ -176,3 +181,70 @@ def test_a_compiled_product_takes_any_number_of_tokens():
     for tokens in (2, 40, 200):
         x = torch.randn(tokens, 128)
         torch.testing.assert_close(compiled(layer, x), expected("pcdvq-2.25", x, tensors))
+
+
+# -------------------------------------------------------------------------------------------------------------- experts
+
+
+def expert_config(**other):
+    sizes = {"tp_size": 1, "dp_size": 1, "use_ep": False, **other}
+    return SimpleNamespace(moe_parallel_config=SimpleNamespace(**sizes), has_bias=False, is_act_and_mul=True)
+
+
+def experts_layer(method):
+    layer = torch.nn.Module()
+    layer.activation, layer.apply_router_weight_on_input = MoEActivation.SILU, False
+    method.create_weights(layer, 4, 128, 64, torch.float32)
+    return layer
+
+
+def stacked(name, rows, columns):
+    weights = [packed(name, rows, columns, seed) for seed in range(4)]
+    shared = [argument.name for argument in coding(name).family.arguments if not argument.stacked]
+    assert not set(shared) & weights[0].keys()
+    return weights, {argument: torch.stack([weight[argument] for weight in weights]) for argument in weights[0]}
+
+
+@pytest.mark.parametrize("tokens", [3, 70])  # a tile for every token, and tiles of several
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_give_the_weighted_sum_of_their_outputs(name, tokens):
+    torch.manual_seed(0)
+    method = PackedExpertsMethod("a.experts", coding(name), expert_config())
+    layer = experts_layer(method)
+    up, up_stack = stacked(name, 128, 128)
+    down, down_stack = stacked(name, 128, 64)
+    named = {
+        parameter_name(argument, stack): tensor
+        for stack, tensors in (("gate_up_proj", up_stack), ("down_proj", down_stack))
+        for argument, tensor in tensors.items()
+    }
+    assert sorted(layer.load_weights(named.items())) == sorted(named)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(tokens, 128)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]).int()
+    weights = torch.rand(tokens, 2)
+    out = method.apply(layer, x, weights, chosen, None, None)
+    whole = torch.zeros_like(x)
+    for token in range(tokens):
+        for expert, weight in zip(chosen[token].tolist(), weights[token]):
+            gate, linear_part = expected(name, x[token : token + 1], up[expert]).chunk(2, 1)
+            inner = torch.nn.functional.silu(gate) * linear_part
+            whole[token] += weight * expected(name, inner, down[expert])[0]
+    torch.testing.assert_close(out, whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("spread", "message"), [({"tp_size": 2}, "tensor parallelism"), ({"use_ep": True}, "expert parallelism")]
+)
+def test_experts_on_several_devices_are_refused_by_name(spread, message):
+    with pytest.raises(NotImplementedError, match=f"a.experts: packed experts do not go with {message}"):
+        PackedExpertsMethod("a.experts", coding("pcdvq-2.25"), expert_config(**spread))
+
+
+def test_missing_and_unknown_tensors_of_experts_are_named():
+    method = PackedExpertsMethod("a.experts", coding("pcdvq-2.25"), expert_config())
+    layer = experts_layer(method)
+    with pytest.raises(ValueError, match="a.experts: the files do not hold all of down_proj, down_proj_magnitude"):
+        method.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match="a.experts: 0.w1 is not one of the packed tensors"):
+        list(layer.load_weights([("0.w1", torch.zeros(1))]))
