@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import hf_pcdvq_kernels
 import pytest
 import torch
 import transformers
@@ -15,7 +16,6 @@ from hf_pcdvq_kernels.constants import codebook_digest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import hf_pcdvq
 from hf_pcdvq.files.headers import read_header
 from hf_pcdvq.files.packing import save_file
 from hf_pcdvq.publish.integrity import check_folder
@@ -214,7 +214,7 @@ def test_only_models_are_made_of_the_class_that_a_config_names(packed, monkeypat
 
 def test_codebook_is_one_of_the_shipped_whatever_lies_elsewhere(packed, tmp_path):
     """A path in its place would have any file read, and any values decoded with."""
-    shipped = Path(hf_pcdvq.codecs.__file__).parent / "data"
+    shipped = Path(hf_pcdvq_kernels.__file__).parent / "codebooks"
     tables = load_file(shipped / "pcdvq-a16-v1.safetensors")
     tables["patterns"] = tables["patterns"].float()
     save_file(tables, tmp_path / "mine.safetensors")
