@@ -15,6 +15,7 @@ from .compare import compare
 from .estimate import estimate
 from .evaluate import evaluate_command
 from .generate import generate
+from .harness import lm_eval
 from .import_wint2 import import_wint2_command
 from .inspect import inspect
 from .push import card, check, push
@@ -53,6 +54,7 @@ for command in (
     generate,
     serve,
     chat,
+    lm_eval,
     speed,
     tune,
     import_wint2_command,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from hf_pcdvq_kernels.backend import use_cpu, use_triton
+from hf_pcdvq_kernels.routing import tiles_of_tokens
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -18,8 +19,6 @@ from .packed import PackedModule
 from .packed_words import DenseName
 
 STACKS = ("gate_up_proj", "down_proj")
-_SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
-_TILES = (16, 64)  # pairs per tile if there are more
 _PAIRS_ON_CPU = 16  # up to this many, one call for all of them is faster on a CPU than one for each expert
 # Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing requires, and the
 # problem with any other.
@@ -201,44 +200,6 @@ def sum_over_experts(
         result = run(expert, hidden_states[token])
         out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
     return out.to(hidden_states.dtype)
-
-
-def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
-    """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
-
-    If there are few pairs, each is its own tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last
-    one partially; the number of tiles is the largest that any routing could need, so it does not depend on the data.
-
-    Args:
-        index: the expert of every pair, integer `[S]`; pairs whose index is out of range go to tiles of no expert.
-        number: number of experts.
-
-    Returns:
-        The expert of every tile, int32 `[G]`, -1 for none; the position of every pair among the slots of all tiles,
-        int64 `[S]`; and the number of slots per tile.
-    """
-    index = torch.where(
-        (index >= 0) & (index < number), index, number
-    )  # experts of other devices are counted as one extra expert
-    pairs = len(index)
-    if pairs <= _SINGLE_PAIRS:
-        experts = torch.where(index < number, index, -1).to(torch.int32)
-        return experts, torch.arange(pairs, device=index.device), 1
-    size = _TILES[0] if pairs <= _TILES[0] * number else _TILES[1]
-    order = index.argsort(stable=True)
-    count = torch.zeros(number + 1, dtype=torch.int64, device=index.device).scatter_add_(
-        0, index, torch.ones_like(index)
-    )
-    needed = -(-count // size)
-    first_tile, first_pair = needed.cumsum(0) - needed, count.cumsum(0) - count
-    sorted_index = index[order]
-    position = torch.arange(pairs, device=index.device) - first_pair[sorted_index]
-    tile = first_tile[sorted_index] + position // size
-    place = torch.empty_like(order)
-    place[order] = tile * size + position % size
-    experts = torch.full((pairs // size + number + 1,), -1, dtype=torch.int32, device=index.device)
-    experts[tile] = torch.where(sorted_index < number, sorted_index, -1).to(torch.int32)
-    return experts, place, size
 
 
 def _copy(names: list[str], source: nn.Module, target: nn.Module) -> None:
