@@ -8,8 +8,8 @@ text, and every block must run once, in the order of the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..emulation import placed, to_device
+from .activations import Activations
 from .inputs import Stop
 
 
@@ -88,33 +89,52 @@ def refuse_shared(model: nn.Module, prefix: str, layers: list[str]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Captured:
+    """How a model calls its blocks.
+
+    Attributes:
+        calls: a call per block, by the number of windows that go through the blocks at once.
+        wrap: puts hidden states in the form in which a block returns them.
+        chained: whether every block receives what the one before it returns, unchanged.
+    """
+
+    calls: dict[int, list[Call]]
+    wrap: Callable[[Tensor], Any]
+    chained: bool
+
+    def of_block(self, number: int) -> dict[int, Call]:
+        """The calls of one block, by the number of windows."""
+        return {windows: calls[number] for windows, calls in self.calls.items()}
+
+
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
+def capture(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: Activations, upcast: bool = False
+) -> Captured:
     """The input of the first block for every window, and the calls of all blocks. No block but the first is computed.
 
     Args:
-        windows: token ids int64 `[n, L]`.
-
-    Returns:
-        Hidden states `[1, L, D]` of every window, on the CPU, and one call per block.
+        batches: token ids int64 `[b, L]`.
+        hidden: receives the hidden states `[b, L, D]` of every batch, by its number.
+        upcast: keep 16-bit floats as float32.
 
     Raises:
         NotImplementedError: the model does not run every block once and in order, or calls one with something that
             depends on the text.
         ValueError: the blocks have device hooks.
     """
-    hidden, calls = [], None
-    wrap: Callable[[Tensor], Any] | None = None
-    for number, window in enumerate(windows):
-        if wrap is None:
-            wrap = _output_form(model, blocks, window)
-        first, found = _record(model, blocks, window, wrap, to_the_end=number == 0)
-        hidden.append(first.cpu())
-        if calls is None:
-            calls = found
-        elif number == 1:
-            _refuse_varying(calls, found)
-    return hidden, calls
+    first, *second = [window[None] for batch in batches[:2] for window in batch][:2]
+    wrap = _output_form(model, blocks, first)
+    inputs, alone = _record(model, blocks, first, wrap, to_the_end=True)
+    captured = Captured({}, wrap, all(torch.equal(states, inputs[0]) for states in inputs))
+    for window in second:
+        _refuse_varying(alone, _record(model, blocks, window, wrap, to_the_end=False)[1])
+    for number, batch in enumerate(batches):
+        (states, *_), calls = _record(model, blocks, batch, wrap, to_the_end=False)
+        hidden[number] = to_device(states.cpu(), torch.device("cpu"), upcast)
+        captured.calls.setdefault(len(batch), calls)
+    return captured
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -126,7 +146,7 @@ class Shortcuts:
     """Saves a block from computing modules again whose output is known.
 
     Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
-    known for a window, and nothing that runs before the layer will change, the module does not have to be computed
+    known for a batch, and nothing that runs before the layer will change, the module does not have to be computed
     again: its output is the layer applied to that input. That output takes the place of the input when it is first
     needed, by when the layer must have its last weights. Running the block once shows which layers are final: the
     module then returns the same tensor object as the layer.
@@ -135,39 +155,40 @@ class Shortcuts:
         block: on the device of `hidden`.
         layers: the layers whose inputs may be kept, by name.
         hidden, call: what to run the block with.
+        known: keeps inputs, and later outputs, by the name of the layer and the number of the batch.
     """
 
-    def __init__(self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call):
-        self._layers = layers
+    def __init__(
+        self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call, known: Activations
+    ):
+        self._layers, self._known = layers, known
         self._ends = _ending_modules(block, layers, hidden, call)
-        self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
-        self._applied: set[tuple[str, int]] = set()
+        self._applied: set[tuple[str, int]] = set()  # those of which the outputs are kept
 
-    def keep(self, name: str, window: int, inputs: Tensor) -> None:
-        """Keep the input of a layer for a window, on the CPU, if the layer is the final one of its module."""
+    def keep(self, name: str, batch: int, inputs: Tensor) -> None:
+        """Keep the input of a layer for a batch, on the CPU, if the layer is the final one of its module."""
         if name in self._ends:
-            self._known.setdefault(name, {})[window] = inputs.cpu()
+            self._known[name, batch] = inputs.cpu()
 
     @contextmanager
-    def taken(self, window: int) -> Iterator[None]:
-        """Replace the forward pass of every module that has a shortcut for a window."""
+    def taken(self, batch: int) -> Iterator[None]:
+        """Replace the forward pass of every module that has a shortcut for a batch."""
         with ExitStack() as stack:
-            for name, known in self._known.items():
-                if window in known:
-                    module, wrap = self._ends[name]
-                    stack.enter_context(_replaced_forward(module, self._replay(name, window, wrap)))
+            for name, (module, wrap) in self._ends.items():
+                if (name, batch) in self._known:
+                    stack.enter_context(replaced_forward(module, self._replay(name, batch, wrap)))
             yield
 
-    def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
-        return lambda *args, **kwargs: wrap(self._output(name, window))
+    def _replay(self, name: str, batch: int, wrap: Callable[[Tensor], Any]) -> Callable:
+        return lambda *args, **kwargs: wrap(self._output(name, batch))
 
-    def _output(self, name: str, window: int) -> Tensor:
-        layer, known = self._layers[name], self._known[name]
-        tensor = known[window].to(layer.weight.device)
-        if (name, window) not in self._applied:
+    def _output(self, name: str, batch: int) -> Tensor:
+        layer = self._layers[name]
+        tensor = self._known[name, batch].to(layer.weight.device)
+        if (name, batch) not in self._applied:
             tensor = layer(tensor)
-            known[window] = tensor.cpu()
-            self._applied.add((name, window))
+            self._known[name, batch] = tensor.cpu()
+            self._applied.add((name, batch))
         return tensor
 
 
@@ -207,12 +228,19 @@ def streamed(model: nn.Module, blocks: nn.ModuleList, device: torch.device, upca
     """
     home = model.get_input_embeddings().weight.device
     with ExitStack() as stack:
-        if upcast:
-            for module in _outside(model, blocks):
-                stack.enter_context(placed(module, home, upcast))
+        stack.enter_context(outside_upcast(model, blocks, upcast))
         if upcast or device != home:
             for block in blocks:
-                stack.enter_context(_replaced_forward(block, _moved(block, device, home, upcast)))
+                stack.enter_context(replaced_forward(block, _moved(block, device, home, upcast)))
+        yield
+
+
+@contextmanager
+def outside_upcast(model: nn.Module, blocks: nn.ModuleList, upcast: bool) -> Iterator[None]:
+    """With `upcast`, hold what is outside the blocks in float32."""
+    with ExitStack() as stack:
+        for module in _outside(model, blocks) if upcast else ():
+            stack.enter_context(placed(module, next(module.parameters()).device, upcast))
         yield
 
 
@@ -238,9 +266,9 @@ def _outside(module: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _record(
-    model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any], to_the_end: bool
-) -> tuple[Tensor, list[Call]]:
-    """The first block's input and every block's call, with blocks that return their input instead of computing.
+    model: nn.Module, blocks: nn.ModuleList, windows: Tensor, wrap: Callable[[Tensor], Any], to_the_end: bool
+) -> tuple[list[Tensor], list[Call]]:
+    """Every block's input and call, with blocks that return their input instead of computing.
 
     With `to_the_end`, the model runs on after the last block, up to its output head, which shows whether it runs blocks
     again. Not further: a loss may be computed from what blocks would have returned.
@@ -267,21 +295,21 @@ def _record(
 
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, recorder(number)))
+            stack.enter_context(replaced_forward(block, recorder(number)))
         head = model.get_output_embeddings()
         if head is not None:
-            stack.enter_context(_replaced_forward(head, _stop))
-        _run_until_stop(model, window)
+            stack.enter_context(replaced_forward(head, _stop))
+        _run_until_stop(model, windows)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
-    return inputs[0], calls
+    return inputs, calls
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
     raise Stop
 
 
-def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:
+def _output_form(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> Callable[[Tensor], Any]:
     """How a block returns hidden states: as a tensor, or first in a tuple."""
     outputs: list[Any] = []
 
@@ -291,22 +319,16 @@ def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Cal
 
     handle = blocks[0].register_forward_hook(hook)
     try:
-        _run_until_stop(model, window)
+        _run_until_stop(model, windows)
     finally:
         handle.remove()
     return _form(outputs[0])
 
 
-def _run_until_stop(model: nn.Module, window: Tensor) -> None:
-    try:
-        _forward(model, window)
-    except Stop:
-        pass
-
-
-def _forward(model: nn.Module, window: Tensor) -> Any:
+def _run_until_stop(model: nn.Module, windows: Tensor) -> None:
     device = model.get_input_embeddings().weight.device
-    return model(input_ids=window[None].to(device), use_cache=False)
+    with suppress(Stop):
+        model(input_ids=windows.to(device), use_cache=False)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -318,7 +340,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
 
 
 @contextmanager
-def _replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
     if "forward" in block.__dict__:  # set by accelerate's hooks
         raise ValueError("calibration needs a model without device hooks: load it on one device, without offloading")
     block.forward = forward

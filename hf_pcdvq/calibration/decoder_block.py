@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import Tensor, device, nn
 
+from .activations import Activations
 from .blocks import Call, Shortcuts, run_block
 from .experts import RoutedTokens, routed_tokens
 from .hessian import InputMoments
@@ -17,37 +19,45 @@ from .inputs import OriginalInputs, Stop, recorded_inputs
 class DecoderBlock:
     """A decoder block with the hidden states of all windows before it, which the two `advance` methods replace.
 
+    Windows go through it in batches, which are numbered.
+
     Attributes:
         module: the block, on `device`.
         layers: its layers to quantize, by name. They stay dense; once quantized, their weights are the decoded ones.
-        call: what the block is called with besides hidden states, on `device`.
-        original: hidden states `[1, L, D]` of every window in the original model, on the CPU.
+        calls: what the block is called with besides hidden states, on `device`, by the number of windows in the batch.
+        original: hidden states `[b, L, D]` of every batch in the original model.
         hidden: the same in the model quantized so far.
         device: where the block is computed.
+        activations: makes what further activations are kept in.
     """
 
     module: nn.Module
     layers: dict[str, nn.Module]
-    call: Call
-    original: list[Tensor]
-    hidden: list[Tensor]
+    calls: dict[int, Call]
+    original: Activations
+    hidden: Activations
     device: device
+    activations: Callable[[], Activations]
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
         """Skip recomputing parts of the block that have not changed, from now on."""
         layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, nn.Linear)}
-        self.shortcuts = Shortcuts(self.module, layers, self.hidden[0].to(self.device), self.call)
+        hidden = self.hidden[0].to(self.device)
+        self.shortcuts = Shortcuts(self.module, layers, hidden, self.calls[len(hidden)], self.activations())
 
-    def forward(self, index: int) -> Tensor:
-        """The hidden states of a window after the block in its current state, on the CPU."""
-        with self.shortcuts.taken(index) if self.shortcuts else nullcontext():
-            return run_block(self.module, self.hidden[index].to(self.device), self.call).cpu()
+    def forward(self, batch: int) -> Tensor:
+        """The hidden states of a batch after the block in its current state, on the CPU."""
+        with self.shortcuts.taken(batch) if self.shortcuts else nullcontext():
+            return self._run(self.hidden[batch])
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        return run_block(self.module, hidden.to(self.device), self.calls[len(hidden)]).cpu()
 
     def advance(self) -> None:
         """Replace the hidden states before the block by those after it."""
-        for index in range(len(self.hidden)):
-            self.hidden[index] = self.forward(index)
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.forward(batch)
 
     def advance_original(self, keep: bool) -> OriginalInputs:
         """Replace the original's hidden states by those after the block, which must be unchanged.
@@ -55,11 +65,11 @@ class DecoderBlock:
         Returns:
             The inputs of the layers for all windows, stored if `keep`.
         """
-        found = OriginalInputs(list(self.layers), keep)
+        found = OriginalInputs(list(self.layers), self.activations() if keep else None)
         with recorded_inputs(self.layers) as inputs:
-            for index, states in enumerate(self.original):
-                self.original[index] = run_block(self.module, states.to(self.device), self.call).cpu()
-                found.add(inputs)
+            for batch in range(len(self.original)):
+                self.original[batch] = self._run(self.original[batch])
+                found.add(batch, inputs)
                 inputs.clear()
         return found
 
@@ -77,17 +87,20 @@ class DecoderBlock:
         moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
         last = leaders[0] if len(leaders) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
-            for index in range(len(self.hidden)):
+            for batch in range(len(self.hidden)):
                 with suppress(Stop):
-                    self.forward(index)
+                    self.forward(batch)
                 for name, tensor in now.items():
-                    moments[name].add(tensor, inputs.of(name, index))
+                    moments[name].add(tensor, inputs.of(name, batch))
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
-                        self.shortcuts.keep(name, index, tensor)
+                        self.shortcuts.keep(name, batch, tensor)
                 now.clear()
         return moments
 
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
         """The tokens that fused experts receive from the block in its current state."""
-        originals = [inputs.of(name, index) for index in range(len(self.hidden))]
-        return routed_tokens(self.layers[name], range(len(self.hidden)), self.forward, originals)
+        batches = range(len(self.hidden))
+        tokens = routed_tokens(self.layers[name], batches, self.forward, self.activations())
+        if all(inputs.knows(name, batch) for batch in batches):
+            tokens.kept.join("original", (inputs.of(name, batch) for batch in batches))
+        return tokens

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+from hf_pcdvq.calibration.activations import HeldActivations
 from hf_pcdvq.calibration.experts import RoutedTokens, quantize_experts
 from hf_pcdvq.calibration.report import _curves
 from hf_pcdvq.calibration.run import _MAX_STAGES
@@ -49,7 +50,7 @@ def experts_and_tokens():
     index = torch.arange(EXPERTS).repeat_interleave(200)[:, None]
     scale = torch.rand(EXPERTS, 64, generator=generator) ** 4
     hidden = torch.randn(len(index), 64, generator=generator) * scale[index[:, 0]]
-    return experts, RoutedTokens(hidden, hidden, index)
+    return experts, RoutedTokens(index, HeldActivations(hidden=hidden, original=hidden))
 
 
 def output_errors(experts, packed, tokens, codec):
@@ -58,7 +59,7 @@ def output_errors(experts, packed, tokens, codec):
     errors = []
     with torch.no_grad():
         for expert in range(EXPERTS):
-            x = tokens.of(expert).hidden
+            x = tokens.of(expert).kept["hidden"]
             hidden = experts._apply_gate(functional.linear(x, experts.gate_up_proj[expert]))
             wanted = functional.linear(hidden, experts.down_proj[expert])
             errors.append(((quantized.run_expert(expert, x) - wanted).square().sum() / wanted.square().sum()).item())

@@ -1,0 +1,201 @@
+"""`quantize_checkpoint`: from a dense checkpoint to a packed one, without ever having either in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..calibration.activations import Activations, MappedActivations
+from ..calibration.blocks import find_blocks
+from ..calibration.held_out import with_comparison
+from ..calibration.identity import model_identity, run_identity
+from ..calibration.model import calibrate_model
+from ..calibration.records import QuantizedLayers
+from ..calibration.report import QuantizationReport
+from ..calibration.store import BlockStore
+from ..codecs.base import Packed
+from ..config import PackedConfig
+from ..modules import count_matrices, parameter_name
+from ..quantize import name_of_dataset
+from ..quantizer import PackedHfQuantizer, replace_by_packed
+from .checkpoint import CannotStream, Checkpoint
+from .weights import Output, StreamedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StreamedResult:
+    """A model that has been quantized and saved.
+
+    Attributes:
+        report: of the calibrated run, without the comparison; None if the weights were rounded.
+        compare: the report with the comparison of the model that is now in a folder with its original.
+    """
+
+    report: QuantizationReport | None
+    compare: Callable[[Path], QuantizationReport | None]
+
+
+def quantize_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PackedConfig,
+    folder: str | Path,
+    scratch: str | Path,
+    dataset: Any = None,
+    *,
+    device: torch.device | str | None = None,
+    batch_tokens: int | None = None,
+    max_shard_size: str = "50GB",
+    work_dir: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> StreamedResult:
+    """Quantize a model that need not fit in memory, and save it.
+
+    The files are those that `quantize_model`, or `from_pretrained` with the config if it has no calibration, and then
+    `save_pretrained` would write. In memory are one decoder block at a time, the moments of one group of its layers and
+    the activations of one batch of windows; what is outside the blocks when they are run for the first time; and for
+    comparing the result with the original, what is outside the blocks and one window's logits. All other activations
+    are in files that are mapped while they are used.
+
+    Args:
+        model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
+        tokenizer: see `quantize_model`.
+        config: the format; its `calibration` decides whether the model is calibrated. It is not changed.
+        folder: an empty one, which receives the model.
+        scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
+        dataset: see `quantize_model`; None takes what `config.calibration` names.
+        device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
+        max_shard_size: see `save_pretrained`.
+
+    Raises:
+        CannotStream: the checkpoint has to be loaded whole.
+        ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
+    """
+    folder, config = Path(folder), copy.copy(config)
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    device = torch.device("cpu" if device is None else device)
+    settings = config.calibration
+    checkpoint = Checkpoint(model, device if settings is None else "cpu")
+    quantizer = PackedHfQuantizer(config, pre_quantized=False)
+    names = quantizer.select(model)
+    store = None
+    if settings is None:
+        if work_dir is not None:
+            identity = model_identity(model, checkpoint.contents())
+            store = BlockStore(Path(work_dir), run_identity(identity, names, config, None), restart)
+        output = _output(model, quantizer, names, folder, max_shard_size)
+        _round(checkpoint, output, quantizer, names, store, progress)
+        output.finish()
+        return StreamedResult(None, lambda out: None)
+
+    dataset = settings.dataset if dataset is None else dataset
+    if dataset is None:
+        raise CannotStream("it writes its calibration text itself; with a dataset it would be read block by block")
+    config.calibration = replace(settings, dataset=name_of_dataset(dataset))
+    _check_blocks(checkpoint, names)
+    activations = partial(MappedActivations, Path(scratch))
+    output = _output(model, quantizer, names, folder, max_shard_size)
+    checkpoint.packing(quantizer)
+    report, held_out = calibrate_model(
+        StreamedWeights(checkpoint, activations, output),
+        names,
+        config,
+        dataset,
+        tokenizer,
+        activations=activations,
+        device=device,
+        batch_tokens=batch_tokens,
+        work_dir=None if work_dir is None else Path(work_dir),
+        restart=restart,
+        progress=progress,
+    )
+    output.finish()
+
+    def compare(out: Path) -> QuantizationReport:
+        return with_comparison(report, lambda: _saved(type(model), out, activations), held_out)
+
+    return StreamedResult(report, compare)
+
+
+def _check_blocks(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Reject a model whose decoder blocks are not what is read at a time."""
+    blocks = find_blocks(checkpoint.model, names)
+    for number in range(len(checkpoint.model.get_submodule(blocks))):
+        if f"{blocks}.{number}" not in checkpoint.units:
+            raise CannotStream(f"{blocks}.{number} cannot be read by itself")
+
+
+def _output(
+    model: PreTrainedModel, quantizer: PackedHfQuantizer, names: list[str], folder: Path, max_shard_size: str
+) -> Output:
+    """Save everything but the tensors of the packed model."""
+    skeleton = copy.deepcopy(model)
+    for name in names:
+        replace_by_packed(skeleton, name, quantizer.quantization_config.codec_of(name))
+    quantizer.hollow = True
+    skeleton.hf_quantizer = quantizer
+    quantizer.postprocess_model(skeleton)
+    return Output(skeleton, folder, max_shard_size)
+
+
+def _saved(kind: type[PreTrainedModel], folder: Path, activations: Callable[[], Activations]) -> StreamedWeights:
+    """The weights of a packed model in a folder."""
+    return StreamedWeights(Checkpoint(kind.from_pretrained(folder, device_map="meta")), activations)
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+
+
+def _round(
+    checkpoint: Checkpoint,
+    output: Output,
+    quantizer: PackedHfQuantizer,
+    names: list[str],
+    store: BlockStore | None,
+    progress: bool,
+) -> None:
+    """Pack the layers of every unit while it is read, and write it."""
+    model, config = checkpoint.model, quantizer.quantization_config
+    matrices = {name: count_matrices(model.get_submodule(name)) for name in names}
+    for name in names:
+        replace_by_packed(model, name, config.codec_of(name))
+    checkpoint.packing(quantizer)
+    quantizer.show_progress(sum(matrices.values()), progress)
+    for number, (name, unit) in enumerate(checkpoint.units.items()):
+        layers = [layer for layer in names if layer in unit.modules]
+        stored = store.load(number) if store and layers else None
+        with checkpoint.loaded(name, without=frozenset(layers if stored else ())):
+            if stored:
+                _install(model, stored)
+                quantizer.advance(sum(matrices[layer] for layer in layers))
+            elif store and layers:
+                store.save(number, QuantizedLayers({layer: _packed(model, layer) for layer in layers}))
+            output.write(model, unit)
+    quantizer.show_progress(0, False)
+
+
+def _packed(model: nn.Module, layer: str) -> dict[str, Packed]:
+    module = model.get_submodule(layer)
+    return {parameter: module.packed_tensors(parameter) for parameter in module.packed_parameters}
+
+
+def _install(model: nn.Module, stored: QuantizedLayers) -> None:
+    """Give packed modules on the meta device their tensors."""
+    for layer, parameters in stored.packed.items():
+        module = model.get_submodule(layer)
+        for parameter, packed in parameters.items():
+            for suffix, tensor in packed.items():
+                name = parameter_name(suffix, parameter)
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
