@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .modules import encode_stack, parameter_name
@@ -112,7 +112,7 @@ class OneExpertAtATime(WeightConverter):
         """Parameters by their full names."""
         sources = dict(self.collected_tensors)
         counts = {len(tensors) for tensors in sources.values()}
-        if len(counts) != 1:
+        if not isinstance(self.operations[0], MergeModulelist) or len(counts) != 1:  # saving runs the reverse
             return super().convert(layer_name, **kwargs)
         number = counts.pop()
         stacks: dict[str, Tensor] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from .calibration.held_out import HeldOut, with_comparison
 from .calibration.model import calibrate_model
+from .calibration.report import QuantizationReport
 from .calibration.settings import Calibration
 from .calibration.weights import ModelWeights
 from .config import PackedConfig
@@ -18,6 +20,19 @@ from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model that has been quantized and saved.
+
+    Attributes:
+        report: of the calibrated run, without the comparison; None if the weights were rounded.
+        compare: the report with the comparison of the model, which is now in a folder, with its original.
+    """
+
+    report: QuantizationReport | None
+    compare: Callable[[Path], QuantizationReport | None]
 
 
 def quantize_model(

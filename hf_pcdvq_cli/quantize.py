@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,9 +32,10 @@ from .common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_pcdvq.calibration.held_out import HeldOut
+    from hf_pcdvq.calibration.report import QuantizationReport
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
+    from hf_pcdvq.quantize import Quantized
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -72,6 +74,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 @click.option("--samples", type=click.IntRange(min=1), help="Windows of tokens to calibrate on. [default: 128]")
 @click.option("--length", type=click.IntRange(min=2), help="Tokens per window. [default: 1024]")
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the windows. [default: 0]")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens that go through a decoder block at once. [default: 8192 on an accelerator, one window on a CPU]",
+)
 @click.option("--all-experts", is_flag=True, help="Calibrate every expert on all tokens, wherever they are routed.")
 @click.option(
     "--work-dir",
@@ -97,8 +105,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     """Quantize MODEL and save it with its tokenizer and a report in a folder.
 
     The weights of all linear layers except the output head are quantized so that the layers' outputs on a calibration
-    text change as little as possible. An interrupted run resumes when it is started again. The folder is created only
-    when everything has been written.
+    text change as little as possible. The model need not fit in memory: with --dataset or --no-calibration it is read,
+    quantized and written one decoder block at a time. An interrupted run resumes when it is started again. The folder is
+    created only when everything has been written.
 
     \b
     Examples:
@@ -106,9 +115,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
-    from hf_pcdvq.calibration.held_out import with_comparison
     from hf_pcdvq.calibration.store import clear
     from hf_pcdvq.files.folders import check_source, folder_in_place
+    from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
 
     config = _quantization_config(ctx, skip)
@@ -116,11 +125,14 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
-    with folder_in_place(out, Path(model), options["force"]) as folder:
-        result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
-    clear(work_dir)
-    if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
-        with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
+    with ExitStack() as stack:
+        with folder_in_place(out, Path(model), options["force"]) as folder:
+            scratch = stack.enter_context(scratch_folder(out.parent))
+            result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
+        clear(work_dir)
+        report = result.compare(out)  # after saving, because nothing that happens here may cost the result
+        if report is not None:
+            report.write(out)
     seconds = time.monotonic() - started
     if options["as_json"]:
         echo_json({**count_folder(out).to_dict(), "comparison": _comparison(out), "seconds": round(seconds, 1)})
@@ -133,8 +145,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 class _Result(NamedTuple):
     """A model that has been saved."""
 
-    model: PreTrainedModel
-    held_out: HeldOut | None  # what to compare it with its original on
+    compare: Callable[[Path], QuantizationReport | None]  # see `Quantized`
     has_tokenizer: bool
 
 
@@ -173,16 +184,21 @@ def _calibration(ctx: click.Context) -> Calibration | None:
 
 
 def _quantize_into(
-    folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
+    folder: Path,
+    scratch: Path,
+    model: str,
+    config: PackedConfig,
+    options: dict[str, Any],
+    work_dir: Path,
+    command: str,
 ) -> _Result:
-    """Quantize and save the model."""
+    """Quantize and save the model; activations may be kept in `scratch`."""
     import torch
 
     from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
     from hf_pcdvq.files.records import package_versions
     from hf_pcdvq.importers.gguf import dense_from_gguf
-    from hf_pcdvq.quantize import quantize_uncompared
     from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
@@ -201,25 +217,91 @@ def _quantize_into(
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
-        held_out = None
-        if config.calibration is None:
-            loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
-        else:
-            # On the CPU: the decoder blocks are moved to the accelerator one at a time.
-            loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
-            held_out = quantize_uncompared(
-                loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
-            )
-        _save(loaded, folder, options["max_shard_size"])
+        run = _Run(model, source, config, tokenizer, folder, work_dir, options)
+        result = _streamed(run, scratch) or _in_memory(run)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if loaded.hf_quantizer.report is not None:
-            loaded.hf_quantizer.report.write(folder)
-        commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
+        if result.report is not None:
+            result.report.write(folder)
+        commit = getattr(model_config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
         if options["loader_stub"]:
             add_stub(folder)
-    return _Result(loaded, held_out, tokenizer is not None)
+    return _Result(result.compare, tokenizer is not None)
+
+
+class _Run(NamedTuple):
+    """What to quantize, how, and where to."""
+
+    model: str
+    source: dict[str, Any]
+    config: PackedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    folder: Path
+    work_dir: Path
+    options: dict[str, Any]
+
+    @property
+    def resuming(self) -> dict[str, Any]:
+        return {
+            "work_dir": self.work_dir,
+            "restart": self.options["force"],
+            "batch_tokens": self.options["batch_tokens"],
+            "progress": bars_wanted(),
+        }
+
+
+def _streamed(run: _Run, scratch: Path) -> Quantized | None:
+    """Quantize the model part by part and save it; None, after saying why, if it has to be loaded whole."""
+    from hf_pcdvq.streaming.checkpoint import CannotStream
+    from hf_pcdvq.streaming.quantize import quantize_checkpoint
+
+    try:
+        model = load_model(run.model, run.options["dtype"], "meta", **run.source)
+        return quantize_checkpoint(
+            model,
+            run.tokenizer,
+            run.config,
+            run.folder,
+            scratch,
+            device=_device(run),
+            max_shard_size=run.options["max_shard_size"],
+            **run.resuming,
+        )
+    except CannotStream as reason:
+        note(f"The model is loaded into memory whole: {reason}")
+        return None
+
+
+def _device(run: _Run) -> str | None:
+    """The device to compute on; None takes the accelerator if there is one."""
+    from hf_pcdvq.streaming.checkpoint import CannotStream
+
+    wanted = run.options["device_map"]
+    if run.config.calibration is not None or wanted in (None, "auto"):
+        return None  # decoder blocks are calibrated on the accelerator wherever the model is
+    if re.fullmatch(r"[a-z]+(:\d+)?", wanted) and wanted not in ("balanced", "balanced_low_0", "sequential"):
+        return wanted
+    raise CannotStream(f"--device-map {wanted} spreads it over devices")
+
+
+def _in_memory(run: _Run) -> Quantized:
+    """Quantize and save the model in memory."""
+    from hf_pcdvq.calibration.held_out import with_comparison
+    from hf_pcdvq.calibration.weights import ModelWeights
+    from hf_pcdvq.quantize import Quantized, quantize_uncompared
+
+    options, held_out = run.options, None
+    if run.config.calibration is None:
+        packing = {"quantization_config": run.config}
+        loaded = load_model(run.model, options["dtype"], options["device_map"], **packing, **run.source)
+    else:
+        # On the CPU: the decoder blocks are moved to the accelerator one at a time.
+        loaded = load_model(run.model, options["dtype"], options["device_map"] or "cpu", **run.source)
+        held_out = quantize_uncompared(loaded, run.tokenizer, run.config, **run.resuming)
+    _save(loaded, run.folder, options["max_shard_size"])
+    report = loaded.hf_quantizer.report
+    return Quantized(report, lambda out: with_comparison(report, lambda: ModelWeights(loaded), held_out))
 
 
 def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:

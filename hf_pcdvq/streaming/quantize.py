@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,26 +23,13 @@ from ..calibration.store import BlockStore
 from ..codecs.base import Packed
 from ..config import PackedConfig
 from ..modules import count_matrices, parameter_name
-from ..quantize import name_of_dataset
+from ..quantize import Quantized, name_of_dataset
 from ..quantizer import PackedHfQuantizer, replace_by_packed
 from .checkpoint import CannotStream, Checkpoint
 from .weights import Output, StreamedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class StreamedResult:
-    """A model that has been quantized and saved.
-
-    Attributes:
-        report: of the calibrated run, without the comparison; None if the weights were rounded.
-        compare: the report with the comparison of the model that is now in a folder with its original.
-    """
-
-    report: QuantizationReport | None
-    compare: Callable[[Path], QuantizationReport | None]
 
 
 def quantize_checkpoint(
@@ -59,7 +46,7 @@ def quantize_checkpoint(
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
-) -> StreamedResult:
+) -> Quantized:
     """Quantize a model that need not fit in memory, and save it.
 
     The files are those that `quantize_model`, or `from_pretrained` with the config if it has no calibration, and then
@@ -87,23 +74,26 @@ def quantize_checkpoint(
         device = torch.accelerator.current_accelerator()
     device = torch.device("cpu" if device is None else device)
     settings = config.calibration
+    if settings is not None and dataset is None:
+        dataset = settings.dataset
+        if dataset is None:
+            raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
     checkpoint = Checkpoint(model, device if settings is None else "cpu")
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
-    names = quantizer.select(model)
-    store = None
+    work_dir = None if work_dir is None else Path(work_dir)
     if settings is None:
+        names = quantizer.select(_before_loading(model))
+        store = None
         if work_dir is not None:
             identity = model_identity(model, checkpoint.contents())
-            store = BlockStore(Path(work_dir), run_identity(identity, names, config, None), restart)
+            store = BlockStore(work_dir, run_identity(identity, names, config, None), restart)
         output = _output(model, quantizer, names, folder, max_shard_size)
         _round(checkpoint, output, quantizer, names, store, progress)
         output.finish()
-        return StreamedResult(None, lambda out: None)
+        return Quantized(None, lambda out: None)
 
-    dataset = settings.dataset if dataset is None else dataset
-    if dataset is None:
-        raise CannotStream("it writes its calibration text itself; with a dataset it would be read block by block")
     config.calibration = replace(settings, dataset=name_of_dataset(dataset))
+    names = quantizer.select(model)
     _check_blocks(checkpoint, names)
     activations = partial(MappedActivations, Path(scratch))
     output = _output(model, quantizer, names, folder, max_shard_size)
@@ -117,7 +107,7 @@ def quantize_checkpoint(
         activations=activations,
         device=device,
         batch_tokens=batch_tokens,
-        work_dir=None if work_dir is None else Path(work_dir),
+        work_dir=work_dir,
         restart=restart,
         progress=progress,
     )
@@ -126,7 +116,17 @@ def quantize_checkpoint(
     def compare(out: Path) -> QuantizationReport:
         return with_comparison(report, lambda: _saved(type(model), out, activations), held_out)
 
-    return StreamedResult(report, compare)
+    return Quantized(report, compare)
+
+
+def _before_loading(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy as `from_pretrained` selects layers in when it rounds: weights are tied after they have loaded."""
+    untied = copy.deepcopy(model)
+    for name in untied.all_tied_weights_keys:
+        path, _, key = name.rpartition(".")
+        parameters = untied.get_submodule(path)._parameters
+        parameters[key] = nn.Parameter(torch.empty_like(parameters[key]))
+    return untied
 
 
 def _check_blocks(checkpoint: Checkpoint, names: list[str]) -> None:
