@@ -115,7 +115,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
-    from hf_pcdvq.calibration.store import clear
+    from hf_pcdvq.calibration.store import kept_until_done
     from hf_pcdvq.files.folders import check_source, folder_in_place
     from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
@@ -126,10 +126,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with ExitStack() as stack:
-        with folder_in_place(out, Path(model), options["force"]) as folder:
+        with kept_until_done(work_dir), folder_in_place(out, Path(model), options["force"]) as folder:
             scratch = stack.enter_context(scratch_folder(out.parent))
             result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
-        clear(work_dir)
         report = result.compare(out)  # after saving, because nothing that happens here may cost the result
         if report is not None:
             report.write(out)

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,14 +103,18 @@ def keep_windows(folder: Path, identity: Identity, generate: Callable[[], Tensor
     return windows
 
 
-def clear(folder: Path) -> None:
-    """Delete the files of a finished run, and their folder if nothing else is in it."""
-    if folder.is_dir():
-        shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+@contextmanager
+def kept_until_done(folder: Path) -> Iterator[None]:
+    """Delete the files of a run when the body ends, but not if it fails; and their folder if nothing is in it."""
+    try:
+        yield
         for file in [*folder.glob(_BLOCKS), folder / _WINDOWS]:
             file.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    finally:
+        if folder.is_dir():
+            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _prepare(folder: Path) -> None:

@@ -22,7 +22,11 @@ _ALIGNMENT = 8  # of the tensors in a file, in bytes
 
 
 def lay_out(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a file with the header of these tensors, which may be on the meta device, and zeros in their place."""
+    """Write a file with the header of these tensors, which may be on the meta device, and room for them.
+
+    Raises:
+        OSError: it cannot be made that large; the message names it.
+    """
     empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
     blob = safetensors.torch.save(empty, metadata)
     entries = json.loads(blob[8 : 8 + struct.unpack("<Q", blob[:8])[0]])
@@ -33,9 +37,16 @@ def lay_out(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str])
         header[name] = {"dtype": entry["dtype"], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
+    size = 8 + len(text) + end
+    try:
+        with file.open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            if hasattr(os, "posix_fallocate"):  # a full disk is found now
+                stream.flush()
+                os.posix_fallocate(stream.fileno(), 0, size)
+            stream.truncate(size)
+    except OSError as error:
+        raise OSError(f"{file} of {size} bytes could not be made: {error}") from error
 
 
 class HollowFiles:

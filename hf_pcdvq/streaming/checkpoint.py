@@ -132,7 +132,7 @@ class Checkpoint:
     def _find_units(self) -> dict[str, Unit]:
         units: dict[str, Unit] = {}
         lists = [name for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
-        unit_of = {tensor: _unit_of(tensor, lists) for tensor in self.model.state_dict()}
+        unit_of = {tensor: unit_name(tensor, lists) for tensor in self.model.state_dict()}
         for target, source in self.model.all_tied_weights_keys.items():
             if unit_of[source] != unit_of[target] and not {unit_of[source], unit_of[target]} <= {
                 _owner(source),
@@ -276,7 +276,7 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _unit_of(tensor: str, lists: list[str]) -> str:
+def unit_name(tensor: str, lists: list[str]) -> str:
     """The name of the unit of a tensor; `lists` are the names of all lists of modules, outer ones first."""
     around = next((name for name in lists if tensor.startswith(f"{name}.")), None)
     if around is None:

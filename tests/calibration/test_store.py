@@ -148,8 +148,19 @@ def test_remains_of_a_killed_run_are_cleared(tmp_path):
     quantize(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"block-0000.safetensors", "block-0001.safetensors"}
     (tmp_path / ".partial").mkdir()
-    store.clear(tmp_path)
+    with store.kept_until_done(tmp_path):
+        pass
     assert not tmp_path.exists()
+
+
+def test_folder_of_a_failed_run_stays_unless_it_is_empty(tmp_path):
+    kept, empty = tmp_path / "kept", tmp_path / "empty"
+    quantize(kept)
+    empty.mkdir()
+    for folder in (kept, empty):
+        with pytest.raises(KeyboardInterrupt), store.kept_until_done(folder):
+            raise KeyboardInterrupt
+    assert len(list(kept.iterdir())) == 2 and not empty.exists()
 
 
 def test_records_come_back_as_they_were(finished):
