@@ -149,7 +149,7 @@ def _units(model: PreTrainedModel, names: list[str]) -> dict[str, _Unit]:
 def _matrices(model: PreTrainedModel, names: list[str], config: PackedConfig) -> list[_Matrix]:
     found = []
     text = model.config.get_text_config()
-    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_k", None) or 1
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
     for name in names:
         for parameter, weight in dense_weights(model.get_submodule(name)).items():
             stack = weight.ndim == 3

@@ -183,7 +183,7 @@ def effort_table(result: Estimate) -> Table:
         table.add_column(heading, justify="right")
     for how, effort in result.efforts.items():
         sizes = (f"{nbytes / 1e9:,.1f}" for nbytes in (effort.memory_bytes, effort.read_bytes, effort.disk_bytes))
-        hours = "-" if effort.seconds is None else f"{effort.seconds / 3600:,.2g}"
+        hours = "-" if effort.seconds is None else f"{effort.seconds / 3600:,.1f}"
         table.add_row(how, *sizes, hours)
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,54 +69,97 @@ def quantize_checkpoint(
         CannotStream: the checkpoint has to be loaded whole.
         ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
     """
-    folder, config = Path(folder), copy.copy(config)
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-    device = torch.device("cpu" if device is None else device)
-    settings = config.calibration
-    if settings is not None and dataset is None:
-        dataset = settings.dataset
-        if dataset is None:
-            raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
-    checkpoint = Checkpoint(model, device if settings is None else "cpu")
-    quantizer = PackedHfQuantizer(config, pre_quantized=False)
-    work_dir = None if work_dir is None else Path(work_dir)
-    if settings is None:
-        names = quantizer.select(_before_loading(model))
-        store = None
-        if work_dir is not None:
-            identity = model_identity(model, checkpoint.contents())
-            store = BlockStore(work_dir, run_identity(identity, names, config, None), restart)
-        output = _output(model, quantizer, names, folder, max_shard_size)
-        _round(checkpoint, output, quantizer, names, store, progress)
-        output.finish()
-        return Quantized(None, lambda out: None)
-
-    config.calibration = replace(settings, dataset=name_of_dataset(dataset))
-    names = quantizer.select(model)
-    _check_blocks(checkpoint, names)
-    activations = partial(MappedActivations, Path(scratch))
-    output = _output(model, quantizer, names, folder, max_shard_size)
-    checkpoint.packing(quantizer)
-    report, held_out = calibrate_model(
-        StreamedWeights(checkpoint, activations, output),
-        names,
-        config,
-        dataset,
-        tokenizer,
-        activations=activations,
-        device=device,
-        batch_tokens=batch_tokens,
-        work_dir=work_dir,
+    run = _Run(
+        model,
+        copy.copy(config),
+        Path(folder),
+        max_shard_size,
+        device=torch.device("cpu" if device is None else device),
+        work_dir=None if work_dir is None else Path(work_dir),
         restart=restart,
         progress=progress,
     )
-    output.finish()
+    if config.calibration is None:
+        run.round()
+        return Quantized(None, lambda out: None)
+    dataset = config.calibration.dataset if dataset is None else dataset
+    if dataset is None:
+        raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
+    return run.calibrate(tokenizer, dataset, partial(MappedActivations, Path(scratch)), batch_tokens)
 
-    def compare(out: Path) -> QuantizationReport:
-        return with_comparison(report, lambda: _saved(type(model), out, activations), held_out)
 
-    return Quantized(report, compare)
+@dataclass
+class _Run:
+    """A model that is quantized into a folder. See `quantize_checkpoint` for the fields."""
+
+    model: PreTrainedModel
+    config: PackedConfig
+    folder: Path
+    max_shard_size: str
+    device: torch.device
+    work_dir: Path | None
+    restart: bool
+    progress: bool
+
+    def calibrate(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: Any,
+        activations: Callable[[], Activations],
+        batch_tokens: int | None,
+    ) -> Quantized:
+        """Calibrate every block on the outputs of those before it."""
+        checkpoint = Checkpoint(self.model)
+        self.config.calibration = replace(self.config.calibration, dataset=name_of_dataset(dataset))
+        quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
+        names = quantizer.select(self.model)
+        _check_blocks(checkpoint, names)
+        output = self._output(quantizer, names)
+        checkpoint.packing(quantizer)
+        report, held_out = calibrate_model(
+            StreamedWeights(checkpoint, activations, output),
+            names,
+            self.config,
+            dataset,
+            tokenizer,
+            activations=activations,
+            device=self.device,
+            batch_tokens=batch_tokens,
+            work_dir=self.work_dir,
+            restart=self.restart,
+            progress=self.progress,
+        )
+        output.finish()
+
+        def compare(out: Path) -> QuantizationReport:
+            return with_comparison(report, lambda: _saved(type(self.model), out, activations), held_out)
+
+        return Quantized(report, compare)
+
+    def round(self) -> None:
+        """Round every weight to the nearest codes while it is read."""
+        checkpoint = Checkpoint(self.model, self.device)
+        quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
+        names = quantizer.select(_before_loading(self.model))
+        store = None
+        if self.work_dir is not None:
+            identity = model_identity(self.model, checkpoint.contents())
+            store = BlockStore(self.work_dir, run_identity(identity, names, self.config, None), self.restart)
+        output = self._output(quantizer, names)
+        _round_units(checkpoint, output, quantizer, names, store, self.progress)
+        output.finish()
+
+    def _output(self, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
+        """Save everything but the tensors of the packed model."""
+        skeleton = copy.deepcopy(self.model)
+        for name in names:
+            replace_by_packed(skeleton, name, self.config.codec_of(name))
+        quantizer.hollow = True
+        skeleton.hf_quantizer = quantizer
+        quantizer.postprocess_model(skeleton)
+        return Output(skeleton, self.folder, self.max_shard_size)
 
 
 def _before_loading(model: PreTrainedModel) -> PreTrainedModel:
@@ -137,19 +180,6 @@ def _check_blocks(checkpoint: Checkpoint, names: list[str]) -> None:
             raise CannotStream(f"{blocks}.{number} cannot be read by itself")
 
 
-def _output(
-    model: PreTrainedModel, quantizer: PackedHfQuantizer, names: list[str], folder: Path, max_shard_size: str
-) -> Output:
-    """Save everything but the tensors of the packed model."""
-    skeleton = copy.deepcopy(model)
-    for name in names:
-        replace_by_packed(skeleton, name, quantizer.quantization_config.codec_of(name))
-    quantizer.hollow = True
-    skeleton.hf_quantizer = quantizer
-    quantizer.postprocess_model(skeleton)
-    return Output(skeleton, folder, max_shard_size)
-
-
 def _saved(kind: type[PreTrainedModel], folder: Path, activations: Callable[[], Activations]) -> StreamedWeights:
     """The weights of a packed model in a folder."""
     return StreamedWeights(Checkpoint(kind.from_pretrained(folder, device_map="meta")), activations)
@@ -158,7 +188,7 @@ def _saved(kind: type[PreTrainedModel], folder: Path, activations: Callable[[], 
 # ------------------------------------------------------------------------------------------------------------ rounding
 
 
-def _round(
+def _round_units(
     checkpoint: Checkpoint,
     output: Output,
     quantizer: PackedHfQuantizer,

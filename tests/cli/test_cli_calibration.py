@@ -141,6 +141,13 @@ def test_full_disk_is_named_and_costs_no_block(tiny_model_dir, text, tmp_path):
     succeed(*arguments)
 
 
+def test_model_is_read_part_by_part_or_a_line_says_why_not(tiny_model_dir, text, tmp_path):
+    whole = succeed("quantize", tiny_model_dir, "--out", tmp_path / "whole", *OPTIONS)
+    parts = succeed("quantize", tiny_model_dir, "--out", tmp_path / "parts", *OPTIONS, "--dataset", text)
+    assert "loaded into memory whole: it writes its calibration text itself" in whole.stderr
+    assert "whole" not in parts.stderr
+
+
 def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):
     succeed("quantize", tiny_model_dir, "--out", tmp_path / "packed", *OPTIONS)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
