@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,7 +32,8 @@ def lay_out(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str])
     blob = safetensors.torch.save(empty, metadata)
     entries = json.loads(blob[8 : 8 + struct.unpack("<Q", blob[:8])[0]])
     entries.pop(METADATA)
-    header, end = {METADATA: dict(sorted(metadata.items()))}, 0
+    header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))}
+    end = 0
     for name, entry in entries.items():
         start, end = end, end + tensors[name].numel() * tensors[name].itemsize
         header[name] = {"dtype": entry["dtype"], "shape": list(tensors[name].shape), "data_offsets": [start, end]}

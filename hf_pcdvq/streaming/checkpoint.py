@@ -107,16 +107,11 @@ class Checkpoint:
         """
         try:
             for name in names:
-                self._read(self.units[name], self.device, without)
+                self._read(self.units[name], without)
             yield
         finally:
             for name in names:
                 self._drop(self.units[name])
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensors in the files."""
-        return sum(tensor.nbytes for tensor in self._stored.values())
 
     def contents(self) -> str:
         """A hash of the files, which are read."""
@@ -183,8 +178,8 @@ class Checkpoint:
 
     # ------------------------------------------------------------------------------------------------- weights
 
-    def _read(self, unit: Unit, device: torch.device, without: frozenset[str]) -> None:
-        self._load(unit, [key for key in unit.keys if not self._only_for(key, without)], device)
+    def _read(self, unit: Unit, without: frozenset[str]) -> None:
+        self._load(unit, [key for key in unit.keys if not self._only_for(key, without)], self.device)
         if self._quantizer is not None and self._quantizer.failure is not None:
             raise ValueError(self._quantizer.failure)
 

@@ -58,7 +58,7 @@ CASES = [
     ("biased", "stream-2.0", {}),
     ("biased", "pcdvq-2.0", {"overrides": {"v_proj": None, "o_proj": "int8"}}),
     ("opt", "ccq-2.5", {}),
-    ("mixtral", "stream-2.5", {}),
+    ("mixtral", "ccq-2.0625", {}),
     ("mixtral", "pcdvq-2.25", {"overrides": {"experts": None}}),  # experts that are fused, and not packed
     ("deepseek", "pcdvq-2.0", {}),
     ("ernie", "ccq-2.75", {}),
