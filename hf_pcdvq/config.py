@@ -11,10 +11,12 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from hf_pcdvq_kernels.formats.stream import STREAM_BITS
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .allocation.target import AUTO, Target
 from .calibration.settings import Calibration
 from .codecs import SETTINGS, Codec, codec_of_setting
 from .codecs.base import one_of
@@ -23,6 +25,8 @@ from .version import FORMAT_VERSION
 
 # What concerns the process that quantizes or loads, and never stands in a file.
 _NOT_SAVED = ("dequantize", "tokenizer")
+# What bits="auto" is to reach; settled before anything is quantized.
+_TARGETS = ("target_bits", "target_size")
 # What records how a model was made: decoding does not depend on it.
 _RECORDS = ("calibration", "left_unpacked", "modules_to_convert", "modules_to_not_convert")
 _PATTERN_LIMIT = 1000  # characters
@@ -105,6 +109,9 @@ class PackedConfig(QuantizationConfigMixin):
             None rounds to the nearest codes. In a packed model it records how the model was made.
         tokenizer: for calibration while loading a model: a tokenizer, or a name or folder to load it from; None takes
             the model's own. Not saved.
+        target_bits, target_size: with `bits="auto"`, one of them: bits per packed weight, or the size of the whole
+            safetensors file, in bytes or as `"1.2GB"`, that an allocation of different bits to different layers must not
+            exceed (docs/mixed_bits.md). It needs calibration, and settles `bits` and `overrides`.
         overrides: other settings for some modules: maps regular expressions, searched for in the module's name, to
             the name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match
             applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Used when a model is
@@ -130,6 +137,8 @@ class PackedConfig(QuantizationConfigMixin):
         modules_to_convert: list[str] | None = None,
         calibration: Calibration | dict[str, Any] | str | None = None,
         tokenizer: Any = None,
+        target_bits: float | None = None,
+        target_size: int | str | None = None,
         overrides: dict[str, str | None] | list[list[str | None]] | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
@@ -145,12 +154,14 @@ class PackedConfig(QuantizationConfigMixin):
             self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
             self.modules_to_convert = _names("modules_to_convert", modules_to_convert)
             self.calibration = Calibration.of(calibration)
+            Target.of(target_bits, target_size)
             self.overrides = _overrides(overrides)
             self.dequantize = one_of("dequantize", dequantize, (False, True))
             self.left_unpacked = _reasons(left_unpacked)
         self.format_version = format_version
         self.hadamard_block = hadamard_block
         self.tokenizer = tokenizer
+        self.target_bits, self.target_size = target_bits, target_size
 
     def _check_version(self, format_version: Any, unknown: dict[str, Any]) -> None:
         _integer("format_version", format_version, 1, 1 << 30)
@@ -170,17 +181,50 @@ class PackedConfig(QuantizationConfigMixin):
     @property
     @abstractmethod
     def codec(self) -> Codec:
-        """The codec that this config describes, for modules without an override."""
+        """The codec that this config describes, for modules without an override; with `bits="auto"` the smallest."""
+
+    @property
+    def target(self) -> Target | None:
+        """What an allocation of bits is to reach; None unless `bits="auto"`."""
+        return Target.of(self.target_bits, self.target_size)
+
+    def settled(self, setting: str, overrides: dict[str, str | None]) -> Self:
+        """A copy with a named setting of the same method and with these overrides, in place of `bits="auto"`."""
+        fields = {**vars(self), **SETTINGS[setting][1], "overrides": overrides, **dict.fromkeys(_TARGETS)}
+        return type(self)(**fields)
+
+    def _check_target(self, bits: Any) -> None:
+        """Refuse `bits="auto"` without a target, and a target without it."""
+        if (bits == AUTO) == (self.target is None):
+            raise ValueError(
+                f'bits="{AUTO}" needs target_bits or target_size, and they need bits="{AUTO}": got bits {bits!r}, target_bits '
+                f"{self.target_bits!r}, target_size {self.target_size!r}"
+            )
+
+    def overridden(self, module: str) -> bool:
+        """Whether an override says which setting a module gets, by its name."""
+        return any(re.search(pattern, module) for pattern in self.overrides)
 
     def codec_of(self, module: str) -> Codec | None:
         """The codec that a module gets when it is quantized, by its name; None if it is not to be packed."""
         for pattern, setting in self.overrides.items():
             if re.search(pattern, module):
-                return None if setting is None else codec_of_setting(setting, self.hadamard_block, self.hadamard_seed)
+                return None if setting is None else self.codec_with_setting(setting)
         return self.codec
+
+    def codec_with_setting(self, setting: str) -> Codec:
+        """The codec of a named setting, with this config's rotation and, in its own format's family, its details."""
+        details = self._details() if SETTINGS[setting][0] is type(self.codec) else {}
+        return codec_of_setting(setting, self.hadamard_block, self.hadamard_seed, **details)
+
+    @abstractmethod
+    def _details(self) -> dict[str, Any]:
+        """The fields of the codec that all of its settings share."""
 
     def describe(self) -> str:
         """The name of the setting and its details: `"stream-2.0, windows of 14 bits"`."""
+        if self.target is not None:
+            return f"{self.method}, bits by layer for {self.target}"
         described = ", ".join([self.codec.format, *self.codec.details()])
         return f"{described}, other settings for some layers" if self.overrides else described
 
@@ -191,6 +235,9 @@ class PackedConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-serializable. `dequantize` and `tokenizer` concern this process only and are not saved."""
         fields = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name not in _NOT_SAVED}
+        for name in _TARGETS:
+            if fields[name] is None:
+                del fields[name]
         fields["calibration"] = self.calibration.to_dict() if self.calibration else None
         # Their order matters, and Transformers sorts dictionaries when saving them.
         fields["overrides"] = [list(pair) for pair in self.overrides.items()]
@@ -219,7 +266,7 @@ class PcdvqConfig(PackedConfig):
     """Polar coordinate decoupled vector quantization (arXiv 2506.05432).
 
     Args:
-        bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights) or 2.25 (2^16 directions).
+        bits: 2.0 (2^14 directions, 4 magnitudes per 8 weights), 2.25 (2^16 directions), or `"auto"`, see `target_bits`.
         magnitude: the paper's `"norm"` (default; better text after calibration) or the `"projection"` onto the chosen
             direction (2 % less squared error of the weights).
         codebook: id of the shipped codebook; None takes the one for `bits`.
@@ -234,7 +281,7 @@ class PcdvqConfig(PackedConfig):
 
     def __init__(
         self,
-        bits: float = 2.25,
+        bits: float | str = 2.25,
         magnitude: str = "norm",
         codebook: str | None = None,
         codebook_sha256: str | None = None,
@@ -242,23 +289,32 @@ class PcdvqConfig(PackedConfig):
     ):
         super().__init__(**common)
         with _named("PcdvqConfig"):
+            self._check_target(bits)
             codec = self._codec_with(bits, magnitude, codebook)
-            self.codebook_sha256 = codebook_hash(codec.codebook)
-        self.bits, self.magnitude, self.codebook = codec.bits, codec.magnitude, codec.codebook
+            if bits == AUTO and codebook is not None:
+                raise ValueError(f"codebook {codebook!r} is for one number of bits, but bits is {bits!r}")
+            self.codebook_sha256 = None if bits == AUTO else codebook_hash(codec.codebook)
+        self.magnitude = codec.magnitude
+        self.bits: float | str = AUTO if bits == AUTO else codec.bits
+        self.codebook: str | None = None if bits == AUTO else codec.codebook
         if codebook_sha256 not in (None, self.codebook_sha256):
             raise ValueError(
                 f"PcdvqConfig: the model was packed with a codebook {self.codebook!r} of SHA-256 {codebook_sha256}, "
                 f"but the installed one has {self.codebook_sha256}; it would decode to different weights"
             )
 
-    def _codec_with(self, bits: float, magnitude: str, codebook: str | None) -> Any:
+    def _codec_with(self, bits: float | str, magnitude: str, codebook: str | None) -> Any:
         codecs = _codecs_by("bits", self.method)
+        bits = min(codecs) if bits == AUTO else bits
         fields = {"bits": bits, "magnitude": magnitude, "codebook": codebook}
         return codecs[one_of("bits", bits, tuple(codecs))].of(self.hadamard_block, self.hadamard_seed, **fields)
 
     @property
     def codec(self) -> Codec:
         return self._codec_with(self.bits, self.magnitude, self.codebook)
+
+    def _details(self) -> dict[str, Any]:
+        return {"magnitude": self.magnitude}
 
 
 class CcqConfig(PackedConfig):
@@ -268,7 +324,8 @@ class CcqConfig(PackedConfig):
         layout: `"2.75"`, `"2.5"` or `"2.0625"`, the published layouts, named by bits per weight, or `"stream"`: ours,
             much better at the same bits (`codecs/stream.py`).
         hadamard: rotate the inputs (default; far better at these bits). False is the published form.
-        bits: bits per weight. A choice for `"stream"` only: 2.0 (default), 2.25, 2.5, 3.0 or 4.0.
+        bits: bits per weight. A choice for `"stream"` only: 2.0 (default), 2.25, 2.5, 3.0, 4.0, or `"auto"`, see
+            `target_bits`.
         window_bits: for `"stream"` only: 12 (default) to 16. Each additional bit more than doubles the encoding time,
             for about 1 % less squared error.
 
@@ -283,7 +340,7 @@ class CcqConfig(PackedConfig):
         self,
         layout: str = "2.5",
         hadamard: bool = True,
-        bits: float | None = None,
+        bits: float | str | None = None,
         window_bits: int | None = None,
         **common: Any,
     ):
@@ -291,10 +348,18 @@ class CcqConfig(PackedConfig):
         with _named("CcqConfig"):
             self.layout = one_of("layout", layout, tuple(_codecs_by("layout", self.method)))
             self.hadamard = one_of("hadamard", hadamard, (False, True))
+            self._check_target(bits)
+            if bits == AUTO and not (layout == "stream" and hadamard):
+                raise ValueError(
+                    f'bits="{AUTO}" chooses among the rates of layout "stream" with its rotation: got layout {layout!r}, '
+                    f"hadamard {hadamard!r}"
+                )
             codec = self._codec_with(bits, window_bits)
-        self.bits, self.window_bits = codec.bits, codec.parameters().get("window_bits")
+        self.bits: float | str = AUTO if bits == AUTO else codec.bits
+        self.window_bits = codec.parameters().get("window_bits")
 
-    def _codec_with(self, bits: float | None, window_bits: int | None) -> Codec:
+    def _codec_with(self, bits: float | str | None, window_bits: int | None) -> Codec:
+        bits = min(STREAM_BITS) if bits == AUTO else bits
         block = self.hadamard_block if self.hadamard else 0
         fields = {"layout": self.layout, "bits": bits, "window_bits": window_bits}
         return _codecs_by("layout", self.method)[self.layout].of(block, self.hadamard_seed, **fields)
@@ -302,6 +367,9 @@ class CcqConfig(PackedConfig):
     @property
     def codec(self) -> Codec:
         return self._codec_with(self.bits, self.window_bits)
+
+    def _details(self) -> dict[str, Any]:
+        return {} if self.window_bits is None else {"window_bits": self.window_bits}
 
 
 CONFIGS: dict[str, type[PackedConfig]] = {config.method: config for config in (PcdvqConfig, CcqConfig)}
@@ -316,4 +384,4 @@ def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
     names = tuple(name for name, (codec, _) in SETTINGS.items() if codec.method in CONFIGS)
     with _named("config"):
         codec, own = SETTINGS[one_of("setting", setting, names)]
-    return CONFIGS[codec.method](**own, **fields)
+    return CONFIGS[codec.method](**{**own, **fields})

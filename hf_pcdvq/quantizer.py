@@ -41,7 +41,7 @@ from .files.marks import drop_marks
 from .files.names import matched_names
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, count_matrices, packed_type, share_inputs, unshare_inputs
+from .modules import PackedModule, count_matrices, packed_modules, packed_type, share_inputs, unshare_inputs
 from .parameter_count import count_weights_of
 from .select import added_modules, check_packable, select_layers
 
@@ -58,9 +58,8 @@ class PackedHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.failure: str | None = None
         self.report: QuantizationReport | None = None
-        self.hollow = (
-            False  # whether the model is on meta for good, and its tensors are put into its files once saved
-        )
+        # Whether the model stays on meta: its files are laid out, and its tensors put there later.
+        self.hollow = False
         self._progress: tqdm | None = None
         self._to_calibrate: list[str] = []
         self._checkpoint_files: list[str] | None = None
@@ -72,6 +71,12 @@ class PackedHfQuantizer(HfQuantizer):
             raise ValueError(
                 "dequantize=True decodes a model that is packed already; this checkpoint is not. "
                 "Leave it out to quantize, or load without a quantization_config"
+            )
+        config = self.quantization_config
+        if not self.pre_quantized and config.target is not None and config.calibration is None:
+            raise ValueError(
+                f'bits="auto" for {config.target} chooses by what quantization does to predictions on a text, and needs '
+                'calibration: pass calibration=Calibration(dataset=...) or "text.txt" in the config'
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -158,13 +163,14 @@ class PackedHfQuantizer(HfQuantizer):
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        distributed = getattr(model.config, "distributed_config", None)
-        if any((getattr(distributed, size, None) or 1) > 1 for size in ("tp_size", "ep_size")):
-            raise NotImplementedError(
-                "hf_pcdvq does not support tensor or expert parallelism yet: packed tensors would be sharded like "
-                "dense ones. Load with device_map='auto' to spread the model over several GPUs"
-            )
-        super().update_parallel_plan(model, plan)
+        if not self.pre_quantized or not torch.distributed.is_available():
+            return
+        from .parallel import packed_plan  # not when this package is imported: it takes seconds
+
+        # Called for either plan. Replaced, not changed in place: a caller's rules are merged into it later.
+        for name in ("_tp_plan", "_ep_plan"):
+            if getattr(model, name) is plan:
+                setattr(model, name, packed_plan(model, plan))
 
     # ---------------------------------------------------------------------------------------- during loading
 
@@ -177,6 +183,12 @@ class PackedHfQuantizer(HfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        if not self.pre_quantized and getattr(model, "_mesh_manager", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} cannot be quantized while it is loaded onto several processes: each would encode "
+                "what it holds. Quantize it in one process, save it with save_pretrained, and load that with the same "
+                "distributed_config"
+            )
         module, name = get_module_from_name(model, param_name)
         return not self.pre_quantized and isinstance(module, PackedModule) and name in module.packed_parameters
 
@@ -238,7 +250,7 @@ class PackedHfQuantizer(HfQuantizer):
                 find_tokenizer(config, model, self._checkpoint_files),
                 progress=is_progress_bar_enabled(),
             )
-        layers = _packed_modules(model)
+        layers = packed_modules(model)
         if self.report is None and not self.hollow:
             _check_loaded(layers)
         for layer in layers.values():
@@ -268,7 +280,7 @@ class PackedHfQuantizer(HfQuantizer):
             conversions = prefixes + [entry for entry in stock if not isinstance(entry, PrefixChange)]
         packed = [
             f"{name}.{parameter}"
-            for name, module in _packed_modules(model).items()
+            for name, module in packed_modules(model).items()
             for parameter in module.packed_parameters
         ]
         model._weight_conversions = [entry for entry in conversions if not _changes(entry, packed)]
@@ -293,7 +305,7 @@ class PackedHfQuantizer(HfQuantizer):
         from accelerate.hooks import add_hook_to_module
 
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # the config may hold its name
-        layers = _packed_modules(model)
+        layers = packed_modules(model)
         for name, layer in layers.items():
             if next(layer.parameters()).device.type == "meta":
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
@@ -302,6 +314,10 @@ class PackedHfQuantizer(HfQuantizer):
             model.set_submodule(name, dense)
             if hasattr(layer, "_hf_hook"):  # of a model on several devices
                 add_hook_to_module(dense, layer._hf_hook)
+        if getattr(model, "_mesh_manager", None) is not None:
+            from .parallel import parallelize
+
+            parallelize(model, list(layers))
         unshare_inputs(model)
         count_weights_of(model, packed=False)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
@@ -349,10 +365,6 @@ def replace_by_packed(model: nn.Module, name: str, codec: Codec) -> PackedModule
     empty._is_hf_initialized = True
     model.set_submodule(name, empty)
     return empty
-
-
-def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import click
 
+from .allocate import allocate
 from .compare import compare
 from .estimate import estimate
 from .evaluate import evaluate_command
 from .generate import generate
+from .harness import lm_eval
 from .import_wint2 import import_wint2_command
 from .inspect import inspect
 from .push import card, check, push
 from .quantize import quantize
+from .recover import recover_command
 from .serve import chat, serve
 from .speed import speed
 from .tune import tune
@@ -42,6 +45,8 @@ def main() -> None:
 
 for command in (
     quantize,
+    recover_command,
+    allocate,
     estimate,
     inspect,
     evaluate_command,
@@ -49,6 +54,7 @@ for command in (
     generate,
     serve,
     chat,
+    lm_eval,
     speed,
     tune,
     import_wint2_command,

@@ -59,7 +59,12 @@ class Command(click.Command):
 
 def bars_wanted() -> bool:
     """Whether the running command may show progress bars."""
-    return sys.stderr.isatty() and not click.get_current_context().meta[_QUIET]
+    return sys.stderr.isatty() and not is_quiet()
+
+
+def is_quiet() -> bool:
+    """Whether the running command has been given `--quiet`."""
+    return click.get_current_context().meta[_QUIET]
 
 
 @contextmanager
@@ -230,5 +235,5 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    if not click.get_current_context().meta[_QUIET]:
+    if not is_quiet():
         click.echo(printable(text), err=True)

@@ -6,7 +6,6 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,11 +15,9 @@ import click
 from .common import (
     Command,
     add_stub,
-    bars_wanted,
     command_line,
     echo_json,
     json_option,
-    load_model,
     loader_stub_option,
     note,
     override_option,
@@ -28,14 +25,17 @@ from .common import (
     placement_options,
     setting_option,
 )
+from .mixed import allocated, show_allocation, target_fields, target_options
+from .quantizing import Run, quantize_and_save
+from .recover import check_recovery_options, finish_recovery, recovery_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from hf_pcdvq.calibration.report import QuantizationReport
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
     from hf_pcdvq.quantize import Quantized
+    from hf_pcdvq.recovery.report import RecoveryReport
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
@@ -64,6 +64,13 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
 )
 @override_option
+@target_options
+@click.option(
+    "--allocation",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Bits by layer from the allocation.json of hf-pcdvq allocate, instead of --setting.",
+)
 @click.option(
     "--dataset",
     metavar="DATA",
@@ -97,6 +104,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     help="Replace the model in --out, and compute again what --work-dir holds of another run, or damaged.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option(
+    "--recover",
+    is_flag=True,
+    help="Afterwards, train scales, norms and biases towards the original, on the same text; see hf-pcdvq recover.",
+)
+@recovery_options
 @loader_stub_option
 @json_option
 @placement_options
@@ -113,23 +126,28 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     Examples:
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --dataset wiki.txt
       hf-pcdvq quantize ./my-model --out my-model-2.5bit --setting stream-2.5
+      hf-pcdvq quantize ./my-model --out my-model-2.3bit --setting stream-2.0 --bits auto --target-bits 2.3
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
-    from hf_pcdvq.calibration.store import kept_until_done
+    from hf_pcdvq.allocation.store import kept_until_done
     from hf_pcdvq.files.folders import check_source, folder_in_place
     from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
 
     config = _quantization_config(ctx, skip)
+    check_recovery_options(ctx)
     check_source(model)
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with ExitStack() as stack:
-        with kept_until_done(work_dir), folder_in_place(out, Path(model), options["force"]) as folder:
-            scratch = stack.enter_context(scratch_folder(out.parent))
-            result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
-        report = result.compare(out)  # after saving, because nothing that happens here may cost the result
+        with kept_until_done(work_dir):
+            with folder_in_place(out, Path(model), options["force"]) as folder:
+                scratch = stack.enter_context(scratch_folder(out.parent))
+                result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
+            if result.recovery is not None:
+                finish_recovery(result.recovery, work_dir)
+        report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
         if report is not None:
             report.write(out)
     seconds = time.monotonic() - started
@@ -137,6 +155,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         echo_json({**count_folder(out).to_dict(), "comparison": _comparison(out), "seconds": round(seconds, 1)})
     else:
         _print_result(out, model, options["gguf_file"], seconds)
+        show_allocation(report)
     if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
 
@@ -144,8 +163,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 class _Result(NamedTuple):
     """A model that has been saved."""
 
-    compare: Callable[[Path], QuantizationReport | None]  # see `Quantized`
+    quantized: Quantized
     has_tokenizer: bool
+    recovery: RecoveryReport | None
 
 
 def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
@@ -155,6 +175,9 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
+    common.update(target_fields(ctx))
+    if ctx.params["allocation"] is not None:
+        setting, overrides = allocated(ctx, overrides)
     try:
         for name in chosen:
             if not hasattr(config_of_setting(setting), name):
@@ -216,103 +239,20 @@ def _quantize_into(
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
-        run = _Run(model, source, config, tokenizer, folder, work_dir, options)
-        result = _streamed(run, scratch) or _in_memory(run)
+        quantized, recovery = quantize_and_save(
+            Run(model, source, config, tokenizer, folder, work_dir, options), scratch
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if result.report is not None:
-            result.report.write(folder)
+        if quantized.report is not None:
+            quantized.report.write(folder)
         commit = getattr(model_config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
+        if recovery is not None:
+            recovery.write(folder)
         if options["loader_stub"]:
             add_stub(folder)
-    return _Result(result.compare, tokenizer is not None)
-
-
-class _Run(NamedTuple):
-    """What to quantize, how, and where to."""
-
-    model: str
-    source: dict[str, Any]
-    config: PackedConfig
-    tokenizer: PreTrainedTokenizerBase | None
-    folder: Path
-    work_dir: Path
-    options: dict[str, Any]
-
-    @property
-    def resuming(self) -> dict[str, Any]:
-        return {
-            "work_dir": self.work_dir,
-            "restart": self.options["force"],
-            "batch_tokens": self.options["batch_tokens"],
-            "progress": bars_wanted(),
-        }
-
-
-def _streamed(run: _Run, scratch: Path) -> Quantized | None:
-    """Quantize the model part by part and save it; None, after saying why, if it has to be loaded whole."""
-    from hf_pcdvq.streaming.checkpoint import CannotStream
-    from hf_pcdvq.streaming.quantize import quantize_checkpoint
-
-    try:
-        model = load_model(run.model, run.options["dtype"], "meta", **run.source)
-        return quantize_checkpoint(
-            model,
-            run.tokenizer,
-            run.config,
-            run.folder,
-            scratch,
-            device=_device(run),
-            max_shard_size=run.options["max_shard_size"],
-            **run.resuming,
-        )
-    except CannotStream as reason:
-        note(f"The model is loaded into memory whole: {reason}")
-        return None
-
-
-def _device(run: _Run) -> str | None:
-    """The device to compute on; None takes the accelerator if there is one."""
-    from hf_pcdvq.streaming.checkpoint import CannotStream
-
-    wanted = run.options["device_map"]
-    if run.config.calibration is not None or wanted in (None, "auto"):
-        return None  # decoder blocks are calibrated on the accelerator wherever the model is
-    if re.fullmatch(r"[a-z]+(:\d+)?", wanted) and wanted not in ("balanced", "balanced_low_0", "sequential"):
-        return wanted
-    raise CannotStream(f"--device-map {wanted} spreads it over devices")
-
-
-def _in_memory(run: _Run) -> Quantized:
-    """Quantize and save the model in memory."""
-    from hf_pcdvq.calibration.held_out import with_comparison
-    from hf_pcdvq.calibration.weights import ModelWeights
-    from hf_pcdvq.quantize import Quantized, quantize_uncompared
-
-    options, held_out = run.options, None
-    if run.config.calibration is None:
-        packing = {"quantization_config": run.config}
-        loaded = load_model(run.model, options["dtype"], options["device_map"], **packing, **run.source)
-    else:
-        # On the CPU: the decoder blocks are moved to the accelerator one at a time.
-        loaded = load_model(run.model, options["dtype"], options["device_map"] or "cpu", **run.source)
-        held_out = quantize_uncompared(loaded, run.tokenizer, run.config, **run.resuming)
-    _save(loaded, run.folder, options["max_shard_size"])
-    report = loaded.hf_quantizer.report
-    return Quantized(report, lambda out: with_comparison(report, lambda: ModelWeights(loaded), held_out))
-
-
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
-    """Save a model; an error of the safetensors library, which says neither what failed nor where, names the folder."""
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(
-            f"the model could not be saved in {folder}: {error}. After calibration, the same command goes on from here"
-        ) from error
+    return _Result(quantized, tokenizer is not None, recovery)
 
 
 def _dense_config(model: str, source: dict[str, Any]) -> PreTrainedConfig:

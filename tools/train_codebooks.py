@@ -14,10 +14,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from hf_pcdvq_kernels.constants import codebook_digest
 from safetensors.torch import save_file
 from tqdm import trange
 
-from hf_pcdvq.codecs.codebook import digest
 from hf_pcdvq.codecs.directions import nearest_direction
 from hf_pcdvq.codecs.polar import VECTOR, nearest_level
 
@@ -93,7 +93,7 @@ def main() -> None:
             "levels_projection": lloyd_max(projection, 4) / NORM,
         }
         save_file(tensors, arguments.out / f"{name}.safetensors", metadata={"id": name, "seed": str(arguments.seed)})
-        print(f"{name}  sha256 {digest(tensors)}")
+        print(f"{name}  sha256 {codebook_digest(tensors)}")
 
 
 if __name__ == "__main__":

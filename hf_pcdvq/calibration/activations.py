@@ -12,9 +12,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 class Activations(Protocol):
-    """Tensors on the CPU by any key."""
+    """Tensors by any key. A tensor may be given on any device."""
 
     def __getitem__(self, key: Hashable) -> Tensor: ...
 
@@ -29,10 +31,21 @@ class Activations(Protocol):
 
 
 class HeldActivations(dict):
-    """In memory."""
+    """In memory.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device = _CPU):
+        super().__init__()
+        self._device = device
+
+    def __setitem__(self, key: Hashable, tensor: Tensor) -> None:
+        super().__setitem__(key, tensor.to(self._device))
 
     def join(self, key: Hashable, parts: Iterable[Tensor]) -> None:
-        self[key] = torch.cat(list(parts))
+        self[key] = torch.cat([part.to(self._device) for part in parts])
 
 
 class _Stored(NamedTuple):
@@ -44,7 +57,7 @@ class _Stored(NamedTuple):
 
 
 class MappedActivations(MutableMapping):
-    """In files, one for each tensor, which are deleted with this object.
+    """On the CPU in files, one for each tensor, which are deleted with this object.
 
     A tensor that is read is a private mapping of its file, so it takes memory only while it is used, and the system may
     take that back at any time. Replacing a tensor does not change one that was read before.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import Tensor, device, nn
 
 from .activations import Activations
-from .blocks import Call, Shortcuts, run_block
+from .blocks import Call, run_block
 from .experts import RoutedTokens, routed_tokens
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
+from .shortcuts import Shortcuts
 
 
 @dataclass
@@ -47,12 +48,12 @@ class DecoderBlock:
         self.shortcuts = Shortcuts(self.module, layers, hidden, self.calls[len(hidden)], self.activations())
 
     def forward(self, batch: int) -> Tensor:
-        """The hidden states of a batch after the block in its current state, on the CPU."""
+        """The hidden states of a batch after the block in its current state, on `device`."""
         with self.shortcuts.taken(batch) if self.shortcuts else nullcontext():
             return self._run(self.hidden[batch])
 
     def _run(self, hidden: Tensor) -> Tensor:
-        return run_block(self.module, hidden.to(self.device), self.calls[len(hidden)]).cpu()
+        return run_block(self.module, hidden.to(self.device), self.calls[len(hidden)])
 
     def advance(self) -> None:
         """Replace the hidden states before the block by those after it."""
@@ -73,25 +74,34 @@ class DecoderBlock:
                 inputs.clear()
         return found
 
-    def moments(self, groups: list[list[str]], inputs: OriginalInputs) -> dict[str, InputMoments]:
+    def moments(
+        self,
+        groups: list[list[str]],
+        inputs: OriginalInputs,
+        sensitivity: dict[str, Sequence[Tensor]],
+        with_change: bool,
+    ) -> dict[str, InputMoments]:
         """Moments of the inputs that groups of linear layers receive from the block in its current state.
 
         Args:
             groups: names of layers with a common input.
             inputs: what the layers receive in the original model.
+            sensitivity: of the model's predictions to the outputs of some of the layers, `[tokens, groups]` of every batch.
+            with_change: see `InputMoments`.
 
         Returns:
             Moments by the first name of each group.
         """
-        leaders = [names[0] for names in groups]
-        moments = {name: InputMoments(self.layers[name].in_features, self.device) for name in leaders}
-        last = leaders[0] if len(leaders) == 1 else None
+        leaders = {names[0]: names for names in groups}
+        moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
+        last = groups[0][0] if len(groups) == 1 else None
         with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
             for batch in range(len(self.hidden)):
                 with suppress(Stop):
                     self.forward(batch)
                 for name, tensor in now.items():
-                    moments[name].add(tensor, inputs.of(name, batch))
+                    squares = {layer: sensitivity[layer][batch] for layer in leaders[name] if layer in sensitivity}
+                    moments[name].add(tensor, inputs.of(name, batch), squares)
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, batch, tensor)
                 now.clear()
@@ -100,7 +110,8 @@ class DecoderBlock:
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
         """The tokens that fused experts receive from the block in its current state."""
         batches = range(len(self.hidden))
-        tokens = routed_tokens(self.layers[name], batches, self.forward, self.activations())
+        kept = self.activations()
+        tokens = routed_tokens(self.layers[name], batches, self.forward, kept)
         if all(inputs.knows(name, batch) for batch in batches):
-            tokens.kept.join("original", (inputs.of(name, batch) for batch in batches))
+            kept.join("original", (inputs.of(name, batch) for batch in batches))
         return tokens

@@ -16,12 +16,12 @@ from torch.nn import functional
 
 from ..codecs.base import Codec, Packed
 from ..modules import STACKS, stack_packed
-from .activations import Activations, HeldActivations
+from .activations import Activations
 from .hessian import InputMoments
 from .inputs import Stop
 from .layers import quantize_layers
 from .records import LayerRecord
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 
 _CHUNK = 1 << 13  # tokens whose activations are computed at a time
 _KEPT = ("hidden", "original")
@@ -33,12 +33,12 @@ class RoutedTokens:
 
     Attributes:
         index: the experts of every token, int64 `[T, k]`.
-        kept: "hidden", the hidden states of the tokens, `[T, H]`, on the CPU; and "original", the same in the original
+        kept: "hidden", the hidden states of the tokens, `[T, H]`; and "original", the same in the original
             model, if they were stored.
     """
 
     index: Tensor
-    kept: Activations
+    kept: Activations | dict[str, Tensor]
 
     def of(self, expert: int) -> RoutedTokens:
         """The tokens that are routed to one expert."""
@@ -46,7 +46,7 @@ class RoutedTokens:
 
     def chosen(self, token: Tensor) -> RoutedTokens:
         """The tokens with these numbers, int64 `[t]`."""
-        kept = HeldActivations({name: self.kept[name][token] for name in _KEPT if name in self.kept})
+        kept = {name: self.kept[name][token] for name in _KEPT if name in self.kept}
         return RoutedTokens(self.index[token], kept)
 
 
@@ -66,7 +66,7 @@ def routed_tokens(
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
-        calls.append((named["hidden_states"].cpu(), named["top_k_index"].cpu()))
+        calls.append((named["hidden_states"], named["top_k_index"].cpu()))
         raise Stop
 
     def hidden() -> Iterator[Tensor]:
@@ -113,7 +113,7 @@ def quantize_experts(
         inputs_of: Callable[[Tensor, bool], Tensor] = _unchanged
         for stack, weight in zip(STACKS, weights):
             matrix = f"{name}.{expert}.{stack}"
-            moments = _moments(own, weight.device, inputs_of)
+            moments = _moments(own, weight.device, inputs_of, settings.correction == OWN_SHARE)
             tensors, (record,) = quantize_layers({matrix: weight}, moments, codec, settings)
             packed[stack].append(tensors[matrix])
             records.append(replace(record, note="; ".join(filter(None, (note, record.note))) or None))
@@ -146,7 +146,10 @@ def _gated(experts: nn.Module, dense: Tensor, codec: Codec, packed: Packed) -> C
 
 
 def _moments(
-    tokens: RoutedTokens | None, device: torch.device, inputs_of: Callable[[Tensor, bool], Tensor]
+    tokens: RoutedTokens | None,
+    device: torch.device,
+    inputs_of: Callable[[Tensor, bool], Tensor],
+    with_change: bool,
 ) -> InputMoments | None:
     """Moments of the inputs that `inputs_of` computes from hidden states and whether they are the original's."""
     if tokens is None:
@@ -157,6 +160,6 @@ def _moments(
         found = inputs_of(tokens.kept["hidden"][rows].to(device), False)
         known = "original" in tokens.kept
         before = inputs_of(tokens.kept["original"][rows].to(device), True)[None] if known else None
-        moments = moments or InputMoments(found.shape[1], device)
+        moments = moments or InputMoments(found.shape[1], device, with_change)
         moments.add(found[None], before)
     return moments

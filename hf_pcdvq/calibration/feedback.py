@@ -14,7 +14,8 @@ Sweeps of coordinate descent then visit the units again: with all others fixed, 
 `Q_B + (E H)_B H_BB^-1`; it is encoded, and rows whose loss decreases take the new code. The scale of a row is fitted
 to its codes in the same metric, `W H Q^T / Q H Q^T`.
 
-Rows do not interact, so layers that share their inputs are stacked and quantized together.
+Rows do not interact, so layers that share their inputs are stacked and quantized together, and groups of rows may have
+Hessians of their own.
 
 Both passes work in panels of `_PANEL` columns: within a panel every unit sees the effect of those before it at once;
 the effect of a whole panel on the columns after it is one large matrix product.
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import UnitEncoder
-from .hessian import Hessian
+from .hessian import GroupedHessian, Hessian
 from .settings import Calibration
 
 _PANEL = 128
@@ -41,7 +42,7 @@ class _State:
 
     encoders: Sequence[UnitEncoder]  # of the layers that are stacked
     units: list[tuple[int, slice]]  # numbers of the units in that order, and their columns
-    hessian: Tensor  # [K, K]
+    hessian: Hessian | GroupedHessian
     weight: Tensor  # [N, K]
     quantized: Tensor  # [N, K]
     codes: Tensor  # int32 [N, number of units]
@@ -57,10 +58,11 @@ class _State:
 
     def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
         parts = [encoder.encode(unit, rows) for encoder, rows in zip(self.encoders, target.split(self.sizes))]
-        return torch.cat([codes for codes, _ in parts]), torch.cat([values for _, values in parts])
+        return _joined([codes for codes, _ in parts]), _joined([values for _, values in parts])
 
     def improved(self, change: Tensor) -> Tensor:
-        return torch.cat([encoder.improved(part) for encoder, part in zip(self.encoders, change.split(self.sizes))])
+        parts = zip(self.encoders, change.split(self.sizes))
+        return _joined([encoder.improved(part) for encoder, part in parts])
 
     def rescale(self, factor: Tensor) -> None:
         for encoder, part in zip(self.encoders, factor.split(self.sizes)):
@@ -77,25 +79,29 @@ class _State:
                 panel = []
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def quantize_with_feedback(
-    weight: Tensor, hessian: Hessian, encoders: Sequence[UnitEncoder], settings: Calibration
+    weight: Tensor, hessian: Hessian | GroupedHessian, encoders: Sequence[UnitEncoder], settings: Calibration
 ) -> tuple[Tensor, Tensor]:
     """Codes, and the weight that they decode to.
 
     Args:
         weight: rotated, float32 `[N, K]`.
-        hessian: of the rotated inputs.
+        hessian: of the rotated inputs, one for all rows or one for every group of them.
         encoders: of the layers whose weights are stacked in `weight`; with `settings.refit` their scales change.
         settings: of which `sweeps`, `refit` and `desc_act` are used here.
 
     Returns:
         Codes int32 `[N, units]`, whose rows each encoder can pack, and the quantized weight float32 `[N, K]`.
     """
-    order, units = _order(encoders[0], hessian.matrix, settings.desc_act)
+    order, units = _order(encoders[0], hessian.energy, settings.desc_act)
     ordered_hessian = hessian.permuted(order)
     weight = weight[:, order]
     codes = weight.new_zeros(len(weight), len(units), dtype=torch.int32)
-    state = _State(encoders, units, ordered_hessian.matrix, weight, torch.zeros_like(weight), codes)
+    state = _State(encoders, units, ordered_hessian, weight, torch.zeros_like(weight), codes)
     _feed_back(state, ordered_hessian.factor())
     if settings.refit:
         _refit(state)
@@ -108,18 +114,17 @@ def quantize_with_feedback(
 
 def proxy_loss(error: Tensor, weight: Tensor, hessian: Hessian) -> float:
     """`tr(E H E^T) / tr(W H W^T)` of an error and a weight float32 `[N, K]`."""
-    total = ((weight @ hessian.matrix) * weight).sum(dtype=torch.float64).item()
-    return ((error @ hessian.matrix) * error).sum(dtype=torch.float64).item() / total if total else 0.0
+    total = hessian.loss(weight).sum(dtype=torch.float64).item()
+    return hessian.loss(error).sum(dtype=torch.float64).item() / total if total else 0.0
 
 
-def _order(encoder: UnitEncoder, hessian: Tensor, desc_act: bool) -> tuple[Tensor, list[tuple[int, slice]]]:
+def _order(encoder: UnitEncoder, energy: Tensor, desc_act: bool) -> tuple[Tensor, list[tuple[int, slice]]]:
     """The order of the columns, int64 `[K]`, and in that order every unit's number with the slice of its columns."""
     numbers = list(range(len(encoder.units)))
     if desc_act:
-        energy = hessian.diagonal()
         mean = torch.stack([energy[unit].mean() for unit in encoder.units])
         numbers = mean.argsort(descending=True, stable=True).tolist()
-    columns = torch.arange(len(hessian), device=hessian.device)
+    columns = torch.arange(len(energy), device=energy.device)
     order = torch.cat([columns[encoder.units[number]] for number in numbers])
     units, start = [], 0
     for number in numbers:
@@ -131,46 +136,76 @@ def _order(encoder: UnitEncoder, hessian: Tensor, desc_act: bool) -> tuple[Tenso
 
 
 def _feed_back(state: _State, factor: Tensor) -> None:
-    """Encode every unit to its target."""
-    shares = torch.empty_like(state.hessian)
-    for _, part in state.units:
-        past = slice(0, part.stop)
-        shares[past, part] = torch.linalg.solve_triangular(
-            factor[part, part], factor[past, part], upper=True, left=False
-        ).float()
+    """Encode every unit to its target, given the factor R."""
+    product = state.hessian.product
     error = torch.zeros_like(state.weight)
     for start, stop, units in state.panels():
-        target = state.weight[:, start:stop] + error[:, :start] @ shares[:start, start:stop]
+        shares = _shares(factor, [part for _, part in units])
+        target = state.weight[:, start:stop] + product(error[:, :start], shares[..., :start, :])
         for number, part in units:
             done, own = slice(start, part.start), slice(part.start - start, part.stop - start)
-            wanted = target[:, own] + error[:, done] @ shares[done, part]
+            wanted = target[:, own] + product(error[:, done], shares[..., done, own])
             state.codes[:, number], state.quantized[:, part] = state.encode(number, wanted)
             error[:, part] = state.weight[:, part] - state.quantized[:, part]
 
 
+def _shares(factor: Tensor, parts: list[slice]) -> Tensor:
+    """`R_AB R_BB^-1` of a panel's units B and all columns A up to its end, float32 `[..., end, columns of the panel]`.
+
+    All at once: on an accelerator, a solver call for every unit would take longer than to encode it.
+    """
+    start, stop = parts[0].start, parts[-1].stop
+    shares = factor.new_empty(*factor.shape[:-2], stop, stop - start, dtype=torch.float32)
+    for columns in _by_width(parts, factor.device):
+        above = factor[..., :stop, columns].transpose(-3, -2)  # [..., units, end, width]
+        own = factor[..., columns[:, :, None], columns[:, None, :]]
+        solved = torch.linalg.solve_triangular(own, above, upper=True, left=False)
+        shares[..., columns - start] = solved.transpose(-3, -2).float()
+    return shares
+
+
+def _inverses(matrix: Tensor, parts: list[slice]) -> list[Tensor]:
+    """`H_BB^-1` of a panel's units B, float64 `[..., width, width]` each."""
+    found: dict[int, Tensor] = {}
+    for columns in _by_width(parts, matrix.device):
+        inverse = torch.linalg.inv(matrix[..., columns[:, :, None], columns[:, None, :]].double())
+        starts = [part.start for part in parts if part.stop - part.start == columns.shape[1]]
+        found.update(zip(starts, inverse.unbind(-3)))
+    return [found[part.start] for part in parts]
+
+
+def _by_width(parts: list[slice], device: torch.device) -> Iterator[Tensor]:
+    """The columns of slices, int64 `[n, width]` for every width that occurs."""
+    for width in sorted({part.stop - part.start for part in parts}):
+        starts = [part.start for part in parts if part.stop - part.start == width]
+        yield torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+
+
 def _descend(state: _State) -> None:
     """One sweep of coordinate descent over the units."""
-    gradient = state.error @ state.hessian
+    hessian, product = state.hessian.matrix, state.hessian.product
+    gradient = product(state.error, hessian)
     for start, stop, units in state.panels():
         before = state.quantized[:, start:stop].clone()
-        for number, part in units:
-            own = state.hessian[part, part]
-            step = torch.linalg.solve(own.double(), gradient[:, part].double(), left=False).float()
+        inverses = _inverses(hessian, [part for _, part in units])
+        for (number, part), inverse in zip(units, inverses):
+            step = product(gradient[:, part].double(), inverse).float()
             codes, values = state.encode(number, state.quantized[:, part] + step)
             change = values - state.quantized[:, part]
             # The loss changes by change H change^T - 2 change (E H)^T.
-            better = state.improved(((change @ own - 2 * gradient[:, part]) * change).sum(1))
+            own = hessian[..., part, part]
+            better = state.improved(((product(change, own) - 2 * gradient[:, part]) * change).sum(1))
             change *= better[:, None]
             state.codes[:, number] = torch.where(better, codes, state.codes[:, number])
             state.quantized[:, part] += change
-            gradient[:, start:stop].addmm_(change, state.hessian[part, start:stop], alpha=-1)
+            gradient[:, start:stop] -= product(change, hessian[..., part, start:stop])
         total = state.quantized[:, start:stop] - before
-        gradient[:, stop:].addmm_(total, state.hessian[start:stop, stop:], alpha=-1)
+        gradient[:, stop:] -= product(total, hessian[..., start:stop, stop:])
 
 
 def _refit(state: _State) -> None:
     """Fit the scale of every row in the metric of the Hessian, unless it would become zero or negative."""
-    product = state.quantized @ state.hessian
+    product = state.hessian.product(state.quantized, state.hessian.matrix)
     own = (product * state.quantized).sum(1)
     factor = (product * state.weight).sum(1) / torch.where(own > 0, own, 1)
     factor = torch.where((own > 0) & (factor > 0), factor, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,26 +22,35 @@ class InputMoments:
     Attributes:
         hessian: sum of `x x^T`, float32 `[K, K]`; only the upper triangle is complete.
         cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None if some `x0` is unknown.
+        change: sum of `(x0 - x) (x0 - x)^T`, float32 `[K, K]`, only the upper triangle; None unless asked for.
+        guided: for some layers, sums of `s x x^T` with the sensitivity `s` of a group of their output channels, float32
+            `[groups, K, K]`, only the upper triangles.
         tokens: number of tokens seen.
+
+    Args:
+        with_change: accumulate `change` too.
     """
 
-    def __init__(self, features: int, device: torch.device):
+    def __init__(self, features: int, device: torch.device, with_change: bool = False):
         self.hessian = torch.zeros(features, features, device=device)
         self.cross: Tensor | None = torch.zeros_like(self.hessian)
+        self.change = torch.zeros_like(self.hessian) if with_change else None
+        self.guided: dict[str, Tensor] = {}
         self.tokens = 0
 
-    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, original: Tensor | None = None, sensitivity: dict[str, Tensor] | None = None
+    ) -> None:
         """Accumulate the tokens of one window.
 
         Args:
             inputs: `[..., K]` of any floating dtype.
             original: the same tokens in the original model, if they are known. Two-dimensional ones are not used:
                 they belong to experts that are modules of their own, which may have received other tokens there.
+            sensitivity: of the layers that have these inputs, float32 `[tokens, groups]` each.
         """
         x = inputs.flatten(0, -2).float()
-        band = -(-x.shape[1] // _BANDS)
-        for start in range(0, x.shape[1], band):
-            self.hessian[start : start + band, start:].addmm_(x[:, start : start + band].T, x[:, start:])
+        _add_squares(self.hessian, x)
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
             self.cross = None
         if self.cross is not None:
@@ -48,7 +58,26 @@ class InputMoments:
             dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
             change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
             self.cross += change.T @ inputs.to(dtype).flatten(0, -2)
+            if self.change is not None:
+                _add_squares(self.change, change.float())
+        for name, squares in (sensitivity or {}).items():
+            sums = self.guided.setdefault(name, x.new_zeros(squares.shape[1], *self.hessian.shape))
+            for group, weights in zip(sums, squares.to(x.device).sqrt().T):
+                _add_squares(group, x * weights[:, None])
         self.tokens += len(x)
+
+
+def _add_squares(sums: Tensor, x: Tensor) -> None:
+    """Add `x^T x` of float32 `[T, K]` to the upper triangle of `sums` `[K, K]`."""
+    band = -(-x.shape[1] // _BANDS)
+    for start in range(0, x.shape[1], band):
+        sums[start : start + band, start:].addmm_(x[:, start : start + band].T, x[:, start:])
+
+
+def symmetric(sums: Tensor) -> Tensor:
+    """The whole matrix from its upper triangle, `[K, K]`."""
+    upper = sums.triu()
+    return upper + upper.triu(1).T
 
 
 class UnusableHessian(Exception):
@@ -73,6 +102,19 @@ class Hessian:
     damp_percent: float
     note: str | None
 
+    @property
+    def energy(self) -> Tensor:
+        """Mean square of every input, float32 `[K]`."""
+        return self.matrix.diagonal()
+
+    def product(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`rows matrix` for `[N, A]` and a part of the matrix, of its factor or of an inverse, `[A, B]`."""
+        return rows @ matrix
+
+    def loss(self, error: Tensor) -> Tensor:
+        """`e H e^T` of every row of an error float32 `[N, K]`."""
+        return (self.product(error, self.matrix) * error).sum(1)
+
     def permuted(self, order: Tensor) -> Hessian:
         """With the inputs in the given order, int64 `[K]`."""
         return replace(self, matrix=self.matrix[order][:, order])
@@ -85,6 +127,57 @@ class Hessian:
         """`rows matrix^-1` for float32 `[N, K]`."""
         lower = torch.linalg.cholesky(self.matrix.double())
         return torch.cholesky_solve(rows.double().T, lower).T.float()
+
+
+@dataclass(frozen=True)
+class GroupedHessian:
+    """Hessians of groups of adjacent output channels, in place of one for all.
+
+    Attributes:
+        matrix: float32 `[G, K, K]`.
+        sizes: number of channels in each group.
+    """
+
+    matrix: Tensor
+    sizes: list[int]
+
+    @property
+    def energy(self) -> Tensor:
+        """Mean square of every input, weighted by sensitivity, float32 `[K]`."""
+        return self.matrix.diagonal(dim1=1, dim2=2).mean(0)
+
+    @property
+    def importance(self) -> Tensor:
+        """What errors in an output channel cost, compared with others, float32 `[N]`."""
+        mean = self.matrix.diagonal(dim1=1, dim2=2).mean(1)
+        return mean.repeat_interleave(torch.tensor(self.sizes, device=mean.device))
+
+    def product(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """Every row of `[N, A]` times the matrix of its group, `[G, A, B]`."""
+        place, back = self._places
+        return torch.bmm(rows[place], matrix).flatten(0, 1)[back]
+
+    def permuted(self, order: Tensor) -> GroupedHessian:
+        """With the inputs in the given order, int64 `[K]`."""
+        return replace(self, matrix=self.matrix[:, order][:, :, order])
+
+    def factor(self) -> Tensor:
+        """R of every group, upper triangular, float64 `[G, K, K]`, with `matrix = R R^T`."""
+        return torch.linalg.cholesky(self.matrix.double().flip(1, 2)).flip(1, 2)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows of every group, filled up to the largest with row 0, int64 `[G, n]`, and where each row then is, `[N]`."""
+        sizes = torch.tensor(self.sizes)
+        slot = torch.arange(int(sizes.max()))
+        exists = slot < sizes[:, None]
+        place = torch.where(exists, slot + (sizes.cumsum(0) - sizes)[:, None], 0)
+        return place.to(self.matrix.device), exists.flatten().nonzero()[:, 0].to(self.matrix.device)
+
+
+def group_sizes(channels: int, groups: int) -> list[int]:
+    """How many adjacent output channels belong to each group."""
+    return [len(part) for part in torch.arange(channels).tensor_split(min(groups, channels))]
 
 
 def prepare_hessian(moments: InputMoments | None, damp_percent: float, signs: Tensor | None) -> Hessian:
@@ -106,11 +199,33 @@ def prepare_hessian(moments: InputMoments | None, damp_percent: float, signs: Te
     """
     if moments is None or moments.tokens == 0:
         raise UnusableHessian("no token reached it")
-    upper = moments.hessian.triu()
-    matrix = (upper + upper.triu(1).T) / moments.tokens
+    return _usable(moments.hessian, moments.tokens, damp_percent, signs)
+
+
+def prepare_guided(
+    moments: InputMoments, sizes: dict[str, int], damp_percent: float, signs: Tensor | None
+) -> GroupedHessian:
+    """The Hessians of groups of output channels, made usable in the same way.
+
+    Args:
+        sizes: output channels of the layers, all of which are in `moments.guided`, by name.
+
+    Raises:
+        UnusableHessian: one of them cannot be used.
+    """
+    found = [
+        _usable(sums, moments.tokens, damp_percent, signs).matrix for name in sizes for sums in moments.guided[name]
+    ]
+    rows = [size for name, channels in sizes.items() for size in group_sizes(channels, len(moments.guided[name]))]
+    return GroupedHessian(torch.stack(found), rows)
+
+
+def _usable(sums: Tensor, tokens: int, damp_percent: float, signs: Tensor | None) -> Hessian:
+    """See `prepare_hessian`; `sums` over the tokens."""
+    matrix = symmetric(sums) / tokens
     if not torch.isfinite(matrix).all():
         raise UnusableHessian("its Hessian is not finite")
-    tokens, features = moments.tokens, len(matrix)
+    features = len(matrix)
     dead = int((matrix.diagonal() == 0).sum())
     note = None
     if tokens < features:

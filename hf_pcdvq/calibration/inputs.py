@@ -68,7 +68,7 @@ class OriginalInputs:
             self._leader.setdefault(name, leader)
         if self._kept is not None:
             for leader in leaders.values():
-                self._kept[batch, leader] = inputs[leader].cpu()
+                self._kept[batch, leader] = inputs[leader]
 
     def knows(self, name: str, batch: int) -> bool:
         """Whether the input of a layer for a batch is stored."""

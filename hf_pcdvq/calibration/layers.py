@@ -11,9 +11,17 @@ from torch import Tensor
 from ..codecs import hadamard
 from ..codecs.base import Codec, Packed
 from .feedback import proxy_loss, quantize_with_feedback
-from .hessian import Hessian, InputMoments, UnusableHessian, prepare_hessian
+from .hessian import (
+    GroupedHessian,
+    Hessian,
+    InputMoments,
+    UnusableHessian,
+    prepare_guided,
+    prepare_hessian,
+    symmetric,
+)
 from .records import LayerRecord
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 
 
 def quantize_layers(
@@ -49,10 +57,19 @@ def quantize_layers(
         tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
         quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
     else:
-        target = _target(rotated, weight, moments, hessian, signs, settings)
-        encoders = [codec.unit_encoder(rows) for rows in target.split(sizes)]
-        codes, quantized = quantize_with_feedback(target, hessian, encoders, settings)
-        packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(sizes))]
+        target = _target(rotated, weight, moments, hessian, signs, settings, sizes)
+        # One encoder for all, where rows do not depend on each other: fewer and larger calls.
+        shares = sizes if codec.row_multiple > 1 else [len(target)]
+        encoders = [codec.unit_encoder(rows) for rows in target.split(shares)]
+        metric: Hessian | GroupedHessian = hessian
+        if weights.keys() <= moments.guided.keys():
+            metric = grouped = prepare_guided(moments, dict(zip(weights, sizes)), settings.damp_percent, signs)
+            for encoder, importance in zip(encoders, grouped.importance.split(shares)):
+                encoder.weigh(importance)
+        codes, quantized = quantize_with_feedback(target, metric, encoders, settings)
+        packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(shares))]
+        if shares != sizes:
+            packed = _split(packed[0], sizes, codec)
     seconds = time.perf_counter() - started
 
     errors = (rotated - quantized).split(sizes)
@@ -61,6 +78,16 @@ def quantize_layers(
         for name, rows, error in zip(weights, rotated.split(sizes), errors)
     ]
     return dict(zip(weights, packed)), records
+
+
+def _split(packed: Packed, sizes: list[int], codec: Codec) -> list[Packed]:
+    """The packed tensors of stacked layers, each with its own memory."""
+    parts, start = [], 0
+    for size in sizes:
+        rows = codec.rows(packed, start, start + size)
+        parts.append({suffix: tensor.clone() for suffix, tensor in rows.items()})
+        start += size
+    return parts
 
 
 def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:
@@ -74,6 +101,7 @@ def _target(
     hessian: Hessian,
     signs: Tensor | None,
     settings: Calibration,
+    sizes: list[int],
 ) -> Tensor:
     """The rotated weight to approximate, which compensates for part of the change in the layer's inputs.
 
@@ -83,7 +111,28 @@ def _target(
     if not settings.correction or moments.cross is None:
         return rotated
     missing = _rotate(weight @ (moments.cross / moments.tokens), signs)
-    return rotated + settings.correction * hessian.solve(missing)
+    step = hessian.solve(missing)
+    if settings.correction != OWN_SHARE:
+        return rotated + settings.correction * step
+    parts = zip(weight.split(sizes), missing.split(sizes), step.split(sizes))
+    return rotated + torch.cat([predicted_share(rows, part, own, moments) * own for rows, part, own in parts])
+
+
+def predicted_share(weight: Tensor, missing: Tensor, step: Tensor, moments: InputMoments) -> Tensor:
+    """The share of the change in a layer's outputs that its present inputs predict, 0 to 1, a scalar.
+
+    With `D = mean of (x0 - x) x^T` and `S = mean of (x0 - x) (x0 - x)^T`, the outputs have changed by `W (x0 - x)`, in the
+    mean square `tr(W S W^T)`; the part of it that is linear in `x` has `tr(W D H^-1 D^T W^T)` (CoreQ, arXiv 2602.05902).
+
+    Args:
+        weight: `W`, float32 `[N, K]`.
+        missing, step: `W D` and `W D H^-1`, rotated, float32 `[N, K]`.
+        moments: with `change`.
+    """
+    change = symmetric(moments.change) / moments.tokens
+    total = ((weight @ change) * weight).sum(dtype=torch.float64)
+    predicted = (step * missing).sum(dtype=torch.float64)
+    return torch.where(total > 0, predicted / total, 0).clamp(0, 1).float()
 
 
 def _record(

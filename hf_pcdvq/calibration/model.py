@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..allocation.settle import settle_bits
 from ..evaluation.metrics import check_length, check_windows
 from .activations import Activations, HeldActivations
 from .blocks import find_blocks
@@ -52,7 +53,7 @@ def calibrate_model(
     Args:
         weights: of the model.
         names: the modules to quantize, linear layers and fused experts.
-        config: the format of every module, and in `calibration` the options.
+        config: the format of every module, and in `calibration` the options. `bits="auto"` is settled in place.
         dataset: what `read_windows` accepts; None: the model generates the text.
         tokenizer: may be None for token tensors and generated text.
         activations: makes what activations are kept in.
@@ -73,18 +74,20 @@ def calibrate_model(
         OSError: `work_dir` cannot be written.
     """
     started, model = time.perf_counter(), weights.model
+    device = calibration_device(weights, device)
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
     identity = None if work_dir is None else weights.identity()
-    windows = _all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    windows = all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
     check_windows(model, windows)
     windows, holdout = split_windows(windows, config.calibration)
+    allocation = None
+    if config.target is not None:
+        allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
     store = None
     if work_dir is not None:
         store = BlockStore(work_dir, run_identity(identity, names, config, windows), restart)
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else weights.home
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = _held_out(weights, blocks, holdout, device, activations, progress)
@@ -102,7 +105,7 @@ def calibrate_model(
     )
     run.run()
     model.train(training)
-    return QuantizationReport.of(config, run, windows, time.perf_counter() - started), held_out
+    return QuantizationReport.of(config, run, windows, time.perf_counter() - started, allocation), held_out
 
 
 def _held_out(weights: ModelWeights, *options: Any) -> HeldOut | None:
@@ -162,7 +165,14 @@ def _commit(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
-def _all_windows(
+def calibration_device(weights: ModelWeights, asked: torch.device | str | None) -> torch.device:
+    """Where to compute: what is asked for, or else the accelerator if there is one, or the device of the weights."""
+    if asked is not None:
+        return torch.device(asked)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else weights.home
+
+
+def all_windows(
     model: nn.Module,
     config: PackedConfig,
     dataset: Any,

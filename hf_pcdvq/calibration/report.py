@@ -18,6 +18,7 @@ from ..files.text import markdown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..allocation.report import Allocation
     from ..config import PackedConfig
     from .records import BlockRecord, LayerRecord
     from .run import CalibratedRun
@@ -41,6 +42,7 @@ class QuantizationReport:
             none, the model has no output head, or the comparison failed.
         comparison_failure: why it failed.
         bits_per_packed_weight: counted on the files; None before the model is saved.
+        allocation: how the bits of the layers were chosen; None unless `bits="auto"`. It has files of its own.
     """
 
     config: dict[str, Any]
@@ -53,20 +55,32 @@ class QuantizationReport:
     comparison: Evaluation | None = None
     comparison_failure: str | None = None
     bits_per_packed_weight: float | None = None
+    allocation: Allocation | None = None
 
     @classmethod
-    def of(cls, config: PackedConfig, run: CalibratedRun, windows: Tensor, seconds: float) -> QuantizationReport:
+    def of(
+        cls,
+        config: PackedConfig,
+        run: CalibratedRun,
+        windows: Tensor,
+        seconds: float,
+        allocation: Allocation | None = None,
+    ) -> QuantizationReport:
         """The report of a finished run over `windows` `[n, L]`."""
         count, length = windows.shape
         fields = config.to_dict()
-        return cls(fields, count, length, seconds, device_name(run.device), run.layers, run.blocks)
+        device = device_name(run.device)
+        return cls(fields, count, length, seconds, device, run.layers, run.blocks, allocation=allocation)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-clean, with the versions that made them."""
-        return {**asdict(self), "versions": package_versions()}
+        fields = {**asdict(self), "versions": package_versions()}
+        del fields["allocation"]
+        return fields
 
     def write(self, folder: str | Path) -> None:
-        """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model.
+        """Write `quantization_report.json`, `.md` and, with matplotlib, `.png` into the folder of the saved model, and
+        likewise the allocation of bits, if there is one.
 
         Raises:
             FileNotFoundError: `folder` holds no saved model; the bits are counted on its files.
@@ -80,6 +94,8 @@ class QuantizationReport:
             logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
         else:
             plot_damage(self, folder / f"{NAME}.png")
+        if self.allocation is not None:
+            self.allocation.write(folder)
 
     def markdown(self) -> str:
         """The report as text and tables."""

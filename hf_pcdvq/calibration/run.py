@@ -5,15 +5,17 @@ far. Within a block, layers are quantized in the order in which they run. For ea
 input, the hidden states of the second kind are run through the block up to that group, whose inputs then contain all
 errors made so far; they give its Hessian, and their difference from the original inputs gives its correction.
 
-Held are the model, the moments of one group, and on the CPU, in the model's dtype, the hidden states of all windows and
-the original inputs of one block's layers; `weights.py` and `activations.py` say where. A CPU that only emulates the
-model's dtype computes in float32 instead, block by block, with the same weights.
+Held are the model, the moments of one group, and in the model's dtype the hidden states of all windows and the original
+inputs of one block's layers; `weights.py` and `activations.py` say where. An accelerator that has ample room holds the
+latter two itself. A CPU that only emulates the model's dtype computes in float32 instead, block by block, with the same
+weights.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,16 @@ from tqdm.auto import tqdm
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
-from .activations import Activations
+from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
+from .guidance import output_sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
-from .settings import Calibration
+from .settings import OWN_SHARE, Calibration
 from .store import BlockStore
 from .weights import ModelWeights
 
@@ -49,7 +52,7 @@ class CalibratedRun:
         codec_of: the packed format of a module, by its name.
         settings: the options.
         batches: token ids int64 `[b, L]` to calibrate on; the windows of a batch go through a block at once.
-        activations: makes what activations are kept in.
+        activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
         store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         progress: show a progress bar.
@@ -80,6 +83,7 @@ class CalibratedRun:
         self._codec_of, self._settings = codec_of, settings
         self._batches, self._activations = batches, activations
         self.device, self._store = device, store
+        self._sensitivity: dict[str, Sequence[Tensor]] = {}
         self._upcast = is_emulated(self._model.dtype, device)
         matrices = sum(count_matrices(self._model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
@@ -91,11 +95,14 @@ class CalibratedRun:
         refuse_shared(self._model, prefix, self._names)
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
-            hidden, original = self._activations(), self._activations()
+            self._find_sensitivity()
+            hidden = self._activations()
             with self._weights.loaded_outside(prefix, head=False), self._weights.loaded(f"{prefix}.0"):
                 captured = capture(self._model, blocks, self._batches, hidden, self._upcast)
-            for batch in range(len(hidden)):
-                original[batch] = hidden[batch]
+            if self._has_room(hidden):
+                self._activations = partial(HeldActivations, self.device)
+                hidden = self._copied(hidden)
+            original = self._copied(hidden)
             for number, module in enumerate(blocks):
                 started = time.perf_counter()
                 name = f"{prefix}.{number}"
@@ -110,13 +117,51 @@ class CalibratedRun:
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
 
+    def _find_sensitivity(self) -> None:
+        """How much the original's predictions depend on every layer's outputs, if the settings ask for it."""
+        groups = self._settings.fisher_groups
+        if groups:
+            names = [name for name in self._names if _inside(name, self._prefix)]
+            options = {"device": self.device, "progress": not self._bar.disable}
+            windows, sizes = torch.cat(list(self._batches)), [len(batch) for batch in self._batches]
+            found = output_sensitivity(
+                self._model, self._prefix, names, windows, groups, self._settings.seed, **options
+            )
+            for name, squares in found.items():
+                self._sensitivity[name] = [part.flatten(0, 1) for part in squares.split(sizes)]
+
+    def _copied(self, states: Activations) -> Activations:
+        copied = self._activations()
+        for batch in range(len(states)):
+            copied[batch] = states[batch]
+        return copied
+
+    def _has_room(self, hidden: Activations) -> bool:
+        """Whether an accelerator has room for hidden states and inputs: if they take half of what is free there.
+
+        Copying them to and from an accelerator would take longer than computing a small model's blocks.
+        """
+        accelerator = torch.get_device_module(self.device)
+        if self.device.type == "cpu" or not hasattr(accelerator, "mem_get_info"):
+            return False
+        layers = [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)]
+        width = hidden[0].shape[-1]
+        widths = sum(layer.in_features if isinstance(layer, nn.Linear) else width for layer in layers)
+        blocks = len(self._model.get_submodule(self._prefix))
+        states = sum(hidden[batch].nbytes for batch in range(len(hidden)))
+        # Hidden states of both models, and the inputs of a block's layers in both.
+        needed = 2 * states + 2 * states // width * widths // blocks
+        cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
+        free = accelerator.mem_get_info(self.device)[0] + cached
+        return needed < free // 2
+
     # --------------------------------------------------------------------------------------------- one block
 
     def _run_block(self, number: int, block: DecoderBlock) -> None:
         """Quantize one block, unless an interrupted run has done so, and advance the hidden states past it."""
         stored = self._store.load(number) if self._store else None
         if stored is None:
-            inputs = block.advance_original(keep=self._settings.correction > 0)
+            inputs = block.advance_original(keep=self._settings.correction != 0)
             result = self._quantize_block(block, inputs)
             if self._store:
                 self._store.save(number, result)
@@ -145,7 +190,7 @@ class CalibratedRun:
         for stage in _stages(inputs.groups(), block.layers):
             first = stage[0][0]
             if isinstance(block.layers[first], nn.Linear):
-                moments = block.moments(stage, inputs)
+                moments = block.moments(stage, inputs, self._sensitivity, self._settings.correction == OWN_SHARE)
                 for names in stage:
                     layers = {name: block.layers[name] for name in names}
                     yield self._quantize_linear(layers, moments[names[0]])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +18,7 @@ from tqdm.auto import tqdm
 from ..emulation import is_emulated, placed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH = 64  # sequences, at most
 
@@ -29,7 +33,6 @@ def sample_from_model(model: PreTrainedModel, count: int, length: int, seed: int
     Returns:
         int64 `[count, length]` on the CPU.
     """
-    device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     start = model.generation_config.bos_token_id
     generator = torch.Generator().manual_seed(seed)
@@ -37,20 +40,103 @@ def sample_from_model(model: PreTrainedModel, count: int, length: int, seed: int
     if start is not None:
         first = torch.cat([torch.full((count, 1), start), first], 1)
     draw = _Draw(generator, model.generation_config.eos_token_id)
+    return _generate(model, first, length, lambda rows: draw, progress)
+
+
+@torch.no_grad()
+def sample_answers(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    count: int,
+    length: int,
+    seed: int,
+    progress: bool = True,
+) -> Tensor:
+    """Calibration text in which the model answers prompts.
+
+    Every sequence begins with a prompt, drawn at random; the answer is sampled from the model's predictions at temperature 1.
+    Where it ends, another prompt follows.
+
+    Args:
+        prompts: token ids of each, up to where the answer begins; see `read_prompts`.
+
+    Returns:
+        int64 `[count, length]` on the CPU.
+
+    Raises:
+        ValueError: the model's generation config names no end-of-text token, so that no answer would end.
+    """
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        raise ValueError(
+            f"{type(model).__name__} has no eos_token_id in its generation config: its answers would never end"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = [prompts[number] for number in torch.randint(len(prompts), (count,), generator=generator)]
+
+    def answering(rows: slice) -> _Answer:
+        return _Answer(generator, ends, prompts, order[rows])
+
+    return _generate(model, torch.tensor([ids[:1] for ids in order]), length, answering, progress)
+
+
+def read_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]] | None = None
+) -> list[list[int]]:
+    """Token ids of prompts in the tokenizer's chat template, up to where the answer begins.
+
+    Args:
+        prompts: lists of messages; None takes a mix of chat, documents, tool calls, code and languages that comes with
+            this package.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("answering prompts needs a chat template, and the tokenizer has none")
+    texts = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        for messages in prompts or [line["messages"] for line in shipped_prompts()]
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def shipped_prompts() -> list[dict[str, Any]]:
+    """The prompts of this package, each with its `kind` and `messages`."""
+    lines = (resources.files(__package__) / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _generate(
+    model: PreTrainedModel,
+    first: Tensor,
+    length: int,
+    processor: Callable[[slice], Callable[[Tensor, Tensor], Tensor]],
+    progress: bool,
+) -> Tensor:
+    """Sequences int64 `[count, length]` on the CPU that begin with `first` `[count, n]`.
+
+    Args:
+        processor: makes the logits processor of a batch, given its rows, that leaves one token to choose.
+    """
+    device, no_token = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
     parts = []
     attention = _SingleQueries() if device.type == "cpu" else nullcontext()
     with placed(model, device, is_emulated(model.dtype, device)), attention:
-        batches = first.tensor_split(-(-count // _BATCH))
+        batches = first.tensor_split(-(-len(first) // _BATCH))
+        start = 0
         for batch in tqdm(batches, desc="Generating calibration text", disable=not progress):
             prompt = batch.to(device)
             generated = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                logits_processor=[draw],
-                do_sample=False,  # `draw` leaves one token to choose
+                logits_processor=[processor(slice(start, start + len(batch)))],
+                do_sample=False,
                 pad_token_id=0,  # nothing is padded; it avoids a warning
+                eos_token_id=no_token,  # sequences have one length, whatever ends within them
                 max_new_tokens=length - prompt.shape[1],
             )
+            start += len(batch)
             parts.append(generated.cpu())
     return torch.cat(parts)
 
@@ -68,11 +154,37 @@ class _Draw:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self._ends] = -torch.inf
+        return self._only(scores, self._drawn(scores))
+
+    def _drawn(self, scores: Tensor) -> Tensor:
+        """A token for every row, int64 `[rows, 1]`."""
         cumulative = scores.softmax(-1).cumsum(-1)
         # More than 0 and at most 1, so that the first sum to reach it is that of a token with a probability above 0.
         uniform = 1 - torch.rand(len(scores), 1, generator=self._generator)
-        token = torch.searchsorted(cumulative, uniform.to(scores.device) * cumulative[:, -1:])
+        return torch.searchsorted(cumulative, uniform.to(scores.device) * cumulative[:, -1:])
+
+    def _only(self, scores: Tensor, token: Tensor) -> Tensor:
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0)
+
+
+class _Answer(_Draw):
+    """Draws the tokens of answers and gives those of prompts: a token that ends a text begins the next prompt."""
+
+    def __init__(
+        self, generator: torch.Generator, ends: int | list[int], prompts: list[list[int]], first: list[list[int]]
+    ):
+        super().__init__(generator, ends)
+        self._prompts = prompts
+        self._given = [deque(ids[1:]) for ids in first]  # of every row, what remains of its prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = self._drawn(scores)[:, 0].tolist()
+        for row, given in enumerate(self._given):
+            if given:
+                tokens[row] = given.popleft()
+            elif tokens[row] in self._ends:
+                given.extend(self._prompts[int(torch.randint(len(self._prompts), (), generator=self._generator))])
+        return self._only(scores, torch.tensor(tokens, device=scores.device)[:, None])
 
 
 class _SingleQueries(TorchFunctionMode):

@@ -16,8 +16,10 @@ _INTEGERS = (
     ("seed", 0, (1 << 31) - 1),
     ("sweeps", 0, 100),
     ("expert_tokens", 1, 1 << 30),
+    ("fisher_groups", 0, 64),
 )
 _NUMBERS = (("damp_percent", 1e-8, 10.0), ("correction", 0.0, 1.0))
+OWN_SHARE = "own"
 _FLAGS = ("desc_act", "refit", "all_experts")
 
 
@@ -35,12 +37,16 @@ class Calibration:
         seed: selects the windows, and seeds the text where the model generates it.
         damp_percent: added to the diagonal of every Hessian, as a fraction of its mean (0.01 is one percent); raised
             where that is not enough.
-        correction: fraction, 0 to 1, of the accumulated change in a layer's inputs that its weights compensate for.
+        correction: fraction, 0 to 1, of the accumulated change in a layer's inputs that its weights compensate for;
+            "own" takes for every layer the fraction that its inputs predict.
         desc_act: quantize the inputs in order of decreasing activation energy.
         sweeps: passes of coordinate descent over the codes after error feedback.
         refit: fit the scales to the codes in the metric of the Hessian.
         expert_tokens: an expert that receives fewer tokens is calibrated on all tokens of its layer.
         all_experts: calibrate every expert on all tokens of its layer, however they are routed.
+        fisher_groups: weigh the tokens by how much the model's predictions depend on a layer's outputs there, with so many
+            groups of output channels; 0 weighs all alike. It takes a forward and a backward pass of the whole model, which
+            must fit the device, over all windows, and as many Hessians as there are groups. Experts are not weighed.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -52,12 +58,13 @@ class Calibration:
     holdout: int = 8
     seed: int = 0
     damp_percent: float = 0.01
-    correction: float = 0.5
+    correction: float | str = 0.5
     desc_act: bool = True
     sweeps: int = 1
     refit: bool = True
     expert_tokens: int = 128
     all_experts: bool = False
+    fisher_groups: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:
@@ -66,6 +73,8 @@ class Calibration:
                 raise ValueError(f"Calibration: {name} must be an integer from {low} to {high}, got {value!r}")
         for name, least, most in _NUMBERS:
             value = getattr(self, name)
+            if (name, value) == ("correction", OWN_SHARE):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ValueError(f"Calibration: {name} must be a number from {least} to {most}, got {value!r}")
         for name in _FLAGS:

@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,18 +102,26 @@ def keep_windows(folder: Path, identity: Identity, generate: Callable[[], Tensor
     return windows
 
 
-@contextmanager
-def kept_until_done(folder: Path) -> Iterator[None]:
-    """Delete the files of a run when the body ends, but not if it fails; and their folder if nothing is in it."""
-    try:
-        yield
+def kept_windows(folder: Path) -> Tensor | None:
+    """The windows that a run in this folder has generated, int64 `[n, L]`; None if its text was given."""
+    file = folder / _WINDOWS
+    return _read(file)[0]["windows"] if file.is_file() else None
+
+
+def clear(folder: Path) -> None:
+    """Delete the files of a finished run, and their folder if nothing else is in it."""
+    if folder.is_dir():
         for file in [*folder.glob(_BLOCKS), folder / _WINDOWS]:
             file.unlink(missing_ok=True)
-    finally:
-        if folder.is_dir():
-            shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a run was writing in a folder when it ended, and the folder if nothing else is in it."""
+    if folder.is_dir():
+        shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _prepare(folder: Path) -> None:

@@ -8,8 +8,9 @@ separate dictionary, created by `tables`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -63,6 +64,9 @@ class UnitEncoder(ABC):
             bool `[N]`.
         """
         return change < 0
+
+    def weigh(self, importance: Tensor) -> None:  # noqa: B027  # nothing to do where rows do not depend on each other
+        """Let errors in every row cost in proportion to its `importance`, float32 `[N]`, where rows share codes."""
 
     @abstractmethod
     def rescale(self, factor: Tensor) -> None:
@@ -135,6 +139,20 @@ class Codec(ABC):
         """Packed tensors can be split at multiples of this many output channels."""
         return self.family.row_multiple
 
+    def column_multiple(self, in_features: int) -> int:
+        """Packed tensors of a weight with that many inputs can be split at multiples of this many of them.
+
+        The rotation of every part is then that of the whole: see `hadamard`.
+        """
+        block = hadamard.block_size(in_features, self.max_block) if self.max_block else 1
+        return math.lcm(self.family.column_multiple(self.format), block)
+
+    def along_inputs(self) -> set[str]:
+        """Suffixes of the packed tensors whose last dimension runs along the inputs; others hold one value per output."""
+        width = self.family.column_multiple(self.format)
+        one, two = (self.specs(self.row_multiple, count * width) for count in (1, 2))
+        return {suffix for suffix in one if one[suffix] != two[suffix]}
+
     def specs(self, out_features: int, in_features: int) -> Specs:
         """Shape and dtype of every packed tensor, by suffix."""
         specs = self.family.specs(self.format, out_features, in_features)
@@ -149,6 +167,20 @@ class Codec(ABC):
         stop = min(stop, len(packed["scale"]))
         first, last = (self.specs(rows, self.multiple) for rows in (start, stop))
         return {suffix: tensor[first[suffix][0][0] : last[suffix][0][0]] for suffix, tensor in packed.items()}
+
+    def with_factor(self, packed: Packed, factor: Tensor) -> Packed:
+        """The packed tensors of the weight, or of the stack of weights, whose rows are multiplied by a factor.
+
+        Codes are the same tensors; in all formats here a row's scale is a factor of everything that it decodes to. The
+        product is rounded once to the dtype of the scale, and stays finite.
+
+        Args:
+            factor: `[N]`, or `[E, N]` for a stack, in any floating-point dtype.
+        """
+        scale = packed["scale"]
+        largest = torch.finfo(scale.dtype).max
+        product = (scale.double() * factor.double()).clamp(-largest, largest)
+        return {**packed, "scale": product.to(scale.dtype)}
 
     # ------------------------------------------------------------------------------------------------- encoding
 
@@ -193,8 +225,8 @@ class Codec(ABC):
             return None
         return ops.grouped_matmul(self.family.family, x, experts, self.arguments(packed, tables), tables.get("signs"))
 
-    def arguments(self, packed: Packed, tables: Packed) -> list[Any]:
-        """The arguments of the ops, in order."""
+    def arguments(self, packed: Mapping[str, Any], tables: Mapping[str, Any]) -> list[Any]:
+        """The arguments of the ops, in order; of the names of tensors, those with names for tensors."""
         values = {**tables, **self.parameters()}
         names = (argument.name for argument in self.family.arguments)
         return [values[name] if name in values else packed.get(_suffix(name)) for name in names]

@@ -1,4 +1,4 @@
-"""The codebooks of PCDVQ, shipped as data.
+"""The codebooks of PCDVQ, shipped as data with the kernels.
 
 They were trained once (`tools/train_codebooks.py`) and are never retrained on a user's machine: retrained floats
 would decode to different weights. One safetensors file per codebook holds
@@ -13,23 +13,12 @@ the codebook's id and hash, and is rejected if they do not match the installed d
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from importlib import resources
 
 import torch
+from hf_pcdvq_kernels.constants import codebook_bytes, codebook_digest
 from safetensors.torch import load
 from torch import Tensor
-
-TENSORS = ("patterns", "levels_norm", "levels_projection")
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a codebook's contents, in hexadecimal."""
-    sha = hashlib.sha256()
-    for name in TENSORS:
-        sha.update(tensors[name].contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 @cache
@@ -39,15 +28,11 @@ def load_codebook(codebook: str) -> dict[str, Tensor]:
     Raises:
         ValueError: no codebook with that id is shipped.
     """
-    folder = resources.files(__package__) / "data"
-    known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
-    if codebook not in known:  # rather than looking for such a file, which might be outside the folder
-        raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq ships {', '.join(known)}")
     with torch.device("cpu"):
-        return load((folder / f"{codebook}.safetensors").read_bytes())
+        return load(codebook_bytes(codebook))
 
 
 @cache
 def codebook_hash(codebook: str) -> str:
     """SHA-256 of a shipped codebook."""
-    return digest(load_codebook(codebook))
+    return codebook_digest(load_codebook(codebook))

@@ -19,28 +19,10 @@ No random number generator is involved, so they are the same on every machine an
 from __future__ import annotations
 
 import hf_pcdvq_kernels as ops
-import torch
+from hf_pcdvq_kernels.constants import block_size, signs
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-
-
-def block_size(features: int, max_block: int) -> int:
-    """Largest power of two that divides `features`, at most `max_block` (a power of two)."""
-    return min(features & -features, max_block)
-
-
-def _hash(x: int) -> int:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
-def signs(block: int, seed: int) -> Tensor:
-    """The signs of one block: float32 `[block]` of +-1, on the CPU."""
-    start = 0x9E3779B9 * (seed + 1)
-    values = [1.0 - 2.0 * (_hash((start + j) & _MASK) & 1) for j in range(block)]
-    return torch.tensor(values, device="cpu", dtype=torch.float32)
+__all__ = ["block_size", "rotate", "signs", "unrotate"]
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:

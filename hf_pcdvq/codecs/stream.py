@@ -142,22 +142,29 @@ class StreamEncoder(UnitEncoder):
 
     def __init__(self, layout: StreamLayout, weight: Tensor):
         self.layout, self.rows = layout, len(weight)
-        self.scale = row_scale(weight) * (_SHRINK[layout.bits] / DEVIATION)
         self.values = values(layout.window_bits, weight.device).float()
         self.units = [slice(column, column + 1) for column in range(weight.shape[1])]
+        self._unit_values = self.values / DEVIATION
+        self._importance: Tensor | None = None
+        self._set_scale(row_scale(weight) * (_SHRINK[layout.bits] / DEVIATION))
 
-    def search(self, columns: Tensor) -> Tensor:
-        """Windows int32 `[C, N]` with nearly the least squared error for float32 `columns` `[C, N]` of `C` inputs."""
-        filled = -self.rows % self.layout.period
+    def _set_scale(self, scale: Tensor) -> None:
+        """Set the scales, and what a search derives from them."""
+        self.scale = scale
         # In units of the standard deviation, so that float32 sums over a ring keep all significant digits. Errors
         # cost nothing in the padding of the last period and in channels of zeros, elsewhere in proportion to the
         # scale squared.
-        divisor = torch.where(self.scale > 0, self.scale, 1) * DEVIATION
-        cost = (self.scale / self.scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
-        found = viterbi.search(
-            pad(columns / divisor, (0, filled)), pad(cost, (0, filled)), self.values / DEVIATION, self.layout
-        )
-        return found[:, : self.rows]
+        self._divisor = torch.where(scale > 0, scale, 1) * DEVIATION
+        cost = (scale / scale.amax().clamp(min=torch.finfo(torch.float32).tiny)).square()
+        if self._importance is not None:
+            cost = cost * self._importance
+        self._filled = -self.rows % self.layout.period
+        self._cost = pad(cost, (0, self._filled))
+
+    def search(self, columns: Tensor) -> Tensor:
+        """Windows int32 `[C, N]` with nearly the least squared error for float32 `columns` `[C, N]` of `C` inputs."""
+        targets = pad(columns / self._divisor, (0, self._filled))
+        return viterbi.search(targets, self._cost, self._unit_values, self.layout)[:, : self.rows]
 
     def encode(self, unit: int, target: Tensor) -> tuple[Tensor, Tensor]:
         windows = self.search(target.T)[0]
@@ -167,8 +174,12 @@ class StreamEncoder(UnitEncoder):
         rings = pad(change, (0, -self.rows % STREAM_RING)).view(-1, STREAM_RING).sum(1)
         return (rings < 0).repeat_interleave(STREAM_RING)[: self.rows]
 
+    def weigh(self, importance: Tensor) -> None:
+        self._importance = importance / importance.amax()
+        self._set_scale(self.scale)
+
     def rescale(self, factor: Tensor) -> None:
-        self.scale = self.scale * factor
+        self._set_scale(self.scale * factor)
 
     def pack(self, codes: Tensor) -> Packed:
         layout = self.layout

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..codecs import Codec
 from ..codecs.description import codec_described, description
 from ..modules import STACKS, PackedModule, parameter_name
+from ..modules.divided import whole
 from ..version import FORMAT_VERSION
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
 from .hollow import HollowFiles, lay_out
@@ -156,7 +157,7 @@ def _hash(dtype: str, shape: tuple[int, ...], content: memoryview) -> str:
 def _tensor_hashes(model: nn.Module) -> dict[str, str]:
     """Hashes of all tensors of a model; empty texts for those that are offloaded to disk."""
     return {
-        name: tensor_hash(tensor) if isinstance(tensor, Tensor) and tensor.device.type != "meta" else ""
+        name: tensor_hash(whole(tensor)) if isinstance(tensor, Tensor) and tensor.device.type != "meta" else ""
         for name, tensor in model.state_dict().items()
     }
 

@@ -1,25 +1,92 @@
-"""The origin of a packed model: `provenance.json`, written when a model is quantized, read for its model card."""
+"""The origin of a packed model: `provenance.json`, written when a model is quantized or recovered, read for its model card."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .fields import short_text, short_texts
+from .fields import number, positive_integer, short_text, short_texts
 from .records import known_fields, read_json, write_text
 
 NAME = "provenance.json"
 _FORMAT = 1
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _REVISION = re.compile(r"[\w./-]+")
+_LEAST = -1e-6  # a divergence of 0 may be rounded to less
 # Metadata that a quantized model inherits. The rest of a card describes the original itself.
 _INHERITED = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """How a packed model was trained after it was quantized.
+
+    Attributes:
+        teacher: name of the original on the Hub that it was trained towards; None if it was a local folder.
+        text, held_out: what it was trained and judged on, in words.
+        windows, length: number of windows of the text, and tokens per window.
+        steps, best_step: steps that were done, and the one whose result was kept; 0 if the model is unchanged.
+        batch, learning_rate: windows per step, and the largest rate.
+        seconds, device: duration, and where.
+        perplexity_original, perplexity_before, perplexity_after: on the held-out text.
+        kl_before, kl_after: mean KL(original || packed) there, in nats.
+        command: the command line; None if the model was recovered from Python.
+    """
+
+    teacher: str | None
+    text: str
+    held_out: str
+    windows: int
+    length: int
+    steps: int
+    best_step: int
+    batch: int
+    learning_rate: float
+    seconds: float
+    device: str
+    perplexity_original: float
+    perplexity_before: float
+    perplexity_after: float
+    kl_before: float
+    kl_after: float
+    command: str | None = None
+
+    @classmethod
+    def of(cls, content: Any) -> Recovered | None:
+        """From a record; None if there is none.
+
+        Raises:
+            ValueError: a field is missing or has another type; the message names it.
+        """
+        if content is None:
+            return None
+        if not isinstance(content, dict) or {field.name for field in fields(cls)} - content.keys():
+            raise ValueError(f"recovery must be an object with {', '.join(field.name for field in fields(cls))}")
+        known = {field.name: content[field.name] for field in fields(cls)}
+        for name, value in known.items():
+            where = f"recovery.{name}"
+            if value is None and name in ("teacher", "command"):
+                continue
+            if name in ("teacher", "text", "held_out", "device", "command"):
+                short_text(where, value, 10_000 if name == "command" else 500)
+            elif name in ("windows", "length", "steps", "batch"):
+                positive_integer(where, value)
+            elif not math.isfinite(number(where, value)) or value < _LEAST:
+                raise ValueError(f"{where} must be finite and not negative, got {value!r}")
+        return cls(**known)
+
+    @property
+    def over_adapted(self) -> bool:
+        """Whether training has made the model predict the held-out text better than its original, which it was to
+        imitate."""
+        return self.best_step > 0 and self.perplexity_after < self.perplexity_original
 
 
 @dataclass(frozen=True)
@@ -32,6 +99,7 @@ class Provenance:
         command: the command line; None if the model was quantized from Python.
         versions: versions of the packages involved.
         inherited: licence and language from the original's model card.
+        recovery: how it was trained afterwards; None if it was not.
     """
 
     original: str | None = None
@@ -39,6 +107,7 @@ class Provenance:
     command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     inherited: dict[str, Any] = field(default_factory=dict)
+    recovery: Recovered | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Provenance:
@@ -66,6 +135,7 @@ class Provenance:
         for name, value in inherited.items():
             for text in value if isinstance(value, list) else [value]:
                 short_text(f"inherited.{name}", text)
+        known["recovery"] = Recovered.of(known["recovery"])
         return cls(**known)
 
     def write(self, folder: Path) -> None:

@@ -4,7 +4,15 @@ from torch import nn
 
 from .experts import STACKS, QuantExperts, experts_obstacle, is_fused_experts
 from .linear import QuantLinear, share_inputs
-from .packed import PackedModule, decode_stack, encode_stack, parameter_name, stack_packed, unstack_packed
+from .packed import (
+    PackedModule,
+    decode_stack,
+    encode_stack,
+    packed_modules,
+    parameter_name,
+    stack_packed,
+    unstack_packed,
+)
 from .shared_input import unshare_inputs
 
 
@@ -35,6 +43,7 @@ __all__ = [
     "encode_stack",
     "experts_obstacle",
     "is_fused_experts",
+    "packed_modules",
     "packed_type",
     "parameter_name",
     "share_inputs",

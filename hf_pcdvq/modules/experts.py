@@ -7,8 +7,11 @@ expert is a slice of every tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hf_pcdvq_kernels.backend import use_cpu, use_triton
+from hf_pcdvq_kernels.routing import tiles_of_tokens
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -16,8 +19,6 @@ from .packed import PackedModule
 from .packed_words import DenseName
 
 STACKS = ("gate_up_proj", "down_proj")
-_SINGLE_PAIRS = 64  # up to this many (token, expert) pairs, each is a tile of its own
-_TILES = (16, 64)  # pairs per tile if there are more
 _PAIRS_ON_CPU = 16  # up to this many, one call for all of them is faster on a CPU than one for each expert
 # Attributes set by Transformers' decorator `use_experts_implementation`: the value that packing requires, and the
 # problem with any other.
@@ -109,19 +110,12 @@ class QuantExperts(PackedModule):
         """
         if self._has_grouped_kernels(hidden_states, top_k_index.numel()):
             return self._forward_in_tiles(hidden_states, top_k_index, top_k_weights)
-        summed = torch.promote_types(hidden_states.dtype, torch.float32)
-        out = torch.zeros_like(hidden_states, dtype=summed)
-        for expert in top_k_index.unique().tolist():
-            if not 0 <= expert < self._number:
-                continue
-            token, place = torch.where(top_k_index == expert)
-            result = self.run_expert(expert, hidden_states[token])
-            out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
-        return out.to(hidden_states.dtype)
+        return sum_over_experts(hidden_states, top_k_index, top_k_weights, self._number, self.run_expert)
 
     @property
     def _number(self) -> int:
-        return self.packed_parameters["down_proj"].shape[0]
+        # Of those that this process holds: with expert parallelism, some of them.
+        return len(self.packed_tensors("down_proj")[""])
 
     def _has_grouped_kernels(self, hidden_states: Tensor, pairs: int) -> bool:
         """Whether grouped kernels can be used, which are not differentiable, and pay for so many (token, expert) pairs."""
@@ -151,7 +145,7 @@ class QuantExperts(PackedModule):
         if out is not None:
             return out
         # One product per expert in turn: slower, but also without synchronization.
-        out = x.new_zeros(*x.shape[:-1], self.packed_parameters[stack].shape[1])
+        out = x.new_zeros(*x.shape[:-1], packed["scale"].shape[1])
         for expert in range(self._number):
             mine = (experts == expert)[:, None, None]
             out = torch.where(mine, self._multiply(stack, expert, x), out)
@@ -183,42 +177,29 @@ class QuantExperts(PackedModule):
         return f"{shapes}, codec={self.codec}"
 
 
-def tiles_of_tokens(index: Tensor, number: int) -> tuple[Tensor, Tensor, int]:
-    """Sort (token, expert) pairs into tiles of one expert each, for kernels that multiply tile by tile.
-
-    If there are few pairs, each is its own tile. Otherwise the pairs of an expert fill tiles of 16 or 64, the last
-    one partially; the number of tiles is the largest that any routing could need, so it does not depend on the data.
+def sum_over_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    number: int,
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum of the outputs of each token's experts, one expert after the other.
 
     Args:
-        index: the expert of every pair, integer `[S]`; pairs whose index is out of range go to tiles of no expert.
+        hidden_states, top_k_index, top_k_weights: see `QuantExperts.forward`.
         number: number of experts.
-
-    Returns:
-        The expert of every tile, int32 `[G]`, -1 for none; the position of every pair among the slots of all tiles,
-        int64 `[S]`; and the number of slots per tile.
+        run: the output `[t, H]` of an expert for tokens `[t, H]`.
     """
-    index = torch.where(
-        (index >= 0) & (index < number), index, number
-    )  # experts of other devices are counted as one extra expert
-    pairs = len(index)
-    if pairs <= _SINGLE_PAIRS:
-        experts = torch.where(index < number, index, -1).to(torch.int32)
-        return experts, torch.arange(pairs, device=index.device), 1
-    size = _TILES[0] if pairs <= _TILES[0] * number else _TILES[1]
-    order = index.argsort(stable=True)
-    count = torch.zeros(number + 1, dtype=torch.int64, device=index.device).scatter_add_(
-        0, index, torch.ones_like(index)
-    )
-    needed = -(-count // size)
-    first_tile, first_pair = needed.cumsum(0) - needed, count.cumsum(0) - count
-    sorted_index = index[order]
-    position = torch.arange(pairs, device=index.device) - first_pair[sorted_index]
-    tile = first_tile[sorted_index] + position // size
-    place = torch.empty_like(order)
-    place[order] = tile * size + position % size
-    experts = torch.full((pairs // size + number + 1,), -1, dtype=torch.int32, device=index.device)
-    experts[tile] = torch.where(sorted_index < number, sorted_index, -1).to(torch.int32)
-    return experts, place, size
+    summed = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = torch.zeros_like(hidden_states, dtype=summed)
+    for expert in top_k_index.unique().tolist():
+        if not 0 <= expert < number:
+            continue
+        token, place = torch.where(top_k_index == expert)
+        result = run(expert, hidden_states[token])
+        out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
+    return out.to(hidden_states.dtype)
 
 
 def _copy(names: list[str], source: nn.Module, target: nn.Module) -> None:

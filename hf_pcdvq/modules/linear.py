@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hf_pcdvq_kernels as ops
 import torch
+from hf_pcdvq_kernels.backend import constant_when_compiled
 from hf_pcdvq_kernels.cpu.direct import DirectProduct, can_skip_dispatcher
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
 from .packed_words import DenseName
-from .shared_input import SharedInput
+from .shared_input import SharedInput, prepared_when_compiled
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -32,6 +34,8 @@ class QuantLinear(PackedModule, nn.Linear):
     """
 
     weight = DenseName()
+    # Transformers asks: with tensor parallelism, packed products take local tensors, also where gradients are computed.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -83,15 +87,24 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
-        direct = self.codec.family.on_cpu and can_skip_dispatcher(x)
-        out = self._multiply_directly(x) if direct else None
+        out = None
+        if not torch.compiler.is_compiling() and self.codec.family.on_cpu and can_skip_dispatcher(x):
+            out = self._multiply_directly(x)
         if out is None:
-            tables = self.tables
-            out = self.codec.matmul(x, self.packed, tables, self._prepared(x, tables.get("signs")))
+            family, arguments = self.op_arguments("weight")
+            signs = self._buffers.get("signs")
+            out = ops.matmul(family, x, arguments, signs=signs, prepared=self._prepared(x, signs))
         return out if self.bias is None else out + self.bias
 
     def _prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            format = self._shared_format()
+            return None if format is None else prepared_when_compiled(x, signs, format)
         return None if self.shared_input is None else self.shared_input.prepared(x, signs)
+
+    @constant_when_compiled
+    def _shared_format(self) -> str | None:
+        return None if self.shared_input is None else self.shared_input.format
 
     def _multiply_directly(self, x: Tensor) -> Tensor | None:
         """The product without PyTorch's dispatcher; None if it has to run as an op."""
@@ -102,9 +115,7 @@ class QuantLinear(PackedModule, nn.Linear):
             return None
         product = self._direct
         if product is None or not product.holds(tensors):
-            arguments = self.codec.arguments(self.packed, self.tables)
-            signs = self.tables.get("signs")
-            product = self._direct = DirectProduct(self.codec.family.family, arguments, signs, tensors)
+            product = self._direct = DirectProduct(*self.op_arguments("weight"), buffers.get("signs"), tensors)
         return product(x, self._prepared(x, buffers.get("signs"))) if product.takes(x) else None
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:

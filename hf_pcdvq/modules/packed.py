@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from hf_pcdvq_kernels.backend import constant_when_compiled
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
+from .divided import is_divided, local_part
 from .packed_words import PackedWords, packed_error
 
 
@@ -77,6 +79,19 @@ class PackedModule(nn.Module):
         """The constants needed to decode a dense parameter."""
         return {table: getattr(self, name) for table, name in self.packed_parameters[parameter].tables.items()}
 
+    def op_arguments(self, parameter: str) -> tuple[str, list[Any]]:
+        """The family of the ops for a dense parameter, and their arguments: what `Codec.arguments` makes of its tensors."""
+        family, names = self._op(parameter)
+        own, tables = self._parameters, self._buffers
+        return family, [own[name] if name in own else tables[name] if name in tables else name for name in names]
+
+    # `torch.compile` checks at every call all that it has looked at, which took longer than the products of a layer.
+    @constant_when_compiled
+    def _op(self, parameter: str) -> tuple[str, tuple[Any, ...]]:
+        """As `op_arguments`, with the names of tensors in their places."""
+        entry = self.packed_parameters[parameter]
+        return self.codec.family.family, tuple(self.codec.arguments(entry.tensors, entry.tables))
+
     def set_packed(self, parameter: str, packed: Packed) -> None:
         """Replace the packed tensors of a dense parameter; they are moved to the module's device."""
         for suffix, name in self.packed_parameters[parameter].tensors.items():
@@ -86,14 +101,25 @@ class PackedModule(nn.Module):
     def reset_tables(self) -> None:
         """Fill the table buffers, which loading leaves uninitialized, on their device."""
         for parameter, (shape, _, names) in self.packed_parameters.items():
-            home = getattr(self, parameter).device
+            home = self._parameters[parameter].device
             for table, value in self.codec.tables(shape[-1]).items():
                 device = getattr(self, names[table]).device
                 self.register_buffer(names[table], value.to(home if device.type == "meta" else device), False)
 
     def decoded(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """A dense parameter decoded to `dtype`, on the same device."""
-        return decode_stack(self.codec, self.packed_tensors(parameter), self.tables_of(parameter), dtype)
+        """A dense parameter decoded to `dtype`, on the same device, and divided among processes as the packed one is."""
+        packed = {suffix: local_part(tensor) for suffix, tensor in self.packed_tensors(parameter).items()}
+        dense = decode_stack(self.codec, packed, self.tables_of(parameter), dtype)
+        words = self._parameters[parameter]
+        if not is_divided(words):
+            return dense
+        from torch.distributed.tensor import DTensor
+
+        whole = torch.empty(self.packed_parameters[parameter].shape, device="meta")
+        # Words have the dimensions of the dense parameter, so what divides one divides the other.
+        return DTensor.from_local(
+            dense, words.device_mesh, words.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
     def _apply(self, fn, recurse: bool = True):
         # `.to(dtype)` would round scales and levels. Moves between devices are kept, changes of dtype are undone.
@@ -106,7 +132,7 @@ class PackedModule(nn.Module):
         for name, tensor in packed.items():
             moved = self._parameters[name]
             if moved.dtype != tensor.dtype:
-                moved.data = tensor.to(moved.device)  # the same parameter, which an optimizer may hold
+                _refill(moved, tensor.to(moved.device))
         # Tables are constants: new memory, as from `to_empty`, is filled with what they were.
         for name, table in tables.items():
             moved = getattr(self, name)
@@ -144,6 +170,19 @@ class PackedModule(nn.Module):
 
     def reset_parameters(self) -> None:
         raise RuntimeError("a packed layer has no initialization; load its tensors or quantize a dense one")
+
+
+def _refill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Give a parameter, which an optimizer may hold, other content, of any dtype."""
+    if is_divided(parameter):  # whose `data` is not all of it
+        torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = tensor
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed modules of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .divided import is_divided, local_part
+
 # What a reader may ask: where the parameter is and whether it is trained.
 _PLACE = ("device", "is_cpu", "is_cuda", "is_meta", "layout", "grad", "requires_grad")
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _PLACE}
@@ -68,18 +70,19 @@ class DenseName:
         if words is None:
             raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
         # On meta there is nothing to protect, and what loads or offloads it compares shapes. Where a forward was
-        # interrupted, accelerate finds words that it has put there.
-        if words.is_meta or ("_hf_hook" in vars(module) and _asks_accelerate()):
+        # interrupted, accelerate finds words that it has put there; FSDP finds parts of them.
+        moved = "_hf_hook" in vars(module) or is_divided(words)
+        if words.is_meta or (moved and _asks_who_moves()):
             return words
-        alias = words.detach().as_subclass(PackedWords)
+        alias = local_part(words).detach().as_subclass(PackedWords)
         vars(alias).update(vars(words))  # Transformers marks what is loaded
         alias.owner, alias.dense_dtype, alias.words = f"{kind.__name__}: {self._name}", module.dense_dtype, words
         return alias
 
 
-def _asks_accelerate() -> bool:
-    """Whether accelerate reads the attribute of whose `__get__` this is called."""
-    return sys._getframe(2).f_globals.get("__name__", "").startswith("accelerate.")
+def _asks_who_moves() -> bool:
+    """Whether accelerate or FSDP, which move parameters around, reads the attribute of whose `__get__` this is called."""
+    return sys._getframe(2).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.fsdp."))
 
 
 def packed_error(owner: str) -> RuntimeError:

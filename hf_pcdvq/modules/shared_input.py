@@ -27,34 +27,69 @@ class SharedInput:
     """
 
     def __init__(self, parent: nn.Module, format: str):
-        self._format = format
+        self.format = format
         # During a call of the module: the last input, its version and its prepared form, or empty; None outside.
         self._last: tuple[Any, ...] | None = None
-        # `always_call`: also after an exception, which checkpointing uses to stop recomputation early.
-        end = parent.register_forward_hook(self._end, always_call=True)
-        # The handles belong to the parent, and are copied and saved with its hooks: the layers may be moved elsewhere.
-        handles = (parent.register_forward_pre_hook(self._begin), end)
-        parent._shared_input_hooks = (*getattr(parent, "_shared_input_hooks", ()), *handles)
+        if not hasattr(parent, "_shared_inputs"):
+            # `always_call`: also after an exception, which checkpointing uses to stop recomputation early. The handles
+            # belong to the parent, and are copied and saved with its hooks: the layers may be moved elsewhere.
+            end = parent.register_forward_hook(_end, always_call=True)
+            parent._shared_inputs, parent._shared_input_hooks = (), (parent.register_forward_pre_hook(_begin), end)
+        parent._shared_inputs = (*parent._shared_inputs, self)
 
     def prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
         """The result of `hf_pcdvq_kernels.prepare` for `x` `[..., K]`; None outside a call of the module."""
         last = self._last  # read once: another thread may run the same module
         if last is None:
             return None
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        version = 0 if x.is_inference() else x._version
         if not last or last[0] is not x or last[1] != version:
-            last = self._last = (x, version, ops.prepare(x, signs, self._format))
+            last = self._last = (x, version, ops.prepare(x, signs, self.format))
         return last[2]
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self._last = ()
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._last = None
+class _Traced:
+    """What is known of the last input while `torch.compile` traces: as in `SharedInput`, with a format for the version.
+
+    The objects of the layers would do, but `torch.compile` checks at every call that those which several modules refer
+    to are still the same, which took longer than the products of a small model.
+    """
+
+    last: tuple[Any, ...] | None = None
+
+
+_TRACED = _Traced()
+
+
+def prepared_when_compiled(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
+    """`SharedInput.prepared`, for `torch.compile` to trace."""
+    last = _TRACED.last
+    if last is None:
+        return None
+    if not last or last[0] is not x or last[1] != format:
+        last = _TRACED.last = (x, format, ops.prepare(x, signs, format))
+    return last[2]
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    _set_last(module, ())
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    _set_last(module, None)
+
+
+def _set_last(module: nn.Module, last: tuple[Any, ...] | None) -> None:
+    if torch.compiler.is_compiling():
+        _TRACED.last = last
+        return
+    for shared in module._shared_inputs:
+        shared._last = last
 
 
 def unshare_inputs(model: nn.Module) -> None:
     """Remove the hooks of all shared inputs from a model, whose layers are no longer packed."""
     for module in model.modules():
-        for hook in module.__dict__.pop("_shared_input_hooks", ()):
+        vars(module).pop("_shared_inputs", None)
+        for hook in vars(module).pop("_shared_input_hooks", ()):
             hook.remove()

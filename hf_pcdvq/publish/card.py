@@ -23,7 +23,7 @@ from ..config import PackedConfig
 from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.tables import TASK_HEADINGS, markdown_table, task_rows
 from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
-from ..files.provenance import Provenance
+from ..files.provenance import Provenance, Recovered
 from ..files.size import FolderCount, layer_groups, readable_size
 from ..files.text import code_block, code_span, markdown
 from .architecture import architecture_name
@@ -188,6 +188,21 @@ def _origin_facts(config: PackedConfig, measured: Measurements, provenance: Prov
         "versions": [markdown(f"{name} {version}") for name, version in versions.items()],
         "settings": code_block(json.dumps(settings, indent=2), "json"),
         "calibration": calibration,
+        "recovery": None if provenance.recovery is None else _recovery_facts(provenance.recovery),
+    }
+
+
+def _recovery_facts(recovery: Recovered) -> dict[str, Any]:
+    """How the model was trained after it was quantized."""
+    texts = {name: markdown(getattr(recovery, name)) for name in ("text", "held_out", "device")}
+    return {
+        **asdict(recovery),
+        **texts,
+        "teacher": code_span(recovery.teacher) if recovery.teacher else None,
+        "command": code_block(recovery.command, "bash") if recovery.command else None,
+        "learning_rate": f"{recovery.learning_rate:g}",
+        "seconds": f"{recovery.seconds:.0f}",
+        "over_adapted": recovery.over_adapted,
     }
 
 

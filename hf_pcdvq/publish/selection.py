@@ -22,6 +22,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from ..allocation.report import FILES as ALLOCATION
 from ..calibration.report import NAME as REPORT
 from ..evaluation.record import NAME as EVALUATION
 from ..evaluation.speed import NAME as SPEED
@@ -37,6 +38,7 @@ MEASUREMENTS = [
     f"{EVALUATION}.json",
     f"{EVALUATION}.md",
     f"{SPEED}.json",
+    *ALLOCATION,
 ]
 _SETTINGS = [CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_FILE, *PROCESSOR_FILES]
 _TOKENIZER = [FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE]

@@ -69,6 +69,7 @@ def quantize_checkpoint(
         CannotStream: the checkpoint has to be loaded whole.
         ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
     """
+    _refuse_whole(config)
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     run = _Run(
@@ -88,6 +89,21 @@ def quantize_checkpoint(
     if dataset is None:
         raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
     return run.calibrate(tokenizer, dataset, partial(MappedActivations, Path(scratch)), batch_tokens)
+
+
+def _refuse_whole(config: PackedConfig) -> None:
+    """Reject a config that needs more than one block at a time.
+
+    Raises:
+        CannotStream: it does; the message names the setting.
+    """
+    if config.target is not None:
+        raise CannotStream('bits="auto" measures what each of its layers does to its predictions')
+    if config.calibration is not None and config.calibration.fisher_groups:
+        groups = config.calibration.fisher_groups
+        raise CannotStream(
+            f"fisher_groups={groups} takes a backward pass through all of it; 0 is read block by block"
+        )
 
 
 @dataclass

@@ -11,7 +11,6 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
-from hf_pcdvq.calibration.activations import HeldActivations
 from hf_pcdvq.calibration.experts import RoutedTokens, quantize_experts
 from hf_pcdvq.calibration.report import _curves
 from hf_pcdvq.calibration.run import _MAX_STAGES
@@ -50,7 +49,7 @@ def experts_and_tokens():
     index = torch.arange(EXPERTS).repeat_interleave(200)[:, None]
     scale = torch.rand(EXPERTS, 64, generator=generator) ** 4
     hidden = torch.randn(len(index), 64, generator=generator) * scale[index[:, 0]]
-    return experts, RoutedTokens(index, HeldActivations(hidden=hidden, original=hidden))
+    return experts, RoutedTokens(index, {"hidden": hidden, "original": hidden})
 
 
 def output_errors(experts, packed, tokens, codec):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_pcdvq import Calibration, PcdvqConfig
-from hf_pcdvq.calibration.hessian import InputMoments
-from hf_pcdvq.calibration.layers import quantize_layers
+from hf_pcdvq.calibration.hessian import InputMoments, prepare_hessian
+from hf_pcdvq.calibration.layers import predicted_share, quantize_layers
 
 CODEC = PcdvqConfig().codec
 
@@ -41,3 +41,40 @@ def test_records_belong_to_the_layers_they_name():
     for record in records:
         assert record.tokens == 512
         assert 8 < record.snr < 14  # squared error 0.07 on normal weights is 11.5 dB
+
+
+def test_own_share_is_how_much_of_the_change_in_outputs_the_inputs_predict():
+    # Half of the change is a linear function of the inputs, half is noise; least squares over the tokens says how much.
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4096, 64, generator=generator)
+    change = inputs @ torch.randn(64, 64, generator=generator) / 80 + 0.1 * torch.randn(
+        inputs.shape, generator=generator
+    )
+    weights = {name: torch.randn(size, 64, generator=generator) / 8 for name, size in (("gate", 24), ("up", 40))}
+    moments = InputMoments(64, torch.device("cpu"), with_change=True)
+    moments.add(inputs, inputs + change)
+    settings = Calibration(correction="own", damp_percent=1e-6)
+    packed, _ = quantize_layers(weights, moments, CODEC, settings)
+    for name, weight in weights.items():
+        lost = change[0] @ weight.T
+        found = torch.linalg.lstsq(inputs[0], lost).solution
+        share = 1 - (lost - inputs[0] @ found).square().sum() / lost.square().sum()
+        assert 0.3 < share < 0.9
+        missing = weight @ moments.cross / moments.tokens
+        step = prepare_hessian(moments, 1e-8, None).solve(missing)
+        assert predicted_share(weight, missing, step, moments).item() == pytest.approx(share.item(), rel=1e-3)
+        fixed = Calibration(correction=share.item(), damp_percent=1e-6)
+        alone, _ = quantize_layers({name: weight}, moments, CODEC, fixed)
+        own, same = (CODEC.decode(tensors[name], CODEC.tables(64), torch.float32) for tensors in (packed, alone))
+        assert (own - same).norm() < 0.05 * own.norm()  # a few codes are decided by the last digits
+
+
+def test_own_share_of_inputs_that_have_not_changed_is_none():
+    weights, _ = weights_and_moments()
+    inputs = torch.randn(1, 512, 64, generator=torch.Generator().manual_seed(0))
+    moments = InputMoments(64, torch.device("cpu"), with_change=True)
+    moments.add(inputs, inputs)
+    found, expected = (
+        quantize_layers(weights, moments, CODEC, Calibration(correction=correction))[0] for correction in ("own", 0.0)
+    )
+    assert all(torch.equal(found[name][key], expected[name][key]) for name in weights for key in found[name])

@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from hf_pcdvq.calibration.sampling import sample_from_model
+from hf_pcdvq.calibration.sampling import sample_answers, sample_from_model, shipped_prompts
 
 
 class Constant(nn.Module):
@@ -65,3 +65,33 @@ def test_every_row_and_every_step_is_drawn_by_itself():
     for (row, step), name in neighbours.items():
         pairs = ranks[row:, step:] * ranks[: 80 - row, : 80 - step]
         assert abs(pairs.mean().item()) < 5 / pairs.numel() ** 0.5, name
+
+
+def test_answers_follow_prompts_and_end_where_the_next_prompt_begins():
+    model = tiny_llama()
+    model.generation_config.update(eos_token_id=[1, 7])
+    logits = torch.full((258,), -torch.inf)
+    logits[[1, 3, 7, 200]] = torch.tensor([0.05, 0.5, 0.05, 0.4]).log()
+    model.lm_head = Constant(logits.bfloat16())
+    prompts = [[10, 11, 12], [20, 21]]
+    windows = sample_answers(model, prompts, 66, 60, seed=0, progress=False)  # more than one batch
+    assert windows.shape == (66, 60) and windows.dtype == torch.int64
+    assert torch.equal(windows, sample_answers(model, prompts, 66, 60, seed=0, progress=False))
+    seen, ended = set(), 0
+    for row in windows.tolist():
+        while row:
+            prompt = next(ids for ids in prompts if row[: len(ids)] == ids[: len(row)])
+            seen.add(tuple(prompt))
+            row = row[len(prompt) :]
+            end = next((place for place, token in enumerate(row) if token in (1, 7)), len(row))
+            assert set(row[:end]) <= {3, 200}
+            ended += end < len(row)
+            row = row[end + 1 :]
+    assert len(seen) == 2 and 0.5 < ended / (windows == 3).sum() / 0.2 < 2
+
+
+def test_shipped_prompts_are_conversations_of_every_kind():
+    lines = shipped_prompts()
+    assert {line["kind"] for line in lines} == {"chat", "document", "tool", "code", "language"}
+    for line in lines:
+        assert line["messages"][-1]["role"] == "user" and all(turn["content"] for turn in line["messages"])

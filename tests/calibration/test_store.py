@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_llama
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+from hf_pcdvq.allocation.store import kept_until_done
 from hf_pcdvq.calibration import identity, store
 
 TOKENS = torch.randint(2, 250, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -148,8 +149,7 @@ def test_remains_of_a_killed_run_are_cleared(tmp_path):
     quantize(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"block-0000.safetensors", "block-0001.safetensors"}
     (tmp_path / ".partial").mkdir()
-    with store.kept_until_done(tmp_path):
-        pass
+    store.clear(tmp_path)
     assert not tmp_path.exists()
 
 
@@ -158,7 +158,7 @@ def test_folder_of_a_failed_run_stays_unless_it_is_empty(tmp_path):
     quantize(kept)
     empty.mkdir()
     for folder in (kept, empty):
-        with pytest.raises(KeyboardInterrupt), store.kept_until_done(folder):
+        with pytest.raises(KeyboardInterrupt), kept_until_done(folder):
             raise KeyboardInterrupt
     assert len(list(kept.iterdir())) == 2 and not empty.exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -224,6 +225,18 @@ def test_what_was_measured_is_kept_when_a_task_fails(tiny_model_dir, packed, tex
 def test_unknown_task_is_named_before_anything_is_computed(tiny_model_dir, packed, text):
     options = ["--text", text, "--context", 40, "--tasks", "arc_easy,no_such_task"]
     fail(1, "lm-eval knows no task no_such_task;", "eval", tiny_model_dir, packed, *options)
+
+
+@needs_lm_eval
+def test_lm_evals_own_command_scores_packed_models(packed, task_dir, tmp_path, exact_products, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # put back afterwards
+    options = ["--model", "hf", "--model_args", f"pretrained={packed}", "--device", "cpu", "--limit", 20]
+    options += ["--tasks", "local_letters", "--include_path", task_dir, "--output_path", tmp_path / "scores"]
+    succeed("lm-eval", "run", *options)
+    (report,) = (tmp_path / "scores").rglob("results*.json")
+    questions = [json.loads(line) for line in (task_dir / "letters.jsonl").read_text().splitlines()][:20]
+    found = json.loads(report.read_text())["results"]["local_letters"]["acc,none"]
+    assert found == pytest.approx(accuracy(packed, questions))
 
 
 # -------------------------------------------------------------------------------------------------------------- compare

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import hf_pcdvq_kernels
 import numpy as np
 import pytest
 import torch
@@ -10,10 +11,9 @@ import xxhash
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import hf_pcdvq
 from hf_pcdvq import CcqConfig, PcdvqConfig
 
-CODEBOOKS = hf_pcdvq.__path__[0] + "/codecs/data/"
+CODEBOOKS = hf_pcdvq_kernels.__path__[0] + "/codebooks/"
 SHIFTS = {
     "2.75": (22, (4, 2, 0), 15, 8),
     "2.5": (10, (13, 11, 9, 6, 4, 2, 0), 7, 4),

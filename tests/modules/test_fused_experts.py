@@ -1,7 +1,5 @@
 """Models with fused experts: packed while loading, saved, loaded, dequantized."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from moe_models import EXPERTS, KINDS, ernie, logits, model
@@ -14,7 +12,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantExperts, QuantLinear, encode_stack
-from hf_pcdvq.quantizer import PackedHfQuantizer
 
 EXPERT_LAYER = "model.layers.1.mlp.experts"
 
@@ -141,15 +138,6 @@ def test_tokens_of_other_devices_are_skipped():
         out = packed(hidden, index, weights)
         expected = packed.dequantize(torch.float32)(hidden, index.clamp(0, EXPERTS - 1), weights * here)
     assert relative(out, expected) < 3e-4 and not out[3].any()  # the CPU kernels quantize activations to 15 bits
-
-
-@pytest.mark.parametrize("size", ("tp_size", "ep_size"))
-def test_experts_are_not_cut_into_shards(size):
-    quantizer = PackedHfQuantizer(PcdvqConfig(), pre_quantized=False)
-    dense = model("mixtral")
-    dense.config.distributed_config = SimpleNamespace(**{size: 2})
-    with pytest.raises(NotImplementedError, match="tensor or expert parallelism"):
-        quantizer.update_parallel_plan(dense, {})
 
 
 def test_bfloat16_and_layers_on_disk(tmp_path):

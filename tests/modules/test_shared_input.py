@@ -178,6 +178,16 @@ def test_compiled_it_is_prepared_once_too(attention):
     assert len(next(node for node in graph.graph.nodes if node.op == "output").args[0]) == 1
 
 
+def test_compiled_it_is_not_checked_at_every_call(attention):
+    """`torch.compile` checks what it looked at at every call; for objects that layers share, that takes milliseconds."""
+    share_inputs(attention)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        guards = torch._dynamo.explain(attention)(activations(1, 128)).out_guards
+    assert len(guards) > 10
+    assert not [guard.name for guard in guards if ".shared_input" in guard.name or ".codec" in guard.name]
+
+
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_a_cuda_graph_prepares_what_it_replays(attention):
     share_inputs(attention)

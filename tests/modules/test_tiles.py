@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from hf_pcdvq_kernels.routing import tiles_of_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_models import EXPERTS, model
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.modules import QuantExperts, encode_stack
-from hf_pcdvq.modules.experts import tiles_of_tokens
 
 
 @given(

@@ -6,16 +6,16 @@ import os
 import sys
 from pathlib import Path
 
+import hf_pcdvq_kernels
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 from foreign_files import without_record
+from hf_pcdvq_kernels.constants import codebook_digest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import hf_pcdvq
-from hf_pcdvq.codecs.codebook import digest
 from hf_pcdvq.files.headers import read_header
 from hf_pcdvq.files.packing import save_file
 from hf_pcdvq.publish.integrity import check_folder
@@ -214,12 +214,12 @@ def test_only_models_are_made_of_the_class_that_a_config_names(packed, monkeypat
 
 def test_codebook_is_one_of_the_shipped_whatever_lies_elsewhere(packed, tmp_path):
     """A path in its place would have any file read, and any values decoded with."""
-    shipped = Path(hf_pcdvq.codecs.__file__).parent / "data"
+    shipped = Path(hf_pcdvq_kernels.__file__).parent / "codebooks"
     tables = load_file(shipped / "pcdvq-a16-v1.safetensors")
     tables["patterns"] = tables["patterns"].float()
     save_file(tables, tmp_path / "mine.safetensors")
     path = os.path.relpath(tmp_path / "mine", shipped)
-    set_config(packed, quantization_config={"codebook": path, "codebook_sha256": digest(tables)})
+    set_config(packed, quantization_config={"codebook": path, "codebook_sha256": codebook_digest(tables)})
     result = CliRunner().invoke(main, ["check", str(packed)])
     assert result.exit_code == 1 and "codebook" in result.stderr and "mine'" in result.stderr
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import moe_models
@@ -19,6 +20,7 @@ from transformers import (
 
 from hf_pcdvq import Calibration, quantize_model
 from hf_pcdvq.calibration.activations import MappedActivations
+from hf_pcdvq.calibration.run import CalibratedRun
 from hf_pcdvq.config import config_of_setting
 from hf_pcdvq.streaming import quantize as streaming
 from hf_pcdvq.streaming.checkpoint import CannotStream, Checkpoint
@@ -223,6 +225,58 @@ def test_text_that_the_model_writes_needs_it_whole(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense["llama"], device_map="meta")
     with pytest.raises(CannotStream, match="writes its calibration text itself"):
         quantize_checkpoint(model, None, configured("pcdvq-2.0", True, {}), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "calibration", "reason"),
+    [
+        ({"bits": "auto", "target_bits": 2.1}, {}, 'bits="auto" measures'),
+        ({}, {"fisher_groups": 2}, "fisher_groups=2 takes a backward pass"),
+    ],
+)
+def test_settings_that_need_the_whole_model_are_refused_by_name(options, calibration, reason, dense, tmp_path):
+    config = config_of_setting("pcdvq-2.0", calibration=Calibration(samples=6, length=16, **calibration), **options)
+    with pytest.raises(CannotStream, match=reason):
+        streamed(dense["llama"], config, tmp_path / "found")
+    assert list((tmp_path / "found").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["biased", "mixtral"])
+def test_activations_that_a_device_has_room_for_stay_there(name, dense, tmp_path, monkeypatch):
+    run = configured("pcdvq-2.0", True, {})
+    streamed(dense[name], run, tmp_path / "expected")
+    monkeypatch.setattr(CalibratedRun, "_has_room", lambda self, hidden: True)
+    used, join = [], MappedActivations.join
+    monkeypatch.setattr(MappedActivations, "join", lambda self, *args: used.append(args[0]) or join(self, *args))
+    streamed(dense[name], run, tmp_path / "found")
+    assert_same_files(tmp_path / "found", tmp_path / "expected")
+    assert set(used) <= {
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    }  # states before the first block, and for the comparison; no inputs of layers
+
+
+def test_own_share_of_corrections_is_that_of_the_path_in_memory(dense, tmp_path):
+    for name in ("llama", "mixtral"):
+        run = configured("pcdvq-2.0", True, {})
+        run.calibration = replace(run.calibration, correction="own")
+        in_memory(dense[name], run, tmp_path / f"{name}-expected")
+        streamed(dense[name], run, tmp_path / f"{name}-found")
+        assert_same_files(tmp_path / f"{name}-found", tmp_path / f"{name}-expected")
+
+
+def test_sensitivities_go_with_the_windows_of_their_batch(dense):
+    weights, run = {}, configured("pcdvq-2.25", True, {})
+    run.calibration = replace(run.calibration, fisher_groups=2)
+    for batch in (16, 64):  # one window, and four, of which the last batch has two
+        model = AutoModelForCausalLM.from_pretrained(dense["llama"], dtype=torch.float32)
+        quantize_model(model, None, run, TOKENS, batch_tokens=batch, progress=False)
+        weights[batch] = model.model.layers[0].self_attn.q_proj.dequantize(torch.float32).weight
+    assert (weights[16] - weights[64]).norm() < 1e-3 * weights[16].norm()
 
 
 def test_windows_that_go_through_a_block_together_change_rounding_errors_only(dense, tmp_path):

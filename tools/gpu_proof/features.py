@@ -162,9 +162,10 @@ def tried(feature: Callable[[Pair], float], pair: Pair) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    device, settings, features = ("cpu", SETTINGS[:1], DRY) if args.dry_run else ("cuda", SETTINGS, FEATURES)
+    device, settings, features = ("cpu", SETTINGS[:1], DRY) if args.dry_run else ("cuda", args.settings, FEATURES)
     hf_pcdvq.set_backend("reference" if args.dry_run else "triton")
     rows = []
     for setting in settings:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 # Vectors scored against all patterns at a time: 2 MiB of scores for 512 patterns, which stays in a core's cache and
 # is 2.4 times as fast on a CPU as chunks of 16384.
-_CHUNK = {"cpu": 1 << 10}
-_CHUNK_ACCELERATOR = 1 << 17
+_CHUNK = 1 << 10
+# On an accelerator: 256 MiB of products, in few and large operations, none of which has to wait for another's result.
+_CHUNK_ACCELERATOR = 1 << 14
 
 
 def search(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,16 +18,7 @@ def search(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]
     absolute, negative = vectors.abs(), vectors < 0
     odd = negative.sum(1) % 2 == 1
     columns = directions.T.contiguous()
-    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    chunk = _CHUNK.get(vectors.device.type, _CHUNK_ACCELERATOR)
-    for parity in (False, True):
-        members = (odd == parity).nonzero()[:, 0]
-        for part in members.split(chunk):
-            rows = absolute[part]
-            scores = rows @ columns
-            if parity:
-                scores.sub_(_smallest_product(rows, columns), alpha=2)
-            index[part] = scores.argmax(1)
+    index = (_on_cpu if vectors.device.type == "cpu" else _on_accelerator)(absolute, odd, columns)
 
     products = absolute * directions[index]
     smallest, position = products.min(1)
@@ -35,6 +27,29 @@ def search(vectors: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]
     weights = 1 << torch.arange(SIGN_BITS, device=vectors.device, dtype=torch.int32)
     signs = (flipped[:, :SIGN_BITS] * weights).sum(1, dtype=torch.int32)
     return index.to(torch.int32), signs, projection
+
+
+def _on_cpu(absolute: Tensor, odd: Tensor, columns: Tensor) -> Tensor:
+    """The best pattern of every vector, int64 `[n]`. Vectors with an even number of negative signs are scored apart."""
+    index = torch.empty(len(absolute), dtype=torch.int64)
+    for parity in (False, True):
+        members = (odd == parity).nonzero()[:, 0]
+        for part in members.split(_CHUNK):
+            rows = absolute[part]
+            scores = rows @ columns
+            if parity:
+                scores.sub_(_smallest_product(rows, columns), alpha=2)
+            index[part] = scores.argmax(1)
+    return index
+
+
+def _on_accelerator(absolute: Tensor, odd: Tensor, columns: Tensor) -> Tensor:
+    """The same without waiting for which vectors are odd."""
+    parts = []
+    for rows, flip in zip(absolute.split(_CHUNK_ACCELERATOR), odd.split(_CHUNK_ACCELERATOR)):
+        smallest = (rows[:, :, None] * columns).amin(1)
+        parts.append((rows @ columns).sub_(flip[:, None] * smallest, alpha=2).argmax(1))
+    return torch.cat(parts)
 
 
 def _smallest_product(rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The search of `reference.py` as a Triton kernel. Same arguments and algorithm, equal errors up to rounding.
 
-One program searches one ring. From weight to weight, the least errors of all states are passed through a buffer in
-global memory, which stays in the caches; a barrier separates the weights.
+One program searches one ring. From weight to weight, the least errors of all states stay in registers and shared memory;
+they are also written to a buffer in global memory, from which the best path is traced back.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from .reference import FORBIDDEN
 
-WARPS = 8
-# States that a program processes at a time: eight per thread, so that they fit in registers.
-_BLOCK = 2048
 # Bytes of the buffer for a launch over several columns; a single column may take more if its rings need it.
 _BUFFER = 1 << 30
 
@@ -44,7 +41,14 @@ def search(targets: Tensor, cost: Tensor, values: Tensor, layout: StreamLayout, 
         for start in range(0, columns, chunk):
             part = targets[start : start + chunk]
             search_kernel[(len(part), rings)](
-                part, cost, values, errors, found[start : start + chunk], rows, **constant, num_warps=WARPS
+                part,
+                cost,
+                values,
+                errors,
+                found[start : start + chunk],
+                rows,
+                **constant,
+                num_warps=warps(layout, 64 if torch.version.hip else 32),
             )
     return found
 
@@ -54,15 +58,23 @@ def constants(layout: StreamLayout, overlap: int) -> dict[str, Any]:
     states = 1 << (layout.window_bits - min(layout.strides))
     return {
         "STRIDES": sum(layout.strides[i % len(layout.strides)] << 4 * i for i in range(4)),
+        "PHASES": len(layout.strides),
         "WINDOW": layout.window_bits,
         "OVERLAP": overlap,
         "RING": STREAM_RING,
         "STEPS": max(STREAM_RING, 2 * overlap) + 1,
         "STATES": states,
-        "BLOCK": min(states, _BLOCK),
         "CANDIDATES": 1 << max(layout.strides),
         "FORBIDDEN": FORBIDDEN,
     }
+
+
+def warps(layout: StreamLayout, lanes: int) -> int:
+    """Warps of a program, of so many threads each: 16 windows per thread, with at most 1024 threads.
+
+    Windows of 15 and 16 bits are more than the registers of so many threads hold; the rest goes to the caches.
+    """
+    return min(1024, (1 << layout.window_bits) // 16) // lanes
 
 
 @triton.jit
@@ -74,12 +86,12 @@ def search_kernel(
     p_found,  # int32 [C, N]
     rows,  # N
     STRIDES: tl.constexpr,  # new bits of weights 0, 1, 2, 3, repeating: four bits each, from the lowest
+    PHASES: tl.constexpr,  # they repeat after so many weights
     WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
     RING: tl.constexpr,
     STEPS: tl.constexpr,
     STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
     CANDIDATES: tl.constexpr,
     FORBIDDEN: tl.constexpr,
 ):
@@ -89,29 +101,16 @@ def search_kernel(
     p_cost += ring * RING
     p_found += column * rows + ring * RING
     p_errors += (column * tl.num_programs(1) + ring) * STEPS * STATES
-    o_state = tl.arange(0, STATES)
+    o_state = tl.arange(0, 1 << (WINDOW - (STRIDES & 15)))
 
     # The state at the ring's boundary: from the best path over the weights around it, free at both ends.
-    before = length - OVERLAP % length
-    tl.store(p_errors + o_state, tl.zeros([STATES], tl.float32))
-    for i in range(2 * OVERLAP):
-        _step(
-            p_targets,
-            p_cost,
-            p_values,
-            p_errors,
-            before,
-            length,
-            i,
-            STRIDES,
-            WINDOW,
-            STATES,
-            BLOCK,
-            CANDIDATES,
-            FORBIDDEN,
-        )
-    tl.debug_barrier()
-    state = tl.argmin(tl.load(p_errors + 2 * OVERLAP * STATES + o_state), 0)
+    before = length - OVERLAP % length  # a multiple of PHASES, as the length is
+    path = tl.zeros([1 << (WINDOW - (STRIDES & 15))], tl.float32)
+    path = _forward(
+        path, p_targets, p_cost, p_values, p_errors, before, length, 2 * OVERLAP, STRIDES, PHASES, WINDOW, STATES
+    )
+    state = tl.argmin(path, 0)
+    tl.debug_barrier()  # the errors were written by other threads
     for j in range(OVERLAP):
         i = 2 * OVERLAP - 1 - j
         window = _back(
@@ -121,11 +120,8 @@ def search_kernel(
 
     # The best path around the ring that begins and ends in that state.
     tl.debug_barrier()
-    tl.store(p_errors + o_state, tl.where(o_state == state, 0.0, FORBIDDEN))
-    for i in range(length):
-        _step(
-            p_targets, p_cost, p_values, p_errors, 0, length, i, STRIDES, WINDOW, STATES, BLOCK, CANDIDATES, FORBIDDEN
-        )
+    path = tl.where(o_state == state, 0.0, FORBIDDEN)
+    path = _forward(path, p_targets, p_cost, p_values, p_errors, 0, length, length, STRIDES, PHASES, WINDOW, STATES)
     tl.debug_barrier()
     for j in range(length):
         i = length - 1 - j
@@ -142,37 +138,80 @@ def _stride(row, STRIDES: tl.constexpr):
 
 
 @triton.jit
-def _step(
+def _forward(
+    path,  # float32 [states before the first weight]: their least errors
     p_targets,
     p_cost,
     p_values,
     p_errors,
     first,
     length,
-    i,
+    count,
     STRIDES: tl.constexpr,
+    PHASES: tl.constexpr,
     WINDOW: tl.constexpr,
     STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    FORBIDDEN: tl.constexpr,
+):
+    """Least errors of the paths to every state after `count` weights of the ring from `first` on.
+
+    Those before every weight are written to `p_errors`.
+    """
+    kept = _window_values(p_values, STRIDES & 15, (STRIDES >> 4) & 15, WINDOW)
+    for start in range(0, count, PHASES):
+        for phase in tl.static_range(PHASES):
+            values = kept
+            if PHASES > 1:
+                values = _window_values(
+                    p_values, (STRIDES >> (4 * phase)) & 15, (STRIDES >> (4 * ((phase + 1) % 4))) & 15, WINDOW
+                )
+            path = _step(
+                path,
+                p_targets,
+                p_cost,
+                values,
+                p_errors,
+                first,
+                length,
+                start + phase,
+                (STRIDES >> (4 * phase)) & 15,
+                (STRIDES >> (4 * ((phase + 1) % 4))) & 15,
+                WINDOW,
+                STATES,
+            )
+    return path
+
+
+@triton.jit
+def _window_values(p_values, STRIDE: tl.constexpr, NEXT: tl.constexpr, WINDOW: tl.constexpr):
+    """The values of all windows, by their oldest bits, which go next, those that stay, and the new ones."""
+    MERGED: tl.constexpr = 1 << (WINDOW - STRIDE - NEXT)
+    o_state = tl.arange(0, 1 << NEXT)[:, None] * MERGED + tl.arange(0, MERGED)[None, :]
+    return tl.load(p_values + (o_state[:, :, None] << STRIDE) + tl.arange(0, 1 << STRIDE)[None, None, :])
+
+
+@triton.jit
+def _step(
+    path,
+    p_targets,
+    p_cost,
+    values,  # of `_window_values`
+    p_errors,
+    first,
+    length,
+    i,
+    STRIDE: tl.constexpr,
+    NEXT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STATES: tl.constexpr,
 ):
     """Advance the least errors from before weight `first + i` of the ring to after it."""
+    MERGED: tl.constexpr = 1 << (WINDOW - STRIDE - NEXT)
     row = (first + i) % length
-    stride, next_stride = _stride(row, STRIDES), _stride((row + 1) % length, STRIDES)
     target, cost = tl.load(p_targets + row), tl.load(p_cost + row)
-    tl.debug_barrier()  # the previous errors were written by other threads
-    for start in range(0, STATES, BLOCK):
-        o_state = start + tl.arange(0, BLOCK)
-        exists = o_state < (1 << (WINDOW - next_stride))
-        least = tl.full([BLOCK], FORBIDDEN, tl.float32)
-        for high in tl.static_range(CANDIDATES):
-            window = (high << (WINDOW - next_stride)) | o_state
-            valid = exists & (window < (1 << WINDOW))
-            difference = tl.load(p_values + window, mask=valid, other=0.0) - target
-            path = tl.load(p_errors + i * STATES + (window >> stride), mask=valid, other=FORBIDDEN)
-            least = tl.minimum(least, path + cost * difference * difference)
-        tl.store(p_errors + (i + 1) * STATES + o_state, least)
+    tl.store(p_errors + i * STATES + tl.arange(0, 1 << (WINDOW - STRIDE)), path)
+    difference = values - target
+    errors = tl.reshape(path, [1 << NEXT, MERGED])[:, :, None] + cost * difference * difference
+    return tl.reshape(tl.min(errors, 0), [MERGED << STRIDE])
 
 
 @triton.jit

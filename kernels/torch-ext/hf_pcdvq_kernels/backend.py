@@ -13,7 +13,7 @@ BACKENDS = ("auto", "cpu", "triton", "reference")
 _DEVICES = ("cuda", "xpu")  # ROCm devices are also of type cuda
 
 
-def _constant_when_compiled(function: Callable) -> Callable:
+def constant_when_compiled(function: Callable) -> Callable:
     """What `torch.compiler.assume_constant_result` does, which imports the whole compiler, and with it Triton, at once."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
@@ -96,7 +96,7 @@ def use_cpu(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # `torch.compile` looks through caches, into what it cannot trace: it is told to take these results as constants.
-@_constant_when_compiled
+@constant_when_compiled
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the library of the CPU backend cannot run, or None."""
     if device.type != "cpu":
@@ -114,7 +114,7 @@ def _library_obstacle() -> str | None:
     return None if isinstance(loaded, library.Library) else f"the CPU kernels are missing: {loaded}"
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run, or None."""
     if dtype == torch.float64:
@@ -136,7 +136,7 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _warn_once(message: str) -> None:
     _warn(message)
 

@@ -70,6 +70,11 @@ class PackedWeight(ABC):
         """The number of inputs of a weight in this format must be a multiple of this."""
 
     @classmethod
+    def column_multiple(cls, name: str) -> int:
+        """Slices of inputs must start at multiples of this: no word of any tensor then belongs to two of them."""
+        return cls.multiple(name)
+
+    @classmethod
     @abstractmethod
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
         """Shape and dtype of the packed tensors of a weight `[rows, columns]`, except those that the format lacks."""

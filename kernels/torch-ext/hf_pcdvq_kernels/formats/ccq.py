@@ -124,6 +124,11 @@ class CcqWeight(PackedWeight):
         return GROUP
 
     @classmethod
+    def column_multiple(cls, name: str) -> int:
+        # The scales of two groups share a byte of `local_scale`.
+        return 2 * GROUP if ccq_layout(name.removeprefix("ccq-")).clustered else GROUP
+
+    @classmethod
     def specs(cls, name: str, rows: int, columns: int) -> Specs:
         layout, groups = ccq_layout(name.removeprefix("ccq-")), columns // GROUP
         specs: Specs = {

@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("kernels/torch-ext/hf_pcdvq_kernels/cpu/csrc")
+SOURCES = Path("torch-ext/hf_pcdvq_kernels/cpu/csrc")
 # Results must not depend on whether a compiler fuses multiplications and additions.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # Nothing of the C++ runtime is used.
@@ -32,7 +32,7 @@ class BuildLibrary(build_ext):
             super().build_extension(ext)
         except Exception as error:
             print(
-                f"hf_pcdvq: no CPU kernels, because compiling them failed ({error}); products on a CPU run in PyTorch, "
+                f"hf_pcdvq_kernels: no CPU kernels, because compiling them failed ({error}); products on a CPU run in PyTorch, "
                 "which is slow. With a C++17 compiler (g++ or clang), install again.",
                 file=sys.stderr,
             )

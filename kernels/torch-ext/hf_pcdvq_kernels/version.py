@@ -1,0 +1,3 @@
+"""Version of the package. `hf_pcdvq` requires exactly its own."""
+
+__version__ = "0.1.0"
