@@ -44,8 +44,8 @@ ROUNDING_NOTE = (
 # Enough for a small model, and a matter of minutes on two cores; with --fast, of one or so, and far worse.
 SAMPLES, HOLDOUT, LENGTH = 32, 4, 512
 FAST_SAMPLES, FAST_LENGTH, FAST_WINDOWS = 8, 128, 2
-# Two minutes on two cores: every window once, one per step.
-RECOVERY = Recovery(steps=SAMPLES, batch=1, length=LENGTH, held_out=2, evaluations=2)
+# Two minutes on two cores: every window once, one per step. So few steps need a high rate.
+RECOVERY = Recovery(steps=SAMPLES, batch=1, length=LENGTH, learning_rate=1e-2, held_out=4, evaluations=2)
 
 
 def arguments() -> argparse.Namespace:
@@ -68,9 +68,9 @@ def arguments() -> argparse.Namespace:
         "--no-calibration", action="store_true", help="only round: quick, and useless for small models"
     )
     parser.add_argument(
-        "--no-recovery",
+        "--recover",
         action="store_true",
-        help="leave scales and norms untrained: two minutes less, a lower quality",
+        help="train scales and norms afterwards: two minutes more, a somewhat better quality",
     )
     parser.add_argument(
         "--text",
@@ -84,6 +84,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.no_calibration and args.dataset is not None:
         parser.error("--no-calibration excludes --dataset")
+    if args.recover and (args.no_calibration or args.fast):
+        parser.error("--recover excludes --no-calibration and --fast, whose text would not be enough")
     if not args.text.is_file():
         parser.error(f"--text: there is no file {args.text}")
     try:
@@ -268,7 +270,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
     packed = args.out.resolve() / f"{original.name}-{args.setting}"
-    recovery = None if args.fast or args.no_recovery or args.config.calibration is None else RECOVERY
+    recovery = RECOVERY if args.recover else None
     recovering = "calibrate, quantize, recover and save" if recovery else "calibrate, quantize and save"
     with step(recovering if args.config.calibration else "quantize and save"):
         quantize(original, packed, args.config, recovery)

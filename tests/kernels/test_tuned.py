@@ -100,10 +100,10 @@ def test_what_comes_with_the_package_fits_the_kernels(file):
 def test_what_the_user_has_measured_takes_precedence(written, tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
     shipped = {SHAPE: tuned.TunedConfig(DEFAULT, 1e-6, 1e-6), OTHER: tuned.TunedConfig(CONFIG_OF_OTHER, 1e-6, 2e-6)}
-    tuned.write(tmp_path / "cpu.json", "a device", shipped)
+    tuned.write(tmp_path / "cpu-1.json", "a device", shipped)
     assert tuned.choose(SHAPE, CPU) == CONFIG and tuned.choose(OTHER, CPU) == CONFIG_OF_OTHER
     assert set(tuned.measured(CPU)) == {SHAPE}
-    (tmp_path / "cpu.json").write_text("{")
+    (tmp_path / "cpu-1.json").write_text("{")
     tuned.forget()
     with pytest.warns(UserWarning, match="ignores the measured launch configs"):
         assert tuned.choose(SHAPE, CPU) == CONFIG

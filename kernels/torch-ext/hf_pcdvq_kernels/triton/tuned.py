@@ -1,8 +1,9 @@
 """Launch configs measured on a device: the files that hold them, and the choice of one for a product.
 
-There is one file per device model, `<device>.json`. Those that come with this package, in `configs/`, hold the layers of
-common models. What `tuning.py` measures on the user's device goes to `<user's cache folder>/hf_pcdvq/` and takes precedence.
-Both are read once per process; the defaults of `launch_config.py` apply to all other products.
+Those that come with this package, in `configs/`, hold the layers of common models: one file for all devices of the same compute
+capability and number of multiprocessors, such as the H100 and the H200. What `tuning.py` measures on the user's device goes to
+`<user's cache folder>/hf_pcdvq/<device>.json` and takes precedence. Both are read once per process; the
+defaults of `launch_config.py` apply to all other products.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def choose(shape: Shape, device: torch.device) -> LaunchConfig:
 def load(device: torch.device) -> Mapping[Shape, TunedConfig]:
     """The tuned configs for this device model: those that come with the package, and the user's."""
     # Another version of Triton may have another fastest config, but hardly one that is slower than the default.
-    return {**_usable(SHIPPED / file_of(device).name, device, any_triton=True), **measured(device)}
+    return {**_usable(SHIPPED / f"{kind_of(device)}.json", device, any_triton=True), **measured(device)}
 
 
 @cache
@@ -79,6 +80,15 @@ def file_of(device: torch.device) -> Path:
     """The path of the file with the configs that the user has measured on this device model."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return folder / "hf_pcdvq" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name(device)).strip('-')}.json"
+
+
+def kind_of(device: torch.device) -> str:
+    """What devices share that run kernels alike: `cuda-90-132` is compute capability 9.0 with 132 multiprocessors."""
+    processors = launch_config.processors(device)
+    if device.type != "cuda":
+        return f"{device.type}-{processors}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{'cuda' if torch.version.hip is None else 'hip'}-{major}{minor}-{processors}"
 
 
 def device_name(device: torch.device) -> str:
