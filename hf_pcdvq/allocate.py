@@ -15,6 +15,7 @@ from .allocation.windows import Windows
 from .calibration.identity import model_identity
 from .calibration.model import all_windows, calibration_device
 from .calibration.settings import Calibration
+from .calibration.weights import ModelWeights
 from .config import PackedConfig
 from .quantizer import PackedHfQuantizer
 
@@ -70,4 +71,4 @@ def allocate_bits(
         dataset = Windows.of(all_windows(model, config, dataset, tokenizer, folder, identity, restart, progress))
     dataset.check_for(model)
     options: dict[str, Any] = {"work_dir": folder, "identity": identity, "restart": restart, "progress": progress}
-    return allocate(model, names, config, dataset, device=calibration_device(model, device), **options)
+    return allocate(model, names, config, dataset, device=calibration_device(ModelWeights(model), device), **options)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .codecs.base import counted_bits
 from .config import PackedConfig
+from .effort import Effort, efforts
 from .modules import dense_weights, is_fused_experts
 from .quantizer import PackedHfQuantizer
 
@@ -51,11 +52,13 @@ class Estimate:
             these and "other layers" are packed, the rest is not.
         cache_bytes: size of the keys and values of one token.
         context: number of tokens that `memory_bytes` accounts for.
+        efforts: what it takes to make the packed model, "rounded" and "calibrated".
     """
 
     parts: dict[str, Part]
     cache_bytes: int
     context: int
+    efforts: dict[str, Effort]
 
     @property
     def parameters(self) -> int:
@@ -91,13 +94,16 @@ def read_model_config(source: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**fields)
 
 
-def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int = 4096) -> Estimate:
+def estimate(
+    model_config: PreTrainedConfig, config: PackedConfig, context: int = 4096, timed: bool = False
+) -> Estimate:
     """Estimate the size of a model packed according to `config`.
 
     Args:
         model_config: configuration of a causal language model that is not quantized.
         config: how to pack it; its resolved fields are filled in, as when quantizing.
         context: number of tokens whose keys and values must fit in memory.
+        timed: also how long quantizing takes on this machine, which is measured for a few seconds.
 
     Raises:
         ValueError: no layer of the model can be packed.
@@ -106,9 +112,10 @@ def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16).eval()
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
+    names = quantizer.select(model)
     packed = {
         id(weight): _packed_bytes(config, name, weight)
-        for name in quantizer.select(model)
+        for name in names
         for weight in dense_weights(model.get_submodule(name)).values()
     }
     parts = dict.fromkeys(PARTS, Part())
@@ -119,7 +126,8 @@ def estimate(model_config: PreTrainedConfig, config: PackedConfig, context: int 
             parts[part] = parts[part].plus(weight.numel(), nbytes)
     if model.config.get_text_config().tie_word_embeddings:
         parts["output head"] = Part()
-    return Estimate(parts, _cache_bytes(model), context)
+    found = efforts(model, names, config, sum(part.nbytes for part in parts.values()), timed)
+    return Estimate(parts, _cache_bytes(model), context, found)
 
 
 def _packed_bytes(config: PackedConfig, name: str, weight: nn.Parameter) -> int:
@@ -164,6 +172,19 @@ def estimate_table(result: Estimate) -> Table:
         table.add_row(name, f"{part.parameters:,}", bits, *_sizes(part.nbytes), style=style)
     table.add_row(f"keys and values, {result.context:,} tokens", "", "", *_sizes(result.cache_bytes * result.context))
     table.add_row("GPU memory, without activations", "", "", *_sizes(result.memory_bytes), style="bold")
+    return table
+
+
+def effort_table(result: Estimate) -> Table:
+    """A table of what quantizing takes."""
+    table = Table(title="Quantizing, read and written block by block", title_justify="left")
+    table.add_column("how")
+    for heading in ("memory, GB", "read, GB", "disk, GB", "hours, here"):
+        table.add_column(heading, justify="right")
+    for how, effort in result.efforts.items():
+        sizes = (f"{nbytes / 1e9:,.1f}" for nbytes in (effort.memory_bytes, effort.read_bytes, effort.disk_bytes))
+        hours = "-" if effort.seconds is None else f"{effort.seconds / 3600:,.1f}"
+        table.add_row(how, *sizes, hours)
     return table
 
 

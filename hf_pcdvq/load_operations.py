@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .modules import encode_stack, parameter_name
@@ -88,10 +88,10 @@ class Quantize(LoadOperation):
 
 
 class OneExpertAtATime(WeightConverter):
-    """A converter that merges the weights of experts into a stack, and packs each expert as soon as it is read.
+    """A converter that merges the weights of experts into a stack, and reads, and packs, one expert at a time.
 
-    Transformers' own converter would first read and stack the dense weights of all experts of a layer: 15 GB in
-    DeepSeek-V3. This one holds one dense expert at a time, besides what is packed already.
+    Transformers' own converter would first read the dense weights of all experts of a layer, 15 GB in DeepSeek-V3, and
+    then copy them into a stack. This one holds one dense expert at a time, besides the stack, which is packed or not.
     """
 
     __slots__ = ()
@@ -109,10 +109,10 @@ class OneExpertAtATime(WeightConverter):
         return made
 
     def convert(self, layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
-        """Packed parameters by their full names. Experts that are not packed are left to Transformers' converter."""
+        """Parameters by their full names."""
         sources = dict(self.collected_tensors)
         counts = {len(tensors) for tensors in sources.values()}
-        if self.quantization_operation is None or len(counts) != 1:
+        if not isinstance(self.operations[0], MergeModulelist) or len(counts) != 1:  # saving runs the reverse
             return super().convert(layer_name, **kwargs)
         number = counts.pop()
         stacks: dict[str, Tensor] = {}
@@ -121,10 +121,11 @@ class OneExpertAtATime(WeightConverter):
             for pattern, tensors in sources.items():
                 self.collected_tensors[pattern] = [tensors[expert]]
                 tensors[expert] = None
-            packed = super().convert(layer_name, **kwargs)
-            if not packed:
+            converted = super().convert(layer_name, **kwargs)
+            if not converted:
                 return {}  # it failed; the operation has recorded why
-            for name, stack_of_one in packed.items():
+            for name, value in converted.items():
+                stack_of_one = value[0] if isinstance(value, list) else value
                 if expert == 0:
                     stacks[name] = stack_of_one.new_empty(number, *stack_of_one.shape[1:])
                 stacks[name][expert] = stack_of_one[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,27 @@ import torch
 
 from .calibration.held_out import HeldOut, with_comparison
 from .calibration.model import calibrate_model
+from .calibration.report import QuantizationReport
 from .calibration.settings import Calibration
+from .calibration.weights import ModelWeights
 from .config import PackedConfig
 from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A model that has been quantized and saved.
+
+    Attributes:
+        report: of the calibrated run, without the comparison; None if the weights were rounded.
+        compare: the report with the comparison of the model, which is now in a folder, with its original.
+    """
+
+    report: QuantizationReport | None
+    compare: Callable[[Path], QuantizationReport | None]
 
 
 def quantize_model(
@@ -26,6 +42,7 @@ def quantize_model(
     dataset: Any = None,
     *,
     device: torch.device | str | None = None,
+    batch_tokens: int | None = None,
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
@@ -45,6 +62,8 @@ def quantize_model(
             Hub, a list of texts, of conversations or of token tensors, or a tensor int64 `[n, L]`. None takes what
             `config.calibration` names; if that is None too, the model generates the text.
         device: where blocks are computed; None takes the accelerator if there is one.
+        batch_tokens: how many tokens go through a decoder block at once, at least those of one window; None takes 8192
+            on an accelerator and one window on a CPU. Another number changes the last bits of Hessians.
         work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
             folder, model, settings and versions of packages. None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
@@ -60,9 +79,15 @@ def quantize_model(
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    options: dict[str, Any] = {"device": device, "work_dir": work_dir, "restart": restart, "progress": progress}
+    options: dict[str, Any] = {
+        "device": device,
+        "batch_tokens": batch_tokens,
+        "work_dir": work_dir,
+        "restart": restart,
+        "progress": progress,
+    }
     held_out = quantize_uncompared(model, tokenizer, config, dataset, **options)
-    model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, model, held_out)
+    model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, lambda: ModelWeights(model), held_out)
     return model
 
 
@@ -73,6 +98,7 @@ def quantize_uncompared(
     dataset: Any = None,
     *,
     device: torch.device | str | None = None,
+    batch_tokens: int | None = None,
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
@@ -88,15 +114,16 @@ def quantize_uncompared(
     settings = config.calibration or Calibration()
     if dataset is None:
         dataset = settings.dataset
-    config.calibration = replace(settings, dataset=_name_of(dataset))
+    config.calibration = replace(settings, dataset=name_of_dataset(dataset))
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
     quantizer.report, held_out = calibrate_model(
-        model,
+        ModelWeights(model),
         quantizer.select(model),
         config,
         dataset,
         tokenizer,
         device=None if device is None else torch.device(device),
+        batch_tokens=batch_tokens,
         work_dir=None if work_dir is None else Path(work_dir),
         restart=restart,
         progress=progress,
@@ -108,7 +135,7 @@ def quantize_uncompared(
     return held_out
 
 
-def _name_of(dataset: Any) -> str | None:
+def name_of_dataset(dataset: Any) -> str | None:
     """What config.json records of a dataset."""
     if dataset is None:
         return None

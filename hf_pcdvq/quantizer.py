@@ -34,6 +34,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
+from .calibration.weights import ModelWeights
 from .codecs import Codec
 from .config import PackedConfig
 from .files.marks import drop_marks
@@ -57,6 +58,8 @@ class PackedHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.failure: str | None = None
         self.report: QuantizationReport | None = None
+        # Whether the model stays on meta: its files are laid out, and its tensors put there later.
+        self.hollow = False
         self._progress: tqdm | None = None
         self._to_calibrate: list[str] = []
         self._checkpoint_files: list[str] | None = None
@@ -103,8 +106,8 @@ class PackedHfQuantizer(HfQuantizer):
             return
         matrices = sum(count_matrices(model.get_submodule(name)) for name in selected)
         for name in selected:
-            _replace(model, name, self.quantization_config.codec_of(name))
-        self._progress = tqdm(total=matrices, desc="Quantizing", unit="weight", disable=not is_progress_bar_enabled())
+            replace_by_packed(model, name, self.quantization_config.codec_of(name))
+        self.show_progress(matrices, is_progress_bar_enabled())
 
     def select(self, model: nn.Module) -> list[str]:
         """Names of the layers to pack in a dense model. The config records which ones are skipped.
@@ -156,7 +159,7 @@ class PackedHfQuantizer(HfQuantizer):
         for name, stored in found.items():
             codec = files.codecs[stored]
             check_packable(name, modules[name], codec, tied)
-            packed = _replace(model, name, codec)
+            packed = replace_by_packed(model, name, codec)
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
@@ -211,6 +214,19 @@ class PackedHfQuantizer(HfQuantizer):
         # Disk offloading reads a weight from the source checkpoint unless a converter applies to it.
         return [WeightConverter("weight", "weight", [PassThrough()])]
 
+    def show_progress(self, matrices: int, wanted: bool) -> None:
+        """Begin a progress bar over a number of matrices, or end it."""
+        if self._progress is not None:
+            self._progress.close()
+        self._progress = (
+            tqdm(total=matrices, desc="Quantizing", unit="weight", disable=not wanted) if matrices else None
+        )
+
+    def advance(self, matrices: int) -> None:
+        """Advance the progress bar by matrices that were packed before."""
+        if self._progress is not None:
+            self._progress.update(matrices)
+
     def report_progress(self, name: str, error: float) -> None:
         """Advance the progress bar by one matrix of the parameter `name` and show its relative squared error."""
         if self._progress is not None:
@@ -220,16 +236,14 @@ class PackedHfQuantizer(HfQuantizer):
     # ----------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.close()
-            self._progress = None
+        self.show_progress(0, False)
         if self.failure is not None:
             raise ValueError(self.failure)
         held_out = None
         if self._to_calibrate:
             config = self.quantization_config
             self.report, held_out = calibrate_model(
-                model,
+                ModelWeights(model),
                 self._to_calibrate,
                 config,
                 config.calibration.dataset,
@@ -237,7 +251,7 @@ class PackedHfQuantizer(HfQuantizer):
                 progress=is_progress_bar_enabled(),
             )
         layers = packed_modules(model)
-        if self.report is None:
+        if self.report is None and not self.hollow:
             _check_loaded(layers)
         for layer in layers.values():
             layer.reset_tables()
@@ -249,7 +263,7 @@ class PackedHfQuantizer(HfQuantizer):
         count_weights_of(model, packed=True)
         self._settle_conversions(model)
         if held_out is not None:
-            self.report = with_comparison(self.report, model, held_out)
+            self.report = with_comparison(self.report, lambda: ModelWeights(model), held_out)
         if not self.pre_quantized:
             self._print_summary(len(layers))
 
@@ -284,7 +298,8 @@ class PackedHfQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only adapters are saved
         save_with(modeling_utils)
-        return None, PackingRecord.of(model, self.quantization_config).metadata()
+        record = PackingRecord.of(model, self.quantization_config)
+        return None, record.hollow() if self.hollow else record.metadata()
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
         from accelerate.hooks import add_hook_to_module
@@ -336,13 +351,13 @@ def _check_loaded(layers: dict[str, PackedModule]) -> None:
 
 def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a parameter was read from the checkpoint, or packed from what was read. Hooks hold offloaded ones."""
-    if tensor.device.type != "meta":
-        return getattr(tensor, "_is_hf_initialized", False)
+    if getattr(tensor, "_is_hf_initialized", False):  # on meta too, where a model is that is read part by part
+        return True
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     return weights is not None and name in weights
 
 
-def _replace(model: nn.Module, name: str, codec: Codec) -> PackedModule:
+def replace_by_packed(model: nn.Module, name: str, codec: Codec) -> PackedModule:
     """Put an empty packed module on the meta device in the place of a dense one, and return it."""
     dense = model.get_submodule(name)
     empty = packed_type(dense).empty_like(dense, codec)

@@ -28,25 +28,27 @@ from .common import Command, echo_json, json_option, override_option, overrides_
 def estimate(
     model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
 ) -> None:
-    """Estimate the size of a packed model from its configuration alone.
+    """Estimate the size of a packed model, and what it takes to make it, from its configuration alone.
 
-    Only the configuration is downloaded, and no weights are allocated.
+    Only the configuration is downloaded, and no weights are allocated. How long it takes is worked out from a few seconds
+    of measurements on this machine.
 
     \b
     Example:
       hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
     """
     from hf_pcdvq.config import config_of_setting
+    from hf_pcdvq.estimate import effort_table, estimate_table, read_model_config
     from hf_pcdvq.estimate import estimate as run
-    from hf_pcdvq.estimate import estimate_table, read_model_config
 
     from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, **options)
-    result = run(read_model_config(model), config, context)
+    result = run(read_model_config(model), config, context, timed=True)
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})
         return
     show(left_table(config.left_unpacked))
     show(estimate_table(result))
+    show(effort_table(result))

@@ -15,11 +15,9 @@ import click
 from .common import (
     Command,
     add_stub,
-    bars_wanted,
     command_line,
     echo_json,
     json_option,
-    load_model,
     loader_stub_option,
     note,
     override_option,
@@ -28,14 +26,15 @@ from .common import (
     setting_option,
 )
 from .mixed import allocated, show_allocation, target_fields, target_options
-from .recover import check_recovery_options, finish_recovery, recover_quantized, recovery_options
+from .quantizing import Run, quantize_and_save
+from .recover import check_recovery_options, finish_recovery, recovery_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
+    from hf_pcdvq.quantize import Quantized
     from hf_pcdvq.recovery.report import RecoveryReport
 
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -82,6 +81,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 @click.option("--samples", type=click.IntRange(min=1), help="Windows of tokens to calibrate on. [default: 128]")
 @click.option("--length", type=click.IntRange(min=2), help="Tokens per window. [default: 1024]")
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the windows. [default: 0]")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens that go through a decoder block at once. [default: 8192 on an accelerator, one window on a CPU]",
+)
 @click.option("--all-experts", is_flag=True, help="Calibrate every expert on all tokens, wherever they are routed.")
 @click.option(
     "--work-dir",
@@ -113,8 +118,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     """Quantize MODEL and save it with its tokenizer and a report in a folder.
 
     The weights of all linear layers except the output head are quantized so that the layers' outputs on a calibration
-    text change as little as possible. An interrupted run resumes when it is started again. The folder is created only
-    when everything has been written.
+    text change as little as possible. The model need not fit in memory: with --dataset or --no-calibration it is read,
+    quantized and written one decoder block at a time. An interrupted run resumes when it is started again. The folder is
+    created only when everything has been written.
 
     \b
     Examples:
@@ -123,9 +129,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
       hf-pcdvq quantize ./my-model --out my-model-2.3bit --setting stream-2.0 --bits auto --target-bits 2.3
       hf-pcdvq quantize ./folder --gguf-file model.Q8_0.gguf --out my-model-2bit --setting pcdvq-2.0
     """
-    from hf_pcdvq.allocation.store import clear_all
-    from hf_pcdvq.calibration.held_out import with_comparison
+    from hf_pcdvq.allocation.store import kept_until_done
     from hf_pcdvq.files.folders import check_source, folder_in_place
+    from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
 
     config = _quantization_config(ctx, skip)
@@ -134,19 +140,22 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
-    with folder_in_place(out, Path(model), options["force"]) as folder:
-        result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
-    if result.recovery is not None:
-        finish_recovery(result.recovery, work_dir)
-    clear_all(work_dir)
-    if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
-        with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
+    with ExitStack() as stack:
+        with kept_until_done(work_dir):
+            with folder_in_place(out, Path(model), options["force"]) as folder:
+                scratch = stack.enter_context(scratch_folder(out.parent))
+                result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
+            if result.recovery is not None:
+                finish_recovery(result.recovery, work_dir)
+        report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
+        if report is not None:
+            report.write(out)
     seconds = time.monotonic() - started
     if options["as_json"]:
         echo_json({**count_folder(out).to_dict(), "comparison": _comparison(out), "seconds": round(seconds, 1)})
     else:
         _print_result(out, model, options["gguf_file"], seconds)
-        show_allocation(result.model.hf_quantizer.report)
+        show_allocation(report)
     if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
 
@@ -154,8 +163,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
 class _Result(NamedTuple):
     """A model that has been saved."""
 
-    model: PreTrainedModel
-    held_out: HeldOut | None  # what to compare it with its original on
+    quantized: Quantized
     has_tokenizer: bool
     recovery: RecoveryReport | None
 
@@ -198,16 +206,21 @@ def _calibration(ctx: click.Context) -> Calibration | None:
 
 
 def _quantize_into(
-    folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
+    folder: Path,
+    scratch: Path,
+    model: str,
+    config: PackedConfig,
+    options: dict[str, Any],
+    work_dir: Path,
+    command: str,
 ) -> _Result:
-    """Quantize and save the model."""
+    """Quantize and save the model; activations may be kept in `scratch`."""
     import torch
 
     from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
     from hf_pcdvq.files.records import package_versions
     from hf_pcdvq.importers.gguf import dense_from_gguf
-    from hf_pcdvq.quantize import quantize_uncompared
     from hf_pcdvq.quiet import quiet
 
     source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
@@ -226,41 +239,20 @@ def _quantize_into(
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
-        held_out = recovery = None
-        if config.calibration is None:
-            loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
-        else:
-            # On the CPU: the decoder blocks are moved to the accelerator one at a time.
-            loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
-            held_out = quantize_uncompared(
-                loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
-            )
-        if options["recover"]:
-            recovery = recover_quantized(loaded, model, tokenizer, options, work_dir, source)
-        _save(loaded, folder, options["max_shard_size"])
+        quantized, recovery = quantize_and_save(
+            Run(model, source, config, tokenizer, folder, work_dir, options), scratch
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if loaded.hf_quantizer.report is not None:
-            loaded.hf_quantizer.report.write(folder)
-        commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
+        if quantized.report is not None:
+            quantized.report.write(folder)
+        commit = getattr(model_config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
         if recovery is not None:
             recovery.write(folder)
         if options["loader_stub"]:
             add_stub(folder)
-    return _Result(loaded, held_out, tokenizer is not None, recovery)
-
-
-def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
-    """Save a model; an error of the safetensors library, which says neither what failed nor where, names the folder."""
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(
-            f"the model could not be saved in {folder}: {error}. After calibration, the same command goes on from here"
-        ) from error
+    return _Result(quantized, tokenizer is not None, recovery)
 
 
 def _dense_config(model: str, source: dict[str, Any]) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_pcdvq import Calibration, Recovery, recover
 from hf_pcdvq.calibration.held_out import with_comparison
 from hf_pcdvq.calibration.store import kept_windows
+from hf_pcdvq.calibration.weights import ModelWeights
 from hf_pcdvq.config import PackedConfig, config_of_setting
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.evaluation.metrics import Evaluation, evaluate, token_windows
@@ -135,7 +136,7 @@ def quantize(original: Path, packed: Path, config: PackedConfig, recovery: Recov
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if config.calibration is not None:
-            with_comparison(model.hf_quantizer.report, model, held_out).write(partial)
+            with_comparison(model.hf_quantizer.report, lambda: ModelWeights(model), held_out).write(partial)
         if recovered is not None:
             recovered.write(partial)
 

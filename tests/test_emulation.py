@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import hf_pcdvq.calibration.held_out
 import hf_pcdvq.calibration.run
 import hf_pcdvq.calibration.sampling
+import hf_pcdvq.calibration.weights
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.data import split_windows
 from hf_pcdvq.calibration.sampling import sample_from_model
@@ -22,7 +22,7 @@ SETTINGS = Calibration(samples=8, length=48, holdout=4)
 
 @pytest.fixture(params=[True, False], ids=["emulated", "native"])
 def emulated(request, monkeypatch):
-    for module in (hf_pcdvq.calibration.held_out, hf_pcdvq.calibration.run, hf_pcdvq.calibration.sampling):
+    for module in (hf_pcdvq.calibration.run, hf_pcdvq.calibration.sampling, hf_pcdvq.calibration.weights):
         monkeypatch.setattr(module, "is_emulated", lambda dtype, device: request.param)
     return request.param
 

@@ -52,6 +52,32 @@ def test_tied_embeddings_are_counted_once(tiny_model_dir):
     assert both.nbytes - tied.nbytes == 258 * 128 * 2 and tied.parts["output head"].nbytes == 0
 
 
+def test_memory_for_quantizing_is_that_of_one_block_however_many_there_are(tiny_model_dir):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    few = estimate(config, PcdvqConfig()).efforts
+    config.num_hidden_layers = 40
+    many = estimate(config, PcdvqConfig()).efforts
+    for how in ("rounded", "calibrated"):
+        assert many[how].memory_bytes == pytest.approx(few[how].memory_bytes, rel=0.001)
+        assert many[how].read_bytes > 10 * few[how].read_bytes
+        assert many[how].disk_bytes > few[how].disk_bytes and few[how].seconds is None
+    assert few["calibrated"].memory_bytes > few["rounded"].memory_bytes
+
+
+def test_deepseek_v3_is_rounded_in_a_fraction_of_its_size():
+    found = estimate(read_model_config(str(MODELS / "deepseek_v3.json")), CcqConfig(layout="stream")).efforts
+    # A block of experts is 22.5 GB in bfloat16 and 2.9 GB packed; the checkpoint is 1342 GB.
+    assert 2.9e9 < found["rounded"].memory_bytes < 12e9
+    assert 22.5e9 < found["calibrated"].memory_bytes < 60e9
+    assert found["rounded"].read_bytes == pytest.approx(2 * 1342e9, rel=0.01)
+
+
+def test_time_grows_with_the_model(tiny_model_dir):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    found = estimate(config, PcdvqConfig(bits=2.0), timed=True).efforts
+    assert 0 < found["rounded"].seconds < found["calibrated"].seconds
+
+
 def test_the_command(tiny_model_dir, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(main, ["estimate", *arguments])

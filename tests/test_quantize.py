@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_pcdvq.calibration.run
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
-from hf_pcdvq.calibration.blocks import Shortcuts
+from hf_pcdvq.calibration.shortcuts import Shortcuts
 from hf_pcdvq.evaluation.metrics import evaluate, token_windows
 from hf_pcdvq.modules import QuantLinear
 

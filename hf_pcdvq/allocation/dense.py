@@ -8,9 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..calibration.activations import HeldActivations
+from ..calibration.data import window_batches
 from ..calibration.run import CalibratedRun
 from ..calibration.settings import Calibration
 from ..calibration.store import BlockStore
+from ..calibration.weights import ModelWeights
 from ..codecs import Codec
 from ..modules import PackedModule, dense_weights
 from .groups import Group
@@ -41,7 +44,16 @@ def quantized(
     }
     try:
         run = CalibratedRun(
-            model, prefix, names, codec_of, settings, windows, device=device, store=store, progress=progress
+            ModelWeights(model),
+            prefix,
+            names,
+            codec_of,
+            settings,
+            window_batches(windows, device),
+            activations=HeldActivations,
+            device=device,
+            store=store,
+            progress=progress,
         )
         run.run()
         yield {name: model.get_submodule(name) for name in names}

@@ -52,10 +52,10 @@ def find_groups(model: nn.Module, prefix: str, names: list[str], window: Tensor)
         NotImplementedError: a module runs twice.
     """
     inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{prefix}.")}
-    found = OriginalInputs(list(inside), keep=False)
+    found = OriginalInputs(list(inside), None)
     with recorded_inputs(inside) as inputs:
         model(input_ids=window[None].to(model.get_input_embeddings().weight.device), use_cache=False)
-        found.add(inputs)
+        found.add(0, inputs)
     order = {name: number for number, name in enumerate(name for group in found.groups() for name in group)}
     leader = {name: group[0] for group in found.groups() for name in group}
     members: dict[tuple, list[str]] = {}

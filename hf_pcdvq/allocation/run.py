@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.activations import HeldActivations
 from ..calibration.blocks import find_blocks
 from ..calibration.held_out import HeldOut
 from ..calibration.identity import Identity, model_identity, run_identity
 from ..calibration.store import BlockStore
+from ..calibration.weights import ModelWeights
 from ..config import PackedConfig
 from ..modules import PackedModule
 from .budget import Budget, Choice
@@ -241,13 +243,14 @@ def _compare(work: _Work, budget: Budget, uniform: PackedConfig, mixed: PackedCo
     if uniform.overrides == mixed.overrides:
         same = _measured(budget, uniform, None)
         return same, same
-    held_out = HeldOut(work.model, work.prefix, work.windows.check, work.device, work.progress)
+    weights = ModelWeights(work.model)
+    held_out = HeldOut(weights, work.prefix, work.windows.check, work.device, HeldActivations, work.progress)
     found = []
     for name, config in ((UNIFORM, uniform), (MIXED, mixed)):
         store = work.records(name, config)
         if "kl" not in store.values:
             with work.quantized(name, config):
-                store.add("kl", held_out.compare(work.model).kl_mean)
+                store.add("kl", held_out.compare(weights).kl_mean)
         found.append(_measured(budget, config, store.values["kl"]))
     return found[0], found[1]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..calibration.identity import Identity, differences
 from ..calibration.store import clear as clear_run
+from ..calibration.store import tidy
 from ..files.records import read_object, write_text
 
 FOLDER = "allocation"  # in the folder of a run, for finished parts of the allocation
@@ -71,6 +74,16 @@ class RecordStore:
         self.values[name] = value
         if self._file is not None:
             write_text(self._file, json.dumps({"identity": self._identity, "values": self.values}))
+
+
+@contextmanager
+def kept_until_done(work_dir: Path) -> Iterator[None]:
+    """Delete the files of a run and of its allocation when the body ends; if it fails, only their folder if it is empty."""
+    try:
+        yield
+        clear_all(work_dir)
+    finally:
+        tidy(work_dir)
 
 
 def clear_all(work_dir: Path) -> None:

@@ -8,8 +8,8 @@ text, and every block must run once, in the order of the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..emulation import placed, to_device
+from .activations import Activations
 from .inputs import Stop
 
 
@@ -88,115 +89,57 @@ def refuse_shared(model: nn.Module, prefix: str, layers: list[str]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Captured:
+    """How a model calls its blocks.
+
+    Attributes:
+        calls: a call per block, by the number of windows that go through the blocks at once.
+        wrap: puts hidden states in the form in which a block returns them.
+        chained: whether every block receives what the one before it returns, unchanged.
+    """
+
+    calls: dict[int, list[Call]]
+    wrap: Callable[[Tensor], Any]
+    chained: bool
+
+    def of_block(self, number: int) -> dict[int, Call]:
+        """The calls of one block, by the number of windows."""
+        return {windows: calls[number] for windows, calls in self.calls.items()}
+
+
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
+def capture(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], hidden: Activations, upcast: bool = False
+) -> Captured:
     """The input of the first block for every window, and the calls of all blocks. No block but the first is computed.
 
     Args:
-        windows: token ids int64 `[n, L]`.
-
-    Returns:
-        Hidden states `[1, L, D]` of every window, on the CPU, and one call per block.
+        batches: token ids int64 `[b, L]`.
+        hidden: receives the hidden states `[b, L, D]` of every batch, by its number.
+        upcast: keep 16-bit floats as float32.
 
     Raises:
         NotImplementedError: the model does not run every block once and in order, or calls one with something that
             depends on the text.
         ValueError: the blocks have device hooks.
     """
-    hidden, calls = [], None
-    wrap: Callable[[Tensor], Any] | None = None
-    for number, window in enumerate(windows):
-        if wrap is None:
-            wrap = _output_form(model, blocks, window)
-        first, found = _record(model, blocks, window, wrap, to_the_end=number == 0)
-        hidden.append(first.cpu())
-        if calls is None:
-            calls = found
-        elif number == 1:
-            _refuse_varying(calls, found)
-    return hidden, calls
+    first, *second = [window[None] for batch in batches[:2] for window in batch][:2]
+    wrap = _output_form(model, blocks, first)
+    inputs, alone = _record(model, blocks, first, wrap, to_the_end=True)
+    captured = Captured({}, wrap, all(torch.equal(states, inputs[0]) for states in inputs))
+    for window in second:
+        _refuse_varying(alone, _record(model, blocks, window, wrap, to_the_end=False)[1])
+    for number, batch in enumerate(batches):
+        (states, *_), calls = _record(model, blocks, batch, wrap, to_the_end=False)
+        hidden[number] = to_device(states.cpu(), torch.device("cpu"), upcast)
+        captured.calls.setdefault(len(batch), calls)
+    return captured
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states after a block."""
-    return _first(block(hidden, *call.args, **call.kwargs))
-
-
-class Shortcuts:
-    """Saves a block from computing modules again whose output is known.
-
-    Attention ends in its output projection, an MLP in its down projection. Once the input of such a final layer is
-    known for a window, and nothing that runs before the layer will change, the module does not have to be computed
-    again: its output is the layer applied to that input. That output takes the place of the input when it is first
-    needed, by when the layer must have its last weights. Running the block once shows which layers are final: the
-    module then returns the same tensor object as the layer.
-
-    Args:
-        block: on the device of `hidden`.
-        layers: the layers whose inputs may be kept, by name.
-        hidden, call: what to run the block with.
-        memory: where inputs and outputs are kept.
-    """
-
-    def __init__(
-        self, block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call, memory: torch.device
-    ):
-        self._layers, self._memory = layers, memory
-        self._ends = _ending_modules(block, layers, hidden, call)
-        self._known: dict[str, dict[int, Tensor]] = {}  # inputs, and outputs of those in `_applied`
-        self._applied: set[tuple[str, int]] = set()
-
-    def keep(self, name: str, window: int, inputs: Tensor) -> None:
-        """Keep the input of a layer for a window, if the layer is the final one of its module."""
-        if name in self._ends:
-            self._known.setdefault(name, {})[window] = inputs.to(self._memory)
-
-    @contextmanager
-    def taken(self, window: int) -> Iterator[None]:
-        """Replace the forward pass of every module that has a shortcut for a window."""
-        with ExitStack() as stack:
-            for name, known in self._known.items():
-                if window in known:
-                    module, wrap = self._ends[name]
-                    stack.enter_context(replaced_forward(module, self._replay(name, window, wrap)))
-            yield
-
-    def _replay(self, name: str, window: int, wrap: Callable[[Tensor], Any]) -> Callable:
-        return lambda *args, **kwargs: wrap(self._output(name, window))
-
-    def _output(self, name: str, window: int) -> Tensor:
-        layer, known = self._layers[name], self._known[name]
-        tensor = known[window].to(layer.weight.device)
-        if (name, window) not in self._applied:
-            tensor = layer(tensor)
-            known[window] = tensor.to(self._memory)
-            self._applied.add((name, window))
-        return tensor
-
-
-def _ending_modules(
-    block: nn.Module, layers: dict[str, nn.Module], hidden: Tensor, call: Call
-) -> dict[str, tuple[nn.Module, Callable[[Tensor], Any]]]:
-    """For layers that run once and whose output is their parent module's: the parent, and how it returns outputs."""
-    outputs: dict[nn.Module, list[Any]] = {}
-    parents = {
-        name: module for module in block.modules() for name, layer in layers.items() if layer in module.children()
-    }
-    handles = [
-        module.register_forward_hook(lambda module, args, output: outputs.setdefault(module, []).append(output))
-        for module in {*layers.values(), *parents.values()}
-    ]
-    try:
-        run_block(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ends = {}
-    for name, layer in layers.items():
-        own, around = outputs.get(layer, []), outputs.get(parents[name], [])
-        if parents[name] is not block and len(own) == len(around) == 1 and _first(around[0]) is own[0]:
-            ends[name] = (parents[name], _form(around[0]))
-    return ends
+    return hidden_of(block(hidden, *call.args, **call.kwargs))
 
 
 @contextmanager
@@ -217,13 +160,20 @@ def streamed(
     """
     home = model.get_input_embeddings().weight.device
     with ExitStack() as stack:
-        if upcast:
-            for module in _outside(model, blocks):
-                stack.enter_context(placed(module, home, upcast))
+        stack.enter_context(outside_upcast(model, blocks, upcast))
         if upcast or device != home or around is not None:
             for number, block in enumerate(blocks):
                 forward = _moved(block, device, home, upcast)
                 stack.enter_context(replaced_forward(block, around(number, forward) if around else forward))
+        yield
+
+
+@contextmanager
+def outside_upcast(model: nn.Module, blocks: nn.ModuleList, upcast: bool) -> Iterator[None]:
+    """With `upcast`, hold what is outside the blocks in float32."""
+    with ExitStack() as stack:
+        for module in _outside(model, blocks) if upcast else ():
+            stack.enter_context(placed(module, next(module.parameters()).device, upcast))
         yield
 
 
@@ -249,9 +199,9 @@ def _outside(module: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _record(
-    model: nn.Module, blocks: nn.ModuleList, window: Tensor, wrap: Callable[[Tensor], Any], to_the_end: bool
-) -> tuple[Tensor, list[Call]]:
-    """The first block's input and every block's call, with blocks that return their input instead of computing.
+    model: nn.Module, blocks: nn.ModuleList, windows: Tensor, wrap: Callable[[Tensor], Any], to_the_end: bool
+) -> tuple[list[Tensor], list[Call]]:
+    """Every block's input and call, with blocks that return their input instead of computing.
 
     With `to_the_end`, the model runs on after the last block, up to its output head, which shows whether it runs blocks
     again. Not further: a loss may be computed from what blocks would have returned.
@@ -282,17 +232,17 @@ def _record(
         head = model.get_output_embeddings()
         if head is not None:
             stack.enter_context(replaced_forward(head, _stop))
-        _run_until_stop(model, window)
+        _run_until_stop(model, windows)
     if len(calls) != len(blocks):
         raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
-    return inputs[0], calls
+    return inputs, calls
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
     raise Stop
 
 
-def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Callable[[Tensor], Any]:
+def _output_form(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> Callable[[Tensor], Any]:
     """How a block returns hidden states: as a tensor, or first in a tuple."""
     outputs: list[Any] = []
 
@@ -302,22 +252,16 @@ def _output_form(model: nn.Module, blocks: nn.ModuleList, window: Tensor) -> Cal
 
     handle = blocks[0].register_forward_hook(hook)
     try:
-        _run_until_stop(model, window)
+        _run_until_stop(model, windows)
     finally:
         handle.remove()
-    return _form(outputs[0])
+    return form_of(outputs[0])
 
 
-def _run_until_stop(model: nn.Module, window: Tensor) -> None:
-    try:
-        _forward(model, window)
-    except Stop:
-        pass
-
-
-def _forward(model: nn.Module, window: Tensor) -> Any:
+def _run_until_stop(model: nn.Module, windows: Tensor) -> None:
     device = model.get_input_embeddings().weight.device
-    return model(input_ids=window[None].to(device), use_cache=False)
+    with suppress(Stop):
+        model(input_ids=windows.to(device), use_cache=False)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -339,11 +283,11 @@ def replaced_forward(block: nn.Module, forward: Callable) -> Iterator[None]:
         del block.forward
 
 
-def _first(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _form(output: Any) -> Callable[[Tensor], Any]:
+def form_of(output: Any) -> Callable[[Tensor], Any]:
     """Wraps a tensor in the form of a module's output, which is a tensor or a tuple that begins with one."""
     if isinstance(output, tuple):
         rest = output[1:]

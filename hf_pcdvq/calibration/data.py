@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Of a long dataset, read this many times the tokens that are needed, so that the seed has some to select from.
 _SURPLUS = 4
+_BATCH_TOKENS = 1 << 13
 _CHARACTERS = 4  # per token, about
 _WHOLE = 4 << 20  # characters that are read whole anyway: it takes seconds
 _PIECE, _PIECE_WINDOWS = 1 << 11, 4  # smallest piece that is read of a long text, in characters and in windows
@@ -44,6 +45,22 @@ def split_windows(windows: Tensor, settings: Calibration) -> tuple[Tensor, Tenso
             *(len(windows), windows.shape[1], count, len(windows) - holdout, holdout),
         )
     return windows[: len(windows) - holdout], windows[len(windows) - holdout :]
+
+
+def window_batches(windows: Tensor, device: torch.device, tokens: int | None = None) -> tuple[Tensor, ...]:
+    """The windows that go through a decoder block at once, int64 `[b, L]` each.
+
+    Which they are decides the order in which Hessians are summed, and so the last bits of a result.
+
+    Args:
+        windows: int64 `[n, L]`.
+        device: where blocks are computed.
+        tokens: in a batch, at most, but never less than one window. None takes 8192 on an accelerator, which one window
+            would leave idle, and one window on a CPU, whose cores it keeps busy.
+    """
+    if tokens is None:
+        tokens = 0 if device.type == "cpu" else _BATCH_TOKENS
+    return windows.split(max(1, tokens // windows.shape[1]))
 
 
 def read_windows(

@@ -6,7 +6,7 @@ token by token. Only one expert's moments are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..codecs.base import Codec, Packed
 from ..modules import STACKS, stack_packed
+from .activations import Activations
 from .hessian import InputMoments
 from .inputs import Stop
 from .layers import quantize_layers
@@ -23,6 +24,7 @@ from .records import LayerRecord
 from .settings import OWN_SHARE, Calibration
 
 _CHUNK = 1 << 13  # tokens whose activations are computed at a time
+_KEPT = ("hidden", "original")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,13 @@ class RoutedTokens:
     """The input of a layer's experts.
 
     Attributes:
-        hidden: hidden states of all tokens, `[T, H]`, on the CPU.
-        original: the same tokens in the original model; None if they were not stored.
         index: the experts of every token, int64 `[T, k]`.
+        kept: "hidden", the hidden states of the tokens, `[T, H]`; and "original", the same in the original
+            model, if they were stored.
     """
 
-    hidden: Tensor
-    original: Tensor | None
     index: Tensor
+    kept: Activations | dict[str, Tensor]
 
     def of(self, expert: int) -> RoutedTokens:
         """The tokens that are routed to one expert."""
@@ -45,38 +46,44 @@ class RoutedTokens:
 
     def chosen(self, token: Tensor) -> RoutedTokens:
         """The tokens with these numbers, int64 `[t]`."""
-        original = None if self.original is None else self.original[token]
-        return RoutedTokens(self.hidden[token], original, self.index[token])
+        kept = {name: self.kept[name][token] for name in _KEPT if name in self.kept}
+        return RoutedTokens(self.index[token], kept)
 
 
 def routed_tokens(
-    experts: nn.Module, windows: Iterable[int], forward: Callable[[int], Tensor], originals: list[Tensor | None]
+    experts: nn.Module, batches: Iterable[int], forward: Callable[[int], Tensor], kept: Activations
 ) -> RoutedTokens:
     """Run a block up to its experts, for all windows.
 
     Args:
         experts: the dense module.
-        windows: numbers of the windows.
-        forward: runs the block for a window.
-        originals: what the experts receive in the original model, window by window.
+        batches: numbers of the batches of windows.
+        forward: runs the block for a batch.
+        kept: receives the hidden states.
     """
     calls: list[tuple[Tensor, Tensor]] = []
+    index: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
-        calls.append((named["hidden_states"].cpu(), named["top_k_index"].cpu()))
+        calls.append((named["hidden_states"], named["top_k_index"].cpu()))
         raise Stop
+
+    def hidden() -> Iterator[Tensor]:
+        for batch in batches:
+            with suppress(Stop):
+                forward(batch)
+            while calls:
+                states, chosen = calls.pop(0)
+                index.append(chosen)
+                yield states
 
     handle = experts.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        for window in windows:
-            with suppress(Stop):
-                forward(window)
+        kept.join("hidden", hidden())
     finally:
         handle.remove()
-    hidden, index = (torch.cat(parts) for parts in zip(*calls))
-    kept = None if any(tensor is None for tensor in originals) else torch.cat(originals)
-    return RoutedTokens(hidden, kept, index)
+    return RoutedTokens(torch.cat(index), kept)
 
 
 def quantize_experts(
@@ -122,9 +129,9 @@ def _tokens_of(
     if tokens is None or settings.all_experts:
         return tokens, None
     own = tokens.of(expert)
-    if len(own.hidden) >= settings.expert_tokens:
+    if len(own.index) >= settings.expert_tokens:
         return own, None
-    return tokens, f"only {len(own.hidden)} tokens were routed to it: calibrated on all tokens of the layer"
+    return tokens, f"only {len(own.index)} tokens were routed to it: calibrated on all tokens of the layer"
 
 
 def _unchanged(hidden: Tensor, original: bool) -> Tensor:
@@ -148,10 +155,11 @@ def _moments(
     if tokens is None:
         return None
     moments = None
-    for start in range(0, len(tokens.hidden), _CHUNK):
+    for start in range(0, len(tokens.index), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        found = inputs_of(tokens.hidden[rows].to(device), False)
-        before = None if tokens.original is None else inputs_of(tokens.original[rows].to(device), True)[None]
+        found = inputs_of(tokens.kept["hidden"][rows].to(device), False)
+        known = "original" in tokens.kept
+        before = inputs_of(tokens.kept["original"][rows].to(device), True)[None] if known else None
         moments = moments or InputMoments(found.shape[1], device, with_change)
         moments.add(found[None], before)
     return moments

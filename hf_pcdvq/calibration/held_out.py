@@ -4,14 +4,14 @@ Both models run whole, from tokens to logits, each in the state in which it is u
 computed may differ. Nothing that the calibration knows of the hidden states is used, so the figures are those of the two
 models even where layers outside the blocks are packed.
 
-The logits of the original are kept in the meantime, on the CPU and in the dtype in which the model returns them:
-`m (L - 1) vocabulary` numbers for `m` windows of `L` tokens.
+The logits of the original are kept in the meantime, where activations are and in the dtype in which the model returns
+them: `m (L - 1) vocabulary` numbers for `m` windows of `L` tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..emulation import is_emulated
-from ..evaluation.metrics import Evaluation, compare_logits, window_logits
-from .blocks import streamed
+from ..evaluation.metrics import Evaluation, compare_logits
+from .activations import Activations
 from .report import QuantizationReport
+from .weights import ModelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -31,58 +31,73 @@ class HeldOut:
     """Windows held out of the calibration data, and the logits of the original on them.
 
     Args:
-        model: the dense model, on one device, with an output head.
+        weights: of the dense model, which has an output head.
         blocks: name of its list of decoder blocks.
         windows: token ids int64 `[m, L]`, m >= 1.
         device: where the blocks are computed.
+        activations: makes what the logits are kept in.
         progress: show progress bars.
+
+    Raises:
+        NotImplementedError: see `ModelWeights.logits`.
     """
 
-    def __init__(self, model: nn.Module, blocks: str, windows: Tensor, device: torch.device, progress: bool):
+    def __init__(
+        self,
+        weights: ModelWeights,
+        blocks: str,
+        windows: Tensor,
+        device: torch.device,
+        activations: Callable[[], Activations],
+        progress: bool,
+    ):
         self._blocks, self._windows, self._device, self._progress = blocks, windows, device, progress
-        bar = tqdm(windows, desc="Running the original", unit="window", disable=not progress)
-        with self._running(model):
-            self._logits = [window_logits(model, window).cpu() for window in bar]
+        self._logits = activations()
+        bar = tqdm(total=len(windows), desc="Running the original", unit="window", disable=not progress)
+        with bar, self._running(weights.model):
+            for number, logits in enumerate(weights.logits(blocks, windows, device)):
+                self._logits[number] = logits.cpu()
+                bar.update()
 
-    def compare(self, model: nn.Module) -> Evaluation:
+    def compare(self, weights: ModelWeights) -> Evaluation:
         """Compare the model, which has been quantized in the meantime, with the original.
 
         Raises:
             ValueError: logits are NaN.
         """
-        with self._running(model):
-            pairs = (
-                (original, window_logits(model, window)) for original, window in zip(self._logits, self._windows)
-            )
+        with self._running(weights.model):
+            found = weights.logits(self._blocks, self._windows, self._device)
+            pairs = ((self._logits[number], logits) for number, logits in enumerate(found))
             return compare_logits(pairs, self._windows, self._progress)
 
     @contextmanager
     def _running(self, model: nn.Module) -> Iterator[None]:
-        """Ready to compute logits: without dropout, and with its blocks on the device."""
+        """Ready to compute logits, without dropout."""
         training = model.training
         model.eval()
-        upcast = is_emulated(model.dtype, self._device)
-        blocks = model.get_submodule(self._blocks)
         try:
             # Not inference mode, in which blocks that are moved would turn into inference tensors for good.
-            with torch.no_grad(), streamed(model, blocks, self._device, upcast):
+            with torch.no_grad():
                 yield
         finally:
             model.train(training)
 
 
-def with_comparison(report: QuantizationReport, model: nn.Module, held_out: HeldOut | None) -> QuantizationReport:
+def with_comparison(
+    report: QuantizationReport, weights: Callable[[], ModelWeights], held_out: HeldOut | None
+) -> QuantizationReport:
     """The report with the comparison of a quantized model with its original.
 
     The comparison is no part of the result: if it fails, whatever the reason, a warning and the report say so.
 
     Args:
+        weights: finds those of the quantized model.
         held_out: None if there is nothing to compare on.
     """
     if held_out is None:
         return report
     try:
-        return replace(report, comparison=held_out.compare(model))
+        return replace(report, comparison=held_out.compare(weights()))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         logger.warning(

@@ -121,7 +121,7 @@ class Hessian:
 
     def factor(self) -> Tensor:
         """R, upper triangular, float64 `[K, K]`, with `matrix = R R^T`."""
-        return torch.linalg.cholesky(self.matrix.double().flip(0, 1)).flip(0, 1)
+        return torch.linalg.cholesky(self.matrix.flip(0, 1).double()).flip(0, 1)
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows matrix^-1` for float32 `[N, K]`."""
@@ -234,10 +234,10 @@ def _usable(sums: Tensor, tokens: int, damp_percent: float, signs: Tensor | None
     if signs is not None:
         matrix = hadamard.rotate(hadamard.rotate(matrix, signs).T.contiguous(), signs)
     mean = matrix.diagonal().mean()
-    identity = torch.eye(features, device=matrix.device)
     for _ in range(_DAMPING_STEPS + 1):
-        damped = matrix + damp_percent * mean * identity
-        if mean > 0 and torch.linalg.cholesky_ex(damped.double().flip(0, 1)).info == 0:
+        damped = matrix.clone()
+        damped.diagonal().add_(damp_percent * mean)
+        if mean > 0 and torch.linalg.cholesky_ex(damped.flip(0, 1).double()).info == 0:
             return Hessian(damped, tokens, dead, damp_percent, note)
         damp_percent *= 10
         note = f"its Hessian is singular: damping raised to {damp_percent:.3g}"

@@ -23,26 +23,33 @@ Identity = dict[str, str]  # a hash, or the value itself, by the name of what it
 _IRRELEVANT = ("dataset", "holdout")
 
 
-def model_identity(model: nn.Module) -> Identity:
-    """Of a dense model: every tensor of its state with name, dtype, shape and contents, its class and its config."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib computes without the GIL
-        digests = pool.map(lambda pair: _tensor_digest(*pair), model.state_dict().items())
-        weights = hashlib.sha256(b"".join(digests)).hexdigest()
+def model_identity(model: nn.Module, weights: str | None = None) -> Identity:
+    """Of a dense model: its weights, its class and its config.
+
+    Args:
+        weights: what stands for its weights; None hashes every tensor of its state with name, dtype, shape and contents.
+    """
     return {
-        "the model's weights": weights,
+        "the model's weights": weights or _weights_digest(model),
         "the model's config": _digest([type(model).__name__, _model_config(model)]),
         "the versions of packages": json.dumps(package_versions()),
     }
 
 
-def run_identity(model: Identity, names: list[str], config: PackedConfig, windows: Tensor) -> Identity:
-    """Of a run that quantizes the modules `names` of a model, calibrated on windows int64 `[n, L]`."""
-    settings = config.to_dict()
-    settings["calibration"] = {
-        name: value for name, value in config.calibration.to_dict().items() if name not in _IRRELEVANT
-    }
-    tokens = hashlib.sha256()
-    update_with_tensor(tokens, "windows", windows)
+def _weights_digest(model: nn.Module) -> str:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib computes without the GIL
+        digests = pool.map(lambda pair: _tensor_digest(*pair), model.state_dict().items())
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def run_identity(model: Identity, names: list[str], config: PackedConfig, windows: Tensor | None) -> Identity:
+    """Of a run that quantizes the modules `names` of a model, calibrated on windows int64 `[n, L]`, or rounded if None."""
+    settings, tokens = config.to_dict(), hashlib.sha256()
+    if windows is not None:
+        settings["calibration"] = {
+            name: value for name, value in config.calibration.to_dict().items() if name not in _IRRELEVANT
+        }
+        update_with_tensor(tokens, "windows", windows)
     return {
         **model,
         "the settings": _digest([settings, names]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
+
+from .activations import Activations
 
 
 class Stop(Exception):
@@ -15,7 +16,7 @@ class Stop(Exception):
 
 @contextmanager
 def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that collects the inputs of layers as they run, in that order; clear it between windows.
+    """A dictionary that collects the inputs of layers as they run, in that order; clear it between batches.
 
     Args:
         layers: by name.
@@ -48,33 +49,34 @@ def recorded_inputs(layers: dict[str, nn.Module], last: str | None = None) -> It
 
 
 class OriginalInputs:
-    """The inputs of a block's layers in the original model, window by window, and which layers share theirs.
+    """The inputs of a block's layers in the original model, batch by batch, and which layers share theirs.
 
     Args:
         names: of all layers.
-        keep: where the inputs are stored; None stores nothing.
-
-    Attributes:
-        windows: the stored inputs of every window, by the first layer of each group; empty if nothing is stored.
+        kept: stores the inputs, by the number of the batch and the first layer of each group; None stores nothing.
     """
 
-    def __init__(self, names: list[str], keep: torch.device | None):
-        self.windows: list[dict[str, Tensor]] = []
-        self._names, self._keep = names, keep
+    def __init__(self, names: list[str], kept: Activations | None):
+        self._names, self._kept = names, kept
         self._leader: dict[str, str] = {}
 
-    def add(self, inputs: dict[str, Tensor]) -> None:
-        """Record one window, from the dictionary of `recorded_inputs`."""
+    def add(self, batch: int, inputs: dict[str, Tensor]) -> None:
+        """Record one batch of windows, from the dictionary of `recorded_inputs`."""
         leaders: dict[int, str] = {}
         for name, tensor in inputs.items():
             leader = leaders.setdefault(id(tensor), name)
             self._leader.setdefault(name, leader)
-        kept = [] if self._keep is None else leaders.values()
-        self.windows.append({leader: inputs[leader].to(self._keep) for leader in kept})
+        if self._kept is not None:
+            for leader in leaders.values():
+                self._kept[batch, leader] = inputs[leader]
 
-    def of(self, name: str, window: int) -> Tensor | None:
-        """The stored input of a layer for a window; None if there is none."""
-        return self.windows[window].get(self._leader[name])
+    def knows(self, name: str, batch: int) -> bool:
+        """Whether the input of a layer for a batch is stored."""
+        return self._kept is not None and (batch, self._leader[name]) in self._kept
+
+    def of(self, name: str, batch: int) -> Tensor | None:
+        """The stored input of a layer for a batch; None if there is none."""
+        return self._kept[batch, self._leader[name]] if self.knows(name, batch) else None
 
     def groups(self) -> list[list[str]]:
         """Layers that share their input, in the order in which they run."""
@@ -84,5 +86,5 @@ class OriginalInputs:
         return list(groups.values())
 
     def idle(self) -> list[str]:
-        """Layers that did not run for any window."""
+        """Layers that did not run for any batch."""
         return [name for name in self._names if name not in self._leader]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,16 @@ from torch import Tensor, nn
 
 from ..allocation.settle import settle_bits
 from ..evaluation.metrics import check_length, check_windows
+from .activations import Activations, HeldActivations
 from .blocks import find_blocks
-from .data import read_windows, split_windows
+from .data import read_windows, split_windows, window_batches
 from .held_out import HeldOut
-from .identity import Identity, model_identity, run_identity
+from .identity import Identity, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
 from .sampling import sample_from_model
 from .store import BlockStore, keep_windows
+from .weights import ModelWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,14 +31,19 @@ if TYPE_CHECKING:
     from ..config import PackedConfig
 
 
+logger = logging.getLogger(__name__)
+
+
 def calibrate_model(
-    model: nn.Module,
+    weights: ModelWeights,
     names: list[str],
     config: PackedConfig,
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
+    activations: Callable[[], Activations] = HeldActivations,
     device: torch.device | None = None,
+    batch_tokens: int | None = None,
     work_dir: Path | None = None,
     restart: bool = False,
     progress: bool = True,
@@ -42,12 +51,14 @@ def calibrate_model(
     """Replace layers of a dense model by packed ones, calibrated on a dataset.
 
     Args:
-        model: on one device.
+        weights: of the model.
         names: the modules to quantize, linear layers and fused experts.
         config: the format of every module, and in `calibration` the options. `bits="auto"` is settled in place.
         dataset: what `read_windows` accepts; None: the model generates the text.
         tokenizer: may be None for token tensors and generated text.
+        activations: makes what activations are kept in.
         device: where blocks are computed; None takes the accelerator if there is one, or else the model's device.
+        batch_tokens: see `window_batches`.
         work_dir: folder that keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
         progress: show progress bars.
@@ -57,18 +68,17 @@ def calibrate_model(
         windows are held out, or the model has no output head.
 
     Raises:
-        ValueError: the model is spread over several devices or is on meta, has no decoder blocks, or holds values
-            that are not finite; the dataset is unsuitable for it; or `work_dir` is damaged or belongs to another run.
+        ValueError: the model has no decoder blocks, or holds values that are not finite; the dataset is unsuitable for it; or `work_dir` is damaged or belongs to another run.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `read_windows`.
         OSError: `work_dir` cannot be written.
     """
-    started = time.perf_counter()
-    device = calibration_device(model, device)
+    started, model = time.perf_counter(), weights.model
+    device = calibration_device(weights, device)
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
-    identity = None if work_dir is None else model_identity(model)
+    identity = None if work_dir is None else weights.identity()
     windows = all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
     check_windows(model, windows)
     windows, holdout = split_windows(windows, config.calibration)
@@ -80,14 +90,15 @@ def calibrate_model(
         store = BlockStore(work_dir, run_identity(identity, names, config, windows), restart)
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
-        held_out = HeldOut(model, blocks, holdout, device, progress)
+        held_out = _held_out(weights, blocks, holdout, device, activations, progress)
     run = CalibratedRun(
-        model,
+        weights,
         blocks,
         names,
         config.codec_of,
         config.calibration,
-        windows,
+        window_batches(windows, device, batch_tokens),
+        activations=activations,
         device=device,
         store=store,
         progress=progress,
@@ -95,6 +106,15 @@ def calibrate_model(
     run.run()
     model.train(training)
     return QuantizationReport.of(config, run, windows, time.perf_counter() - started, allocation), held_out
+
+
+def _held_out(weights: ModelWeights, *options: Any) -> HeldOut | None:
+    """The logits of the original, unless they cannot be computed with one block at a time."""
+    try:
+        return HeldOut(weights, *options)
+    except NotImplementedError as error:
+        logger.warning("the result is not compared with its original: %s. `hf-pcdvq eval` compares them", error)
+        return None
 
 
 def find_tokenizer(config: PackedConfig, model: PreTrainedModel, files: list[str] | None = None) -> Any:
@@ -145,27 +165,11 @@ def _commit(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_commit_hash", None)
 
 
-def calibration_device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
-    """Where to compute: what is asked for, or else the accelerator if there is one, or the device of the model.
-
-    Raises:
-        ValueError: the model is spread over several devices or is on meta.
-    """
-    home = _device_of(model)
+def calibration_device(weights: ModelWeights, asked: torch.device | str | None) -> torch.device:
+    """Where to compute: what is asked for, or else the accelerator if there is one, or the device of the weights."""
     if asked is not None:
         return torch.device(asked)
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else home
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """The one device that the whole model is on."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or devices == {torch.device("meta")}:
-        raise ValueError(
-            f"calibration needs the whole model on one device, it is on {', '.join(sorted(map(str, devices)))}; "
-            "load it with device_map='cpu': blocks move to the accelerator one at a time"
-        )
-    return devices.pop()
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else weights.home
 
 
 def all_windows(

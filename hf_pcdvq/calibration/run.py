@@ -5,33 +5,37 @@ far. Within a block, layers are quantized in the order in which they run. For ea
 input, the hidden states of the second kind are run through the block up to that group, whose inputs then contain all
 errors made so far; they give its Hessian, and their difference from the original inputs gives its correction.
 
-Held in memory are the model, the moments of one group, and in the model's dtype the hidden states of all windows and
-the original inputs of one block's layers; these on the CPU, unless an accelerator has ample room. A CPU that only emulates the model's dtype computes in float32
-instead, block by block, with the same weights.
+Held are the model, the moments of one group, and in the model's dtype the hidden states of all windows and the original
+inputs of one block's layers; `weights.py` and `activations.py` say where. An accelerator that has ample room holds the
+latter two itself. A CPU that only emulates the model's dtype computes in float32 instead, block by block, with the same
+weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
-from ..emulation import is_emulated, placed, to_device
+from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
+from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
-from .guidance import Sensitivity, output_sensitivity
+from .guidance import output_sensitivity
 from .hessian import InputMoments
 from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
 from .settings import OWN_SHARE, Calibration
 from .store import BlockStore
+from .weights import ModelWeights
 
 # A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
 # together rather than one after the other: a partial forward pass for each would take too long.
@@ -42,12 +46,13 @@ class CalibratedRun:
     """One pass over the blocks of a model.
 
     Args:
-        model: a dense model on one device. Its layers are replaced during the run.
+        weights: of a dense model, whose layers are replaced during the run.
         prefix: name of its list of decoder blocks.
         names: the modules to quantize, linear layers and fused experts.
         codec_of: the packed format of a module, by its name.
         settings: the options.
-        windows: token ids int64 `[n, L]` to calibrate on.
+        batches: token ids int64 `[b, L]` to calibrate on; the windows of a batch go through a block at once.
+        activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
         store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         progress: show a progress bar.
@@ -59,25 +64,28 @@ class CalibratedRun:
 
     def __init__(
         self,
-        model: nn.Module,
+        weights: ModelWeights,
         prefix: str,
         names: list[str],
         codec_of: Callable[[str], Codec],
         settings: Calibration,
-        windows: Tensor,
+        batches: Sequence[Tensor],
         *,
+        activations: Callable[[], Activations],
         device: torch.device,
         store: BlockStore | None,
         progress: bool,
     ):
         self.layers: list[LayerRecord] = []
         self.blocks: list[BlockRecord] = []
-        self._model, self._prefix, self._names = model, prefix, names
+        self._weights, self._model = weights, weights.model
+        self._prefix, self._names = prefix, names
         self._codec_of, self._settings = codec_of, settings
-        self._windows, self.device, self._store = windows, device, store
-        self._sensitivity: Sensitivity = {}
-        self._upcast = is_emulated(model.dtype, device)
-        matrices = sum(count_matrices(model.get_submodule(name)) for name in names)
+        self._batches, self._activations = batches, activations
+        self.device, self._store = device, store
+        self._sensitivity: dict[str, Sequence[Tensor]] = {}
+        self._upcast = is_emulated(self._model.dtype, device)
+        matrices = sum(count_matrices(self._model.get_submodule(name)) for name in names)
         self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
 
     @torch.no_grad()
@@ -88,18 +96,24 @@ class CalibratedRun:
         blocks: nn.ModuleList = self._model.get_submodule(prefix)
         with self._bar:
             self._find_sensitivity()
-            hidden, calls = capture(self._model, blocks, self._windows)
-            memory = self._memory(hidden)
-            hidden = [to_device(states, memory, self._upcast) for states in hidden]
-            original = list(hidden)
-            for number, (module, call) in enumerate(zip(blocks, calls)):
+            hidden = self._activations()
+            with self._weights.loaded_outside(prefix, head=False), self._weights.loaded(f"{prefix}.0"):
+                captured = capture(self._model, blocks, self._batches, hidden, self._upcast)
+            if self._has_room(hidden):
+                self._activations = partial(HeldActivations, self.device)
+                hidden = self._copied(hidden)
+            original = self._copied(hidden)
+            for number, module in enumerate(blocks):
                 started = time.perf_counter()
                 name = f"{prefix}.{number}"
                 layers = {layer: self._model.get_submodule(layer) for layer in self._names if _inside(layer, name)}
-                with placed(module, self.device, self._upcast):
-                    call = call.to(self.device, self._upcast)
-                    block = DecoderBlock(module, layers, call, original, hidden, self.device, memory)
-                    self._run_block(number, block)
+                calls = captured.of_block(number)
+                with self._weights.loaded(name):
+                    with placed(module, self.device, self._upcast):
+                        calls = {size: call.to(self.device, self._upcast) for size, call in calls.items()}
+                        block = DecoderBlock(module, layers, calls, original, hidden, self.device, self._activations)
+                        self._run_block(number, block)
+                    self._weights.finish(name)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
 
@@ -109,27 +123,37 @@ class CalibratedRun:
         if groups:
             names = [name for name in self._names if _inside(name, self._prefix)]
             options = {"device": self.device, "progress": not self._bar.disable}
-            self._sensitivity = output_sensitivity(
-                self._model, self._prefix, names, self._windows, groups, self._settings.seed, **options
+            windows, sizes = torch.cat(list(self._batches)), [len(batch) for batch in self._batches]
+            found = output_sensitivity(
+                self._model, self._prefix, names, windows, groups, self._settings.seed, **options
             )
+            for name, squares in found.items():
+                self._sensitivity[name] = [part.flatten(0, 1) for part in squares.split(sizes)]
 
-    def _memory(self, hidden: list[Tensor]) -> torch.device:
-        """Where hidden states and inputs are kept: where the blocks are computed, if they take half of what is free there.
+    def _copied(self, states: Activations) -> Activations:
+        copied = self._activations()
+        for batch in range(len(states)):
+            copied[batch] = states[batch]
+        return copied
+
+    def _has_room(self, hidden: Activations) -> bool:
+        """Whether an accelerator has room for hidden states and inputs: if they take half of what is free there.
 
         Copying them to and from an accelerator would take longer than computing a small model's blocks.
         """
         accelerator = torch.get_device_module(self.device)
         if self.device.type == "cpu" or not hasattr(accelerator, "mem_get_info"):
-            return torch.device("cpu")
+            return False
         layers = [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)]
-        widths = sum(layer.in_features for layer in layers if isinstance(layer, nn.Linear))
+        width = hidden[0].shape[-1]
+        widths = sum(layer.in_features if isinstance(layer, nn.Linear) else width for layer in layers)
         blocks = len(self._model.get_submodule(self._prefix))
-        states = sum(states.nbytes for states in hidden)
+        states = sum(hidden[batch].nbytes for batch in range(len(hidden)))
         # Hidden states of both models, and the inputs of a block's layers in both.
-        needed = 2 * states + 2 * states // hidden[0].shape[-1] * widths // blocks
+        needed = 2 * states + 2 * states // width * widths // blocks
         cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
         free = accelerator.mem_get_info(self.device)[0] + cached
-        return self.device if needed < free // 2 else torch.device("cpu")
+        return needed < free // 2
 
     # --------------------------------------------------------------------------------------------- one block
 
@@ -201,12 +225,15 @@ class CalibratedRun:
 
     def _round_outside(self, prefix: str) -> None:
         """Quantize the layers outside the decoder blocks, for which there are no Hessians."""
-        for name in self._names:
-            if not _inside(name, prefix):
-                layer = self._model.get_submodule(name)
-                result = self._round(name, layer)
-                self._record(result.records)
-                self._replace(name, layer, result.packed[name])
+        names = [name for name in self._names if not _inside(name, prefix)]
+        for unit, modules in self._weights.outside(prefix):
+            with self._weights.loaded(unit):
+                for name in names if modules is None else [name for name in names if name in modules]:
+                    layer = self._model.get_submodule(name)
+                    result = self._round(name, layer)
+                    self._record(result.records)
+                    self._replace(name, layer, result.packed[name])
+                self._weights.finish(unit)
 
     # ------------------------------------------------------------------------------------ results of a layer
 
@@ -252,7 +279,11 @@ def _inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _error(original: list[Tensor], hidden: list[Tensor]) -> float:
-    """Squared difference of two lists of hidden states, relative to the squares of the first."""
-    error = sum((a.float() - b.float()).square().sum(dtype=torch.float64).item() for a, b in zip(original, hidden))
-    return error / sum(a.float().square().sum(dtype=torch.float64).item() for a in original)
+def _error(original: Activations, hidden: Activations) -> float:
+    """Squared difference of the hidden states of all batches, relative to the squares of the first."""
+    error = energy = 0.0
+    for batch in range(len(original)):
+        states = original[batch].float()
+        error += (states - hidden[batch].float()).square().sum(dtype=torch.float64).item()
+        energy += states.square().sum(dtype=torch.float64).item()
+    return error / energy

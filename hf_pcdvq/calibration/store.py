@@ -111,9 +111,15 @@ def kept_windows(folder: Path) -> Tensor | None:
 def clear(folder: Path) -> None:
     """Delete the files of a finished run, and their folder if nothing else is in it."""
     if folder.is_dir():
-        shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
         for file in [*folder.glob(_BLOCKS), folder / _WINDOWS]:
             file.unlink(missing_ok=True)
+        tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a run was writing in a folder when it ended, and the folder if nothing else is in it."""
+    if folder.is_dir():
+        shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -38,7 +38,7 @@ DTYPES = {
 }
 _DTYPE = re.compile(r"[A-Z0-9_]{1,20}")  # of those that PyTorch lacks, too
 _NAME_LIMIT = 1000  # characters
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
 
@@ -97,9 +97,9 @@ def read_header(file: Path) -> Header:
         raise ValueError(f"{file}: the header is damaged: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{file}: the header is damaged: expected an object, found a {type(header).__name__}")
-    metadata = header.pop(_METADATA, {})
+    metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{file}: the header is damaged: {_METADATA} must map names to texts")
+        raise ValueError(f"{file}: the header is damaged: {METADATA} must map names to texts")
     tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_places(file, tensors, 8 + length, size)
     return Header(tensors, metadata)
@@ -193,8 +193,8 @@ def sort_metadata(file: Path) -> None:
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
-        header[_METADATA] = dict(sorted(header.get(_METADATA, {}).items()))
-        text = json.dumps({_METADATA: header.pop(_METADATA), **header}, separators=(",", ":"), ensure_ascii=False)
+        header[METADATA] = dict(sorted(header.get(METADATA, {}).items()))
+        text = json.dumps({METADATA: header.pop(METADATA), **header}, separators=(",", ":"), ensure_ascii=False)
         encoded = text.encode().ljust(length)
         if len(encoded) != length:
             raise ValueError(f"{file}: the header changed its length from {length} to {len(encoded)} bytes")

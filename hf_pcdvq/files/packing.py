@@ -29,12 +29,16 @@ from ..modules import STACKS, PackedModule, parameter_name
 from ..modules.divided import whole
 from ..version import FORMAT_VERSION
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
+from .hollow import HollowFiles, lay_out
 from .names import matched_names
 
 if TYPE_CHECKING:
     from ..config import PackedConfig
 
 KEY = "hf_pcdvq"
+# In the metadata that a quantizer gives to `save_pretrained`, never in a file: lay the files out, tensors follow.
+HOLLOW = "hf_pcdvq.hollow"
+_NO_HASH = "0" * 32  # stands for a hash in files that are only laid out
 # Fields of config.json that say how, by whom or in which precision a model is run, not what it computes; and our own,
 # which are compared by themselves.
 _NOT_HASHED = {
@@ -74,11 +78,15 @@ class PackingRecord:
                 modules.setdefault(module.codec, []).append(name)
         fields = json.loads(model.config.to_json_string(use_diff=True))
         codecs = [[description(codec), names] for codec, names in modules.items()]
-        return cls(config.decoding_fields(), config_hashes(fields), codecs, _model_hash(model))
+        return cls(config.decoding_fields(), config_hashes(fields), codecs, model_hash(_tensor_hashes(model)))
 
     def metadata(self) -> dict[str, str]:
         """The metadata of a file that holds it."""
         return {KEY: json.dumps(asdict(self), separators=(",", ":"))}
+
+    def hollow(self) -> dict[str, str]:
+        """The metadata with which `save_file` lays out files, to be completed by `complete`."""
+        return {**replace(self, model=_NO_HASH).metadata(), HOLLOW: ""}
 
     @classmethod
     def read(cls, file: Path, header: Header) -> PackingRecord | None:
@@ -146,12 +154,19 @@ def _hash(dtype: str, shape: tuple[int, ...], content: memoryview) -> str:
     return digest.hexdigest()
 
 
-def _model_hash(model: nn.Module) -> str:
-    """A hash of all tensors of a model, with their names. Those that are offloaded to disk count by name only."""
+def _tensor_hashes(model: nn.Module) -> dict[str, str]:
+    """Hashes of all tensors of a model; empty texts for those that are offloaded to disk."""
+    return {
+        name: tensor_hash(whole(tensor)) if isinstance(tensor, Tensor) and tensor.device.type != "meta" else ""
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def model_hash(hashes: dict[str, str]) -> str:
+    """A hash of all tensors of a model, from theirs by name."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        stored = isinstance(tensor, Tensor) and tensor.device.type != "meta"
-        digest.update(f"{name} {tensor_hash(whole(tensor)) if stored else ''}\n".encode())
+    for name, text in sorted(hashes.items()):
+        digest.update(f"{name} {text}\n".encode())
     return digest.hexdigest()
 
 
@@ -183,11 +198,37 @@ def save_file(tensors: dict[str, Tensor], filename: str | Path, metadata: dict[s
     if not metadata or KEY not in metadata:
         safetensors.torch.save_file(tensors, filename, metadata)
         return
-    record = json.loads(metadata[KEY])
-    record["hashes"] = {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}
-    metadata = {**metadata, KEY: json.dumps(record, separators=(",", ":"))}
-    safetensors.torch.save_file(tensors, filename, metadata)
+    if HOLLOW in metadata:
+        metadata = {name: text for name, text in metadata.items() if name != HOLLOW}
+        lay_out(tensors, Path(filename), _with_hashes(metadata, dict.fromkeys(tensors, _NO_HASH)))
+        return
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, filename, _with_hashes(metadata, hashes))
     sort_metadata(Path(filename))
+
+
+def complete(files: HollowFiles, hashes: dict[str, str], model: str) -> None:
+    """Record the hashes of tensors in files that were laid out and have been filled.
+
+    Args:
+        hashes: of all tensors in the files, by name.
+        model: the hash of the model.
+
+    Raises:
+        ValueError: a tensor has not been written.
+    """
+
+    def final(metadata: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+        return _with_hashes(metadata, {name: hashes[name] for name in names}, model)
+
+    files.finish(final)
+
+
+def _with_hashes(metadata: dict[str, str], hashes: dict[str, str], model: str | None = None) -> dict[str, str]:
+    record = json.loads(metadata[KEY])
+    record["hashes"] = dict(sorted(hashes.items()))
+    record["model"] = record["model"] if model is None else model
+    return {**metadata, KEY: json.dumps(record, separators=(",", ":"))}
 
 
 def save_with(module: ModuleType) -> None:

@@ -49,7 +49,7 @@ def experts_and_tokens():
     index = torch.arange(EXPERTS).repeat_interleave(200)[:, None]
     scale = torch.rand(EXPERTS, 64, generator=generator) ** 4
     hidden = torch.randn(len(index), 64, generator=generator) * scale[index[:, 0]]
-    return experts, RoutedTokens(hidden, hidden, index)
+    return experts, RoutedTokens(index, {"hidden": hidden, "original": hidden})
 
 
 def output_errors(experts, packed, tokens, codec):
@@ -58,7 +58,7 @@ def output_errors(experts, packed, tokens, codec):
     errors = []
     with torch.no_grad():
         for expert in range(EXPERTS):
-            x = tokens.of(expert).hidden
+            x = tokens.of(expert).kept["hidden"]
             hidden = experts._apply_gate(functional.linear(x, experts.gate_up_proj[expert]))
             wanted = functional.linear(hidden, experts.down_proj[expert])
             errors.append(((quantized.run_expert(expert, x) - wanted).square().sum() / wanted.square().sum()).item())

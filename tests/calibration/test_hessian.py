@@ -104,11 +104,12 @@ def test_tokens_that_cannot_be_paired_are_not_compared():
 
 
 def test_layers_with_one_input_are_a_group_and_idle_ones_are_found():
-    inputs = OriginalInputs(["q", "k", "o", "expert", "idle"], keep=torch.device("cpu"))
+    kept = {}
+    inputs = OriginalInputs(["q", "k", "o", "expert", "idle"], kept)
     for seed in range(2):
         x = tokens(6, 8, seed)[None]
         window = {"q": x, "k": x, "o": x.clone()}
-        inputs.add(window if seed == 0 else {**window, "expert": x[0, :2]})
+        inputs.add(seed, window if seed == 0 else {**window, "expert": x[0, :2]})
     assert inputs.groups() == [["q", "k"], ["o"], ["expert"]]
     assert inputs.idle() == ["idle"]
-    assert [list(window) for window in inputs.windows] == [["q", "o"], ["q", "o", "expert"]]
+    assert list(kept) == [(0, "q"), (0, "o"), (1, "q"), (1, "o"), (1, "expert")]

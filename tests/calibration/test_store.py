@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_llama
 
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
+from hf_pcdvq.allocation.store import kept_until_done
 from hf_pcdvq.calibration import identity, store
 
 TOKENS = torch.randint(2, 250, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -150,6 +151,16 @@ def test_remains_of_a_killed_run_are_cleared(tmp_path):
     (tmp_path / ".partial").mkdir()
     store.clear(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_folder_of_a_failed_run_stays_unless_it_is_empty(tmp_path):
+    kept, empty = tmp_path / "kept", tmp_path / "empty"
+    quantize(kept)
+    empty.mkdir()
+    for folder in (kept, empty):
+        with pytest.raises(KeyboardInterrupt), kept_until_done(folder):
+            raise KeyboardInterrupt
+    assert len(list(kept.iterdir())) == 2 and not empty.exists()
 
 
 def test_records_come_back_as_they_were(finished):

@@ -28,9 +28,11 @@ def test_allocate_then_quantize_is_what_quantize_does(tiny_model_dir, text, tmp_
     fail(1, "allocation.json exists", "allocate", tiny_model_dir, "--out", bits, *TARGET, *common)
 
     by_hand, at_once = tmp_path / "by_hand", tmp_path / "at_once"
-    succeed("quantize", tiny_model_dir, "--out", by_hand, "--allocation", bits / "allocation.json", *common)
-    shown = succeed("quantize", tiny_model_dir, "--out", at_once, *TARGET, *common).output
-    assert "Kept: " in shown and (at_once / "allocation.json").is_file()
+    allocated = ("--allocation", bits / "allocation.json", *common)
+    parts = succeed("quantize", tiny_model_dir, "--out", by_hand, *allocated)
+    whole = succeed("quantize", tiny_model_dir, "--out", at_once, *TARGET, *common)
+    assert 'loaded into memory whole: bits="auto" measures' in whole.stderr and "whole" not in parts.stderr
+    assert "Kept: " in whole.output and (at_once / "allocation.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "bits", "by_hand", "at_once"}
     counted = [count_folder(folder) for folder in (by_hand, at_once)]
     assert all(2.24 < count.bits_per_packed_weight <= 2.35 for count in counted)

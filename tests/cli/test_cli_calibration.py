@@ -121,19 +121,31 @@ def test_model_is_saved_before_it_is_compared(tiny_model_dir, text, tmp_path, mo
 
 
 def test_full_disk_is_named_and_costs_no_block(tiny_model_dir, text, tmp_path):
-    arguments = ("quantize", tiny_model_dir, "--out", tmp_path / "packed", "--dataset", text, *OPTIONS)
+    arguments = ("quantize", tiny_model_dir, "--out", tmp_path / "packed", *OPTIONS)
+    data = ("--dataset", text)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))  # enough for the blocks, not for the model
     try:
-        result = fail(1, "packed.partial: ", *arguments)
-        assert "File too large" in result.stderr
+        # Read part by part, the model has its files before its first block is calibrated.
+        early = fail(1, "packed.partial/model.safetensors of ", *arguments, *data)
+        assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+        late = fail(1, "packed.partial: ", *arguments)
+        assert "File too large" in early.stderr and "File too large" in late.stderr
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {file.name for file in (tmp_path / ".packed.calibration").iterdir()} == {
         "block-0000.safetensors",
         "block-0001.safetensors",
+        "windows.safetensors",
     }
     succeed(*arguments)
+
+
+def test_model_is_read_part_by_part_or_a_line_says_why_not(tiny_model_dir, text, tmp_path):
+    whole = succeed("quantize", tiny_model_dir, "--out", tmp_path / "whole", *OPTIONS)
+    parts = succeed("quantize", tiny_model_dir, "--out", tmp_path / "parts", *OPTIONS, "--dataset", text)
+    assert "loaded into memory whole: it writes its calibration text itself" in whole.stderr
+    assert "whole" not in parts.stderr
 
 
 def test_without_data_the_model_writes_it(tiny_model_dir, tmp_path):

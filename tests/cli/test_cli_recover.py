@@ -88,6 +88,7 @@ def test_quantizing_and_recovering_is_one_command(tiny_model_dir, text, tmp_path
     calibration = ("--dataset", text, "--samples", "4", "--length", "32", "--setting", "pcdvq-2.0")
     result = succeed("quantize", tiny_model_dir, "--out", out, *calibration, "--recover", *STEPS, "--held-out", text)
     assert "Recovered in" in result.output
+    assert "loaded into memory whole: --recover trains it towards its original" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
     recovery = Provenance.read(out).recovery
     assert (recovery.steps, recovery.text, recovery.held_out) == (4, "text.txt", "text.txt")

@@ -89,7 +89,8 @@ def test_sigterm_ends_a_command_like_an_error(tiny_model_dir, tmp_path):
     arguments = ["quantize", "--no-calibration", str(tiny_model_dir), "--out", str(tmp_path / "packed")]
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "saving\n"
-    assert {path.name[:8] for path in tmp_path.iterdir()} == {".packed."}  # the folder, and its lock
+    # The folder and its lock, the folder of finished blocks, and that for activations.
+    assert {path.name[:8] for path in tmp_path.iterdir()} == {".packed.", ".hf_pcdv"}
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []

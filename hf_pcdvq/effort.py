@@ -1,0 +1,204 @@
+"""What quantizing a model takes: memory, disk and roughly how long, by arithmetic on its shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .calibration.data import window_batches
+from .calibration.settings import Calibration
+from .emulation import is_emulated
+from .modules import dense_weights
+from .streaming.checkpoint import unit_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .codecs.base import Codec
+    from .config import PackedConfig
+
+# Measured on a CPU: libraries and the process itself; bytes per element of a matrix that is rounded, of the weights of a
+# group of layers with one input that are calibrated, and of the square of the number of their inputs.
+_PROCESS = 700 << 20
+_ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 36
+_PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What quantizing takes, rounded to the nearest codes or calibrated.
+
+    Attributes:
+        memory_bytes: of the process, weights and activations included, on the machine and its accelerator together.
+        disk_bytes: written at the same time: the result, its finished blocks, and activations.
+        read_bytes: read of the dense checkpoint.
+        seconds: on this machine, from short measurements; None if they were not asked for.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix that is packed, or a stack of them: one for each expert."""
+
+    group: str  # matrices with one input
+    shape: tuple[int, ...]
+    codec: Codec
+    share: float  # of the tokens that each matrix of a stack sees
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass
+class _Unit:
+    """A part of the model that is in memory as a whole; `unit_name` says which."""
+
+    dense: int = 0  # bytes of all tensors
+    kept: int = 0  # bytes of those that are not packed
+
+
+def efforts(
+    model: PreTrainedModel, names: list[str], config: PackedConfig, packed_bytes: int, timed: bool
+) -> dict[str, Effort]:
+    """The effort of rounding and of calibrating with the default number of windows, by these names.
+
+    Args:
+        model: dense, on the meta device.
+        names: the modules to pack.
+        config: their formats, and the calibration if it has one.
+        packed_bytes: size of the packed model.
+        timed: measure this machine, which takes seconds, to tell how long each takes.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    matrices, units = _matrices(model, names, config), _units(model, names)
+    largest = max(unit.dense for unit in units.values())
+    dense = sum(unit.dense for unit in units.values())
+    packed_unit = max(unit.kept for unit in units.values()) + packed_bytes * largest // dense
+    one = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+    encoding = None
+    if timed:
+        rates = {codec: _encoding_rate(codec, device) for codec in {matrix.codec for matrix in matrices}}
+        encoding = sum(matrix.numel / rates[matrix.codec] for matrix in matrices)
+    rounded = Effort(_PROCESS + packed_unit + _ROUNDED * one, 2 * packed_bytes, 2 * dense, encoding)
+    settings = config.calibration or Calibration()
+    return {
+        "rounded": rounded,
+        "calibrated": _calibrated(model, matrices, units, packed_bytes, settings, device, encoding),
+    }
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    matrices: list[_Matrix],
+    units: dict[str, _Unit],
+    packed_bytes: int,
+    settings: Calibration,
+    device: torch.device,
+    encoding: float | None,
+) -> Effort:
+    """The effort of a calibrated run."""
+    upcast = is_emulated(model.dtype, device)
+    size = 4 if upcast else model.dtype.itemsize
+    hidden = model.get_input_embeddings().weight.shape[1]
+    tokens = settings.samples * settings.length
+    windows = torch.empty(settings.samples, settings.length, device="meta")
+    batch = window_batches(windows, device)[0].numel()
+    groups: dict[str, list[_Matrix]] = {}
+    for matrix in matrices:
+        groups.setdefault(matrix.group, []).append(matrix)
+    work = max(_working_memory(group) for group in groups.values())
+    widest = max(matrix.shape[-1] for matrix in matrices)
+    block = max(unit.dense for unit in units.values()) * (2 if upcast else 1)
+    memory = _PROCESS + block + work + batch * (4 * widest + 8 * hidden) * size
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    logits = settings.holdout * settings.length * vocabulary * size
+    inputs = max(_inputs(matrices, unit) for unit in units)
+    disk = 2 * packed_bytes + tokens * size * (2 * hidden + 2 * inputs) + logits
+    dense = sum(unit.dense for unit in units.values())
+    seconds = None
+    if encoding is not None:
+        operations = sum(_operations(group, tokens) for group in groups.values())
+        # Error feedback encodes every unit twice: once, and once more in the sweep of coordinate descent.
+        seconds = (1 + settings.sweeps) * encoding + operations / _product_rate(device)
+    return Effort(memory, disk, 3 * dense, seconds)
+
+
+def _units(model: PreTrainedModel, names: list[str]) -> dict[str, _Unit]:
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    packed = {id(weight) for name in names for weight in dense_weights(model.get_submodule(name)).values()}
+    units: dict[str, _Unit] = {}
+    for name, tensor in model.named_parameters():
+        unit = units.setdefault(unit_name(name, lists), _Unit())
+        unit.dense += tensor.numel() * tensor.itemsize
+        unit.kept += 0 if id(tensor) in packed else tensor.numel() * tensor.itemsize
+    return units
+
+
+def _matrices(model: PreTrainedModel, names: list[str], config: PackedConfig) -> list[_Matrix]:
+    found = []
+    text = model.config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    for name in names:
+        for parameter, weight in dense_weights(model.get_submodule(name)).items():
+            stack = weight.ndim == 3
+            share = min(1.0, chosen / len(weight)) if stack else 1.0
+            parent = f"{name}.{parameter}" if stack else f"{name.rpartition('.')[0]}.{weight.shape[-1]}"
+            found.append(_Matrix(parent, tuple(weight.shape), config.codec_of(name), share))
+    return found
+
+
+def _working_memory(group: list[_Matrix]) -> int:
+    """Bytes for calibrating matrices with one input: of a stack, one matrix at a time."""
+    rows, columns = sum(matrix.shape[-2] for matrix in group), group[0].shape[-1]
+    return _CALIBRATED * rows * columns + _SQUARED * columns * columns
+
+
+def _inputs(matrices: list[_Matrix], unit: str) -> int:
+    """Numbers per token that are kept of the inputs of a unit's groups."""
+    widths = {matrix.group: matrix.shape[-1] for matrix in matrices if matrix.group.startswith(f"{unit}.")}
+    return sum(widths.values())
+
+
+def _operations(group: list[_Matrix], tokens: int) -> float:
+    """Floating-point operations for matrices with one input: forward passes, moments, and factorizing the Hessian."""
+    columns = group[0].shape[-1]
+    number = group[0].shape[0] if len(group[0].shape) == 3 else 1
+    seen = tokens * group[0].share
+    forward = sum(2 * matrix.numel * seen for matrix in group) * _PASSES
+    moments = number * 2 * (5 / 8 + 1) * seen * columns**2
+    feedback = sum(4 * matrix.numel * columns for matrix in group) + 4 * number * columns**3
+    return forward + moments + feedback
+
+
+def _encoding_rate(codec: Codec, device: torch.device) -> float:
+    """Weights of a codec that are encoded per second."""
+    weight = torch.randn(256, 8 * codec.multiple, generator=torch.Generator().manual_seed(0)).to(device)
+    return weight.numel() / _seconds(lambda: codec.encode(weight))
+
+
+def _product_rate(device: torch.device) -> float:
+    """Floating-point operations of float32 matrix products per second."""
+    square = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    return 2 * 1024**3 / _seconds(lambda: square @ square)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """How long something takes the second time: the first may compile."""
+    for _ in range(2):
+        started = time.perf_counter()
+        run()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,247 @@
+"""`quantize_checkpoint`: from a dense checkpoint to a packed one, without ever having either in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..calibration.activations import Activations, MappedActivations
+from ..calibration.blocks import find_blocks
+from ..calibration.held_out import with_comparison
+from ..calibration.identity import model_identity, run_identity
+from ..calibration.model import calibrate_model
+from ..calibration.records import QuantizedLayers
+from ..calibration.report import QuantizationReport
+from ..calibration.store import BlockStore
+from ..codecs.base import Packed
+from ..config import PackedConfig
+from ..modules import count_matrices, parameter_name
+from ..quantize import Quantized, name_of_dataset
+from ..quantizer import PackedHfQuantizer, replace_by_packed
+from .checkpoint import CannotStream, Checkpoint
+from .weights import Output, StreamedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def quantize_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PackedConfig,
+    folder: str | Path,
+    scratch: str | Path,
+    dataset: Any = None,
+    *,
+    device: torch.device | str | None = None,
+    batch_tokens: int | None = None,
+    max_shard_size: str = "50GB",
+    work_dir: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> Quantized:
+    """Quantize a model that need not fit in memory, and save it.
+
+    The files are those that `quantize_model`, or `from_pretrained` with the config if it has no calibration, and then
+    `save_pretrained` would write. In memory are one decoder block at a time, the moments of one group of its layers and
+    the activations of one batch of windows; what is outside the blocks when they are run for the first time; and for
+    comparing the result with the original, what is outside the blocks and one window's logits. All other activations
+    are in files that are mapped while they are used.
+
+    Args:
+        model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
+        tokenizer: see `quantize_model`.
+        config: the format; its `calibration` decides whether the model is calibrated. It is not changed.
+        folder: an empty one, which receives the model.
+        scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
+        dataset: see `quantize_model`; None takes what `config.calibration` names.
+        device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
+        max_shard_size: see `save_pretrained`.
+
+    Raises:
+        CannotStream: the checkpoint has to be loaded whole.
+        ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
+    """
+    _refuse_whole(config)
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    run = _Run(
+        model,
+        copy.copy(config),
+        Path(folder),
+        max_shard_size,
+        device=torch.device("cpu" if device is None else device),
+        work_dir=None if work_dir is None else Path(work_dir),
+        restart=restart,
+        progress=progress,
+    )
+    if config.calibration is None:
+        run.round()
+        return Quantized(None, lambda out: None)
+    dataset = config.calibration.dataset if dataset is None else dataset
+    if dataset is None:
+        raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
+    return run.calibrate(tokenizer, dataset, partial(MappedActivations, Path(scratch)), batch_tokens)
+
+
+def _refuse_whole(config: PackedConfig) -> None:
+    """Reject a config that needs more than one block at a time.
+
+    Raises:
+        CannotStream: it does; the message names the setting.
+    """
+    if config.target is not None:
+        raise CannotStream('bits="auto" measures what each of its layers does to its predictions')
+    if config.calibration is not None and config.calibration.fisher_groups:
+        groups = config.calibration.fisher_groups
+        raise CannotStream(
+            f"fisher_groups={groups} takes a backward pass through all of it; 0 is read block by block"
+        )
+
+
+@dataclass
+class _Run:
+    """A model that is quantized into a folder. See `quantize_checkpoint` for the fields."""
+
+    model: PreTrainedModel
+    config: PackedConfig
+    folder: Path
+    max_shard_size: str
+    device: torch.device
+    work_dir: Path | None
+    restart: bool
+    progress: bool
+
+    def calibrate(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dataset: Any,
+        activations: Callable[[], Activations],
+        batch_tokens: int | None,
+    ) -> Quantized:
+        """Calibrate every block on the outputs of those before it."""
+        checkpoint = Checkpoint(self.model)
+        self.config.calibration = replace(self.config.calibration, dataset=name_of_dataset(dataset))
+        quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
+        names = quantizer.select(self.model)
+        _check_blocks(checkpoint, names)
+        output = self._output(quantizer, names)
+        checkpoint.packing(quantizer)
+        report, held_out = calibrate_model(
+            StreamedWeights(checkpoint, activations, output),
+            names,
+            self.config,
+            dataset,
+            tokenizer,
+            activations=activations,
+            device=self.device,
+            batch_tokens=batch_tokens,
+            work_dir=self.work_dir,
+            restart=self.restart,
+            progress=self.progress,
+        )
+        output.finish()
+
+        def compare(out: Path) -> QuantizationReport:
+            return with_comparison(report, lambda: _saved(type(self.model), out, activations), held_out)
+
+        return Quantized(report, compare)
+
+    def round(self) -> None:
+        """Round every weight to the nearest codes while it is read."""
+        checkpoint = Checkpoint(self.model, self.device)
+        quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
+        names = quantizer.select(_before_loading(self.model))
+        store = None
+        if self.work_dir is not None:
+            identity = model_identity(self.model, checkpoint.contents())
+            store = BlockStore(self.work_dir, run_identity(identity, names, self.config, None), self.restart)
+        output = self._output(quantizer, names)
+        _round_units(checkpoint, output, quantizer, names, store, self.progress)
+        output.finish()
+
+    def _output(self, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
+        """Save everything but the tensors of the packed model."""
+        skeleton = copy.deepcopy(self.model)
+        for name in names:
+            replace_by_packed(skeleton, name, self.config.codec_of(name))
+        quantizer.hollow = True
+        skeleton.hf_quantizer = quantizer
+        quantizer.postprocess_model(skeleton)
+        return Output(skeleton, self.folder, self.max_shard_size)
+
+
+def _before_loading(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy as `from_pretrained` selects layers in when it rounds: weights are tied after they have loaded."""
+    untied = copy.deepcopy(model)
+    for name in untied.all_tied_weights_keys:
+        path, _, key = name.rpartition(".")
+        parameters = untied.get_submodule(path)._parameters
+        parameters[key] = nn.Parameter(torch.empty_like(parameters[key]))
+    return untied
+
+
+def _check_blocks(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Reject a model whose decoder blocks are not what is read at a time."""
+    blocks = find_blocks(checkpoint.model, names)
+    for number in range(len(checkpoint.model.get_submodule(blocks))):
+        if f"{blocks}.{number}" not in checkpoint.units:
+            raise CannotStream(f"{blocks}.{number} cannot be read by itself")
+
+
+def _saved(kind: type[PreTrainedModel], folder: Path, activations: Callable[[], Activations]) -> StreamedWeights:
+    """The weights of a packed model in a folder."""
+    return StreamedWeights(Checkpoint(kind.from_pretrained(folder, device_map="meta")), activations)
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+
+
+def _round_units(
+    checkpoint: Checkpoint,
+    output: Output,
+    quantizer: PackedHfQuantizer,
+    names: list[str],
+    store: BlockStore | None,
+    progress: bool,
+) -> None:
+    """Pack the layers of every unit while it is read, and write it."""
+    model, config = checkpoint.model, quantizer.quantization_config
+    matrices = {name: count_matrices(model.get_submodule(name)) for name in names}
+    for name in names:
+        replace_by_packed(model, name, config.codec_of(name))
+    checkpoint.packing(quantizer)
+    quantizer.show_progress(sum(matrices.values()), progress)
+    for number, (name, unit) in enumerate(checkpoint.units.items()):
+        layers = [layer for layer in names if layer in unit.modules]
+        stored = store.load(number) if store and layers else None
+        with checkpoint.loaded(name, without=frozenset(layers if stored else ())):
+            if stored:
+                _install(model, stored)
+                quantizer.advance(sum(matrices[layer] for layer in layers))
+            elif store and layers:
+                store.save(number, QuantizedLayers({layer: _packed(model, layer) for layer in layers}))
+            output.write(model, unit)
+    quantizer.show_progress(0, False)
+
+
+def _packed(model: nn.Module, layer: str) -> dict[str, Packed]:
+    module = model.get_submodule(layer)
+    return {parameter: module.packed_tensors(parameter) for parameter in module.packed_parameters}
+
+
+def _install(model: nn.Module, stored: QuantizedLayers) -> None:
+    """Give packed modules on the meta device their tensors."""
+    for layer, parameters in stored.packed.items():
+        module = model.get_submodule(layer)
+        for parameter, packed in parameters.items():
+            for suffix, tensor in packed.items():
+                name = parameter_name(suffix, parameter)
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
