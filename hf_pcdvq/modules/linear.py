@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..codecs.base import Codec, Packed
 from .packed import PackedModule
 from .packed_words import DenseName
-from .shared_input import SharedInput, prepared_when_compiled
+from .shared_input import SharedInput, prepared_when_traced
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -48,7 +48,7 @@ class QuantLinear(PackedModule, nn.Linear):
     ):
         PackedModule.__init__(self, codec, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.shared_input: SharedInput | None = None
+        self.shared_input = None
         self._direct: DirectProduct | None = None  # made by the first call that can use it
         self.register_packed("weight", (out_features, in_features), device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -88,7 +88,7 @@ class QuantLinear(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
         out = None
-        if not torch.compiler.is_compiling() and self.codec.family.on_cpu and can_skip_dispatcher(x):
+        if not torch.compiler.is_dynamo_compiling() and self.codec.family.on_cpu and can_skip_dispatcher(x):
             out = self._multiply_directly(x)
         if out is None:
             family, arguments = self.op_arguments("weight")
@@ -96,15 +96,25 @@ class QuantLinear(PackedModule, nn.Linear):
             out = ops.matmul(family, x, arguments, signs=signs, prepared=self._prepared(x, signs))
         return out if self.bias is None else out + self.bias
 
+    @property
+    def shared_input(self) -> SharedInput | None:
+        return self._shared_input
+
+    @shared_input.setter
+    def shared_input(self, shared: SharedInput | None) -> None:
+        self._shared_input, self._shares = shared, shared is not None
+
     def _prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
-        if torch.compiler.is_compiling():
-            format = self._shared_format()
-            return None if format is None else prepared_when_compiled(x, signs, format)
-        return None if self.shared_input is None else self.shared_input.prepared(x, signs)
+        if torch.compiler.is_dynamo_compiling():
+            if not self._shares:
+                return None
+            format, rotation = self._shared_as()
+            return prepared_when_traced(x, signs, format, rotation)
+        return None if self._shared_input is None else self._shared_input.prepared(x, signs)
 
     @constant_when_compiled
-    def _shared_format(self) -> str | None:
-        return None if self.shared_input is None else self.shared_input.format
+    def _shared_as(self) -> tuple[str, str]:
+        return self.codec.format, f"{self.codec.max_block}, {self.codec.seed}"
 
     def _multiply_directly(self, x: Tensor) -> Tensor | None:
         """The product without PyTorch's dispatcher; None if it has to run as an op."""

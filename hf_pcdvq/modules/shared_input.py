@@ -42,17 +42,17 @@ class SharedInput:
         last = self._last  # read once: another thread may run the same module
         if last is None:
             return None
-        version = 0 if x.is_inference() else x._version
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if not last or last[0] is not x or last[1] != version:
             last = self._last = (x, version, ops.prepare(x, signs, self.format))
         return last[2]
 
 
 class _Traced:
-    """What is known of the last input while `torch.compile` traces: as in `SharedInput`, with a format for the version.
+    """The last input while `torch.compile` traces, as in `SharedInput`, with what it was prepared for in place of a version.
 
-    The objects of the layers would do, but `torch.compile` checks at every call that those which several modules refer
-    to are still the same, which took longer than the products of a small model.
+    One for all modules: `torch.compile` checks at every call that the objects which several layers refer to are still
+    the same, and for those of all modules that takes longer than the products of a small model.
     """
 
     last: tuple[Any, ...] | None = None
@@ -61,30 +61,30 @@ class _Traced:
 _TRACED = _Traced()
 
 
-def prepared_when_compiled(x: Tensor, signs: Tensor | None, format: str) -> Tensor | None:
-    """`SharedInput.prepared`, for `torch.compile` to trace."""
+def prepared_when_traced(x: Tensor, signs: Tensor | None, format: str, rotation: str) -> Tensor | None:
+    """`SharedInput.prepared`, for `torch.compile` to trace; `rotation` tells apart signs, which tensors would not."""
     last = _TRACED.last
     if last is None:
         return None
-    if not last or last[0] is not x or last[1] != format:
-        last = _TRACED.last = (x, format, ops.prepare(x, signs, format))
-    return last[2]
+    if not last or last[0] is not x or last[1] != format or last[2] != rotation:
+        last = _TRACED.last = (x, format, rotation, ops.prepare(x, signs, format))
+    return last[3]
 
 
 def _begin(module: nn.Module, args: Any) -> None:
-    _set_last(module, ())
+    # True in what is traced, and only there; `is_compiling` is true in all threads while one of them compiles.
+    if torch.compiler.is_dynamo_compiling():
+        _TRACED.last = ()
+        return
+    for shared in module._shared_inputs:
+        shared._last = ()
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
-    _set_last(module, None)
-
-
-def _set_last(module: nn.Module, last: tuple[Any, ...] | None) -> None:
-    if torch.compiler.is_compiling():
-        _TRACED.last = last
-        return
-    for shared in module._shared_inputs:
-        shared._last = last
+    _TRACED.last = None
+    if not torch.compiler.is_dynamo_compiling():
+        for shared in module._shared_inputs:
+            shared._last = None
 
 
 def unshare_inputs(model: nn.Module) -> None:

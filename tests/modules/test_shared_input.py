@@ -1,6 +1,7 @@
 """Layers with the same input prepare it once. On a GPU, or in Triton's interpreter like `kernels/test_triton.py`."""
 
 import copy
+import dataclasses
 import gc
 import os
 import pickle
@@ -178,6 +179,31 @@ def test_compiled_it_is_prepared_once_too(attention):
     assert len(next(node for node in graph.graph.nodes if node.op == "output").args[0]) == 1
 
 
+def test_compiled_every_rotation_has_its_own(attention):
+    """Two codecs of one format, which differ in the signs of their rotations, and the same input."""
+    other = Attention(dataclasses.replace(CODECS["pcdvq"], seed=7)).to(DEVICE)
+    attention.v, attention.o = other.v, other.o
+    x = activations(1, 128)
+    with torch.no_grad():
+        expected = attention(x)
+        share_inputs(attention)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(attention, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_sharing_can_be_ended_after_compiling():
+    model, x = Changing(CODECS["pcdvq"]).to(DEVICE), activations(1, 128)
+    share_inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x.clone())
+        for layer in model.children():
+            layer.shared_input = None
+        first, second = compiled(x.clone())
+        assert torch.equal(first, model.k(x)) and torch.equal(second, model.v(2 * x))
+
+
 def test_compiled_it_is_not_checked_at_every_call(attention):
     """`torch.compile` checks what it looked at at every call; for objects that layers share, that takes milliseconds."""
     share_inputs(attention)
@@ -185,7 +211,8 @@ def test_compiled_it_is_not_checked_at_every_call(attention):
     with torch.no_grad():
         guards = torch._dynamo.explain(attention)(activations(1, 128)).out_guards
     assert len(guards) > 10
-    assert not [guard.name for guard in guards if ".shared_input" in guard.name or ".codec" in guard.name]
+    names = [guard.name for guard in guards if guard.name.startswith("L[")]
+    assert not [name for name in names if "_shared_input" in name or ".codec" in name]
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
