@@ -97,6 +97,12 @@ def test_what_comes_with_the_package_fits_the_kernels(file):
     assert tuned.read(file, 132, any_triton=True)
 
 
+def test_an_h100_takes_what_was_measured_on_an_h200(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuned.launch_config, "processors", lambda device: 132)
+    assert (tuned.SHIPPED / f"{tuned.kind_of(torch.device('cuda'))}.json").is_file()
+
+
 def test_what_the_user_has_measured_takes_precedence(written, tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
     shipped = {SHAPE: tuned.TunedConfig(DEFAULT, 1e-6, 1e-6), OTHER: tuned.TunedConfig(CONFIG_OF_OTHER, 1e-6, 2e-6)}

@@ -1,7 +1,7 @@
 """Launch configs measured on a device: the files that hold them, and the choice of one for a product.
 
 Those that come with this package, in `configs/`, hold the layers of common models: one file for all devices of the same compute
-capability and number of multiprocessors, such as the H100 and the H200. What `tuning.py` measures on the user's device goes to
+capability and number of multiprocessors, such as the H100 SXM and the H200. What `tuning.py` measures on the user's device goes to
 `<user's cache folder>/hf_pcdvq/<device>.json` and takes precedence. Both are read once per process; the
 defaults of `launch_config.py` apply to all other products.
 """
