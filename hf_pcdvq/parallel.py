@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
-from transformers.distributed.expert_parallel import MoEParamShard, apply_expert_parallelism
+from transformers.distributed.expert_parallel import ExpertParallelLayer, MoEParamShard, apply_expert_parallelism
 from transformers.distributed.parallel_utils import (
     ALL_PARALLEL_STYLES,
     _get_parameter_plan,
@@ -149,6 +149,21 @@ class ByExperts(PackedStyle):
         self.stock.shard_param(module, param, mesh)  # which also tells the module how many experts it has
 
 
+class Unknown(PackedStyle):
+    """A style that cuts weights in a way that is not known here: refuses packed ones, whose tensors are not alike."""
+
+    def obstacle(self, module: PackedModule, parameter: str, ranks: int, name: str) -> str | None:
+        style = next(name for name, style in ALL_PARALLEL_STYLES.items() if style is self.stock)
+        advice = _whole(len(module.packed_parameters[parameter].shape) > 2, ranks, name)
+        return (
+            f"it is not known how the parallel style {style!r} ({type(self.stock).__name__}) cuts packed weights. Take one of "
+            f"Transformers' own, such as 'colwise' or 'rowwise', {advice}"
+        )
+
+    def placement(self, module: PackedModule, parameter: str, suffix: str) -> Placement:
+        raise NotImplementedError(f"{type(self.stock).__name__} cuts no packed weights")
+
+
 def _whole(stack: bool, ranks: int, name: str) -> str:
     """What to do with a weight that cannot be cut."""
     if stack:
@@ -159,7 +174,7 @@ def _whole(stack: bool, ranks: int, name: str) -> str:
     )
 
 
-# By the type of the stock style. Styles that cut nothing need none, and neither do those for embeddings.
+# By the exact type of the stock style: what inherits from it may cut otherwise. Styles that cut nothing need none.
 _KINDS: dict[type, tuple[type[PackedStyle], int]] = {
     ColwiseParallel: (ByOutputs, 1),
     PackedColwiseParallel: (ByOutputs, 2),
@@ -170,11 +185,20 @@ _KINDS: dict[type, tuple[type[PackedStyle], int]] = {
 
 
 def register_styles() -> None:
-    """Register, beside each style of Transformers that cuts weights, the one for packed tensors. Idempotent."""
+    """Register, beside each style of Transformers that cuts weights, the one for packed tensors. Idempotent.
+
+    Others that cut weights, such as those that a user has registered, get one that refuses packed weights.
+    """
     for name, stock in list(ALL_PARALLEL_STYLES.items()):
-        if type(stock) in _KINDS:
-            kind, halves = _KINDS[type(stock)]
+        if _cuts(stock):
+            kind, halves = _KINDS.get(type(stock), (Unknown, 1))
             ALL_PARALLEL_STYLES.register(_PREFIX + name, kind(stock, halves))
+
+
+def _cuts(style: Any) -> bool:
+    """Whether a style of Transformers or of a user divides weights."""
+    whole = (TensorParallelLayer.shard_param, ExpertParallelLayer.shard_param)
+    return not isinstance(style, PackedStyle) and type(style).shard_param not in whole
 
 
 def _packed_tensor(module: nn.Module, name: str) -> tuple[str, str] | None:

@@ -168,9 +168,14 @@ class PackedHfQuantizer(HfQuantizer):
         from .parallel import packed_plan  # not when this package is imported: it takes seconds
 
         # Called for either plan. Replaced, not changed in place: a caller's rules are merged into it later.
-        for name in ("_tp_plan", "_ep_plan"):
-            if getattr(model, name) is plan:
-                setattr(model, name, packed_plan(model, plan))
+        names = [name for name in ("_tp_plan", "_ep_plan") if getattr(model, name) is plan]
+        for name in names:
+            setattr(model, name, packed_plan(model, plan))
+        if not names and getattr(model.config, "distributed_config", None) is not None:
+            raise NotImplementedError(
+                f"{type(model).__name__} keeps its parallel plan where it cannot be completed with rules for packed weights, "
+                "which would be cut as dense ones are; load it with device_map='auto' in one process"
+            )
 
     # ---------------------------------------------------------------------------------------- during loading
 

@@ -49,7 +49,7 @@ REFUSED = [
     (
         PcdvqConfig,
         {"codebook": "../../x"},
-        r"unknown codebook '../../x'; this version of hf_pcdvq ships pcdvq-a14-v1",
+        r"unknown codebook '../../x'; this version of hf_pcdvq_kernels ships pcdvq-a14-v1",
     ),
     (PcdvqConfig, {"codebook": ["pcdvq-a16-v1"]}, r"codebook must be the name of a codebook, got \['pcdvq-a16-v1'\]"),
     (PcdvqConfig, {"codebook_sha256": "0" * 64}, r"SHA-256 000.*would decode to different weights"),

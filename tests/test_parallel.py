@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import moe_models
 import parallel_worker as worker
@@ -21,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ColwiseParallel, TensorParallelLayer
 
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import SETTINGS
@@ -188,6 +191,57 @@ def test_a_divided_model_can_be_decoded(runs, run, tmp_path):
 def test_what_cannot_be_divided_is_refused_by_name(runs, name, layer, advice):
     for seen in runs[1]:
         assert layer in seen["refused"][name] and advice in seen["refused"][name]
+
+
+class OtherOutputs(ColwiseParallel):
+    """A user's style, which inherits from one that is known but may cut otherwise."""
+
+    def shard_param(self, module, param, mesh):
+        raise AssertionError("packed tensors must not be cut like this")
+
+
+class OtherSums(TensorParallelLayer):
+    """A user's style that cuts nothing."""
+
+
+@pytest.fixture
+def users_styles(monkeypatch):
+    styles = {**ALL_PARALLEL_STYLES._global_mapping, "other_outputs": OtherOutputs(), "other_sums": OtherSums()}
+    monkeypatch.setattr(type(ALL_PARALLEL_STYLES), "_global_mapping", styles)
+
+
+def planned(style):
+    """A packed layer, and the style of a plan for its weight when a user gives `style` for it."""
+    model, config = llama(), PcdvqConfig()
+    name = "model.layers.0.mlp.up_proj"
+    dense, codec = model.get_submodule(name), config.codec
+    packed = {key: packed_like(weight, codec) for key, weight in dense_weights(dense).items()}
+    model.set_submodule(name, packed_type(dense).from_packed(dense, codec, packed))
+    PackedHfQuantizer(config, pre_quantized=True).update_parallel_plan(model, model.tp_plan)
+    plan = model.tp_plan | {"model.layers.*.mlp.up_proj": style}
+    return model.get_submodule(name), plan.get("model.layers.*.mlp.up_proj.weight")
+
+
+def test_a_style_whose_cuts_are_not_known_is_refused_by_name(users_styles):
+    layer, style = planned("other_outputs")
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp\.up_proj cannot .* style 'other_outputs' \(OtherOutputs\)"
+    ):
+        ALL_PARALLEL_STYLES[style].validate_param(
+            layer, "weight", SimpleNamespace(size=lambda: 2), "model.layers.0.mlp.up_proj.weight"
+        )
+
+
+def test_a_style_that_cuts_nothing_needs_no_rule(users_styles):
+    assert planned("other_sums")[1] is None
+
+
+def test_a_plan_that_cannot_be_completed_is_refused_when_a_model_is_divided():
+    model, quantizer = llama(), PackedHfQuantizer(PcdvqConfig(), pre_quantized=True)
+    quantizer.update_parallel_plan(model, dict(model.tp_plan))  # in one process nothing is cut
+    model.config.distributed_config = object()
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM keeps its parallel plan where"):
+        quantizer.update_parallel_plan(model, dict(model.tp_plan))
 
 
 @pytest.mark.parametrize("name", worker.ADVISED)

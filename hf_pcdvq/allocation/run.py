@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration.activations import HeldActivations
 from ..calibration.blocks import find_blocks
+from ..calibration.data import window_batches
 from ..calibration.held_out import HeldOut
 from ..calibration.identity import Identity, model_identity, run_identity
 from ..calibration.store import BlockStore
@@ -63,8 +64,7 @@ class _Work:
         """The model calibrated according to a config; `name` is that of the folder that keeps its blocks."""
         store = None
         if self.folder is not None:
-            identity = run_identity(self.identity, self.names, config, self.windows.calibration)
-            store = BlockStore(self.folder / name, identity, self.restart)
+            store = BlockStore(self.folder / name, self._identity_of(config, self.windows.calibration), self.restart)
         return quantized(
             self.model,
             self.prefix,
@@ -81,8 +81,12 @@ class _Work:
         """Kept figures of a model that is quantized according to a config."""
         if self.folder is None:
             return RecordStore(None, {}, False)
-        identity = run_identity(self.identity, self.names, config, self.windows.all_tokens())
+        identity = self._identity_of(config, self.windows.all_tokens())
         return RecordStore(self.folder / f"{name}.json", identity, self.restart)
+
+    def _identity_of(self, config: PackedConfig, tokens: Tensor) -> Identity:
+        at_once = len(window_batches(self.windows.calibration, self.device)[0])
+        return run_identity(self.identity, self.names, config, tokens, at_once)
 
 
 def allocate(

@@ -68,13 +68,13 @@ def output_sensitivity(
             stack.callback(layer.register_forward_hook(_recorder(found[name], groups)).remove)
         for window in tqdm(windows, desc="Sensitivity of the original", unit="window", disable=not progress):
             _backward(model, window[None].to(device), generator)
-    whole = {name: parts for name, parts in found.items() if len(parts) == len(windows)}
-    lengths = {name: {len(part) for part in parts} for name, parts in whole.items()}
-    complete = {name: torch.stack(parts) for name, parts in whole.items() if lengths[name] == {windows.shape[1]}}
-    return {
-        name: squares / squares.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        for name, squares in complete.items()
-    }
+    result: Sensitivity = {}
+    for name in layers:  # one layer after the other: together they may take much memory
+        parts = found.pop(name)
+        if [len(part) for part in parts] == [windows.shape[1]] * len(windows):
+            squares = torch.stack(parts)
+            result[name] = squares.div_(squares.mean().clamp(min=torch.finfo(torch.float32).tiny))
+    return result
 
 
 def _backward(model: nn.Module, ids: Tensor, generator: torch.Generator) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -136,10 +136,12 @@ class GroupedHessian:
     Attributes:
         matrix: float32 `[G, K, K]`.
         sizes: number of channels in each group.
+        notes: by layer, how some of its groups' were made usable, if they were not so at first.
     """
 
     matrix: Tensor
     sizes: list[int]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def energy(self) -> Tensor:
@@ -211,13 +213,24 @@ def prepare_guided(
         sizes: output channels of the layers, all of which are in `moments.guided`, by name.
 
     Raises:
-        UnusableHessian: one of them cannot be used.
+        UnusableHessian: one of them cannot be used; the message names the layer and the group.
     """
-    found = [
-        _usable(sums, moments.tokens, damp_percent, signs).matrix for name in sizes for sums in moments.guided[name]
-    ]
-    rows = [size for name, channels in sizes.items() for size in group_sizes(channels, len(moments.guided[name]))]
-    return GroupedHessian(torch.stack(found), rows)
+    matrices: list[Tensor] = []
+    rows: list[int] = []
+    notes: dict[str, str] = {}
+    for name, channels in sizes.items():
+        groups = moments.guided[name]
+        rows += group_sizes(channels, len(groups))
+        for number, sums in enumerate(groups):
+            where = f"group {number + 1} of {len(groups)} of {name}"
+            try:
+                found = _usable(sums, moments.tokens, damp_percent, signs)
+            except UnusableHessian as reason:
+                raise UnusableHessian(f"{where}: {reason}") from None
+            matrices.append(found.matrix)
+            if found.note:
+                notes[name] = "; ".join(filter(None, (notes.get(name), f"{where}: {found.note}")))
+    return GroupedHessian(torch.stack(matrices), rows, notes)
 
 
 def _usable(sums: Tensor, tokens: int, damp_percent: float, signs: Tensor | None) -> Hessian:

@@ -42,8 +42,15 @@ def _weights_digest(model: nn.Module) -> str:
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def run_identity(model: Identity, names: list[str], config: PackedConfig, windows: Tensor | None) -> Identity:
-    """Of a run that quantizes the modules `names` of a model, calibrated on windows int64 `[n, L]`, or rounded if None."""
+def run_identity(
+    model: Identity, names: list[str], config: PackedConfig, windows: Tensor | None, at_once: int = 0
+) -> Identity:
+    """Of a run that quantizes the modules `names` of a model.
+
+    Args:
+        windows: what it is calibrated on, int64 `[n, L]`; None if it rounds.
+        at_once: how many of them go through a block and into sums at once, see `window_batches`.
+    """
     settings, tokens = config.to_dict(), hashlib.sha256()
     if windows is not None:
         settings["calibration"] = {
@@ -54,6 +61,7 @@ def run_identity(model: Identity, names: list[str], config: PackedConfig, window
         **model,
         "the settings": _digest([settings, names]),
         "the calibration data": tokens.hexdigest(),
+        "the number of windows at once (batch_tokens, or the device)": str(at_once),
     }
 
 

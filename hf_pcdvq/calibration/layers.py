@@ -48,11 +48,11 @@ def quantize_layers(
     signs = codec.tables(weight.shape[1])["signs"].to(weight.device) if codec.max_block else None
     rotated = _rotate(weight, signs)
     sizes = [len(matrix) for matrix in weights.values()]
-    hessian = note = None
+    hessian = None
     try:
         hessian = prepare_hessian(moments, settings.damp_percent, signs)
     except UnusableHessian as reason:
-        note = f"{reason}: rounded to the nearest codes"
+        notes = dict.fromkeys(weights, f"{reason}: rounded to the nearest codes")
         packed = [codec.encode(matrix) for matrix in weights.values()]
         tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
         quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
@@ -61,10 +61,9 @@ def quantize_layers(
         # One encoder for all, where rows do not depend on each other: fewer and larger calls.
         shares = sizes if codec.row_multiple > 1 else [len(target)]
         encoders = [codec.unit_encoder(rows) for rows in target.split(shares)]
-        metric: Hessian | GroupedHessian = hessian
-        if weights.keys() <= moments.guided.keys():
-            metric = grouped = prepare_guided(moments, dict(zip(weights, sizes)), settings.damp_percent, signs)
-            for encoder, importance in zip(encoders, grouped.importance.split(shares)):
+        metric, notes = _metric(hessian, moments, dict(zip(weights, sizes)), settings, signs)
+        if isinstance(metric, GroupedHessian):
+            for encoder, importance in zip(encoders, metric.importance.split(shares)):
                 encoder.weigh(importance)
         codes, quantized = quantize_with_feedback(target, metric, encoders, settings)
         packed = [encoder.pack(rows) for encoder, rows in zip(encoders, codes.split(shares))]
@@ -74,10 +73,34 @@ def quantize_layers(
 
     errors = (rotated - quantized).split(sizes)
     records = [
-        _record(name, rows, error, hessian, note, seconds * len(rows) / len(weight))
+        _record(name, rows, error, hessian, notes.get(name), seconds * len(rows) / len(weight))
         for name, rows, error in zip(weights, rotated.split(sizes), errors)
     ]
     return dict(zip(weights, packed)), records
+
+
+def _metric(
+    hessian: Hessian, moments: InputMoments, sizes: dict[str, int], settings: Calibration, signs: Tensor | None
+) -> tuple[Hessian | GroupedHessian, dict[str, str]]:
+    """What errors cost: by groups of output channels if sensitivities are known and usable, or else the same for all.
+
+    Returns:
+        It, and by the name of the layer what its record should note.
+    """
+    metric: Hessian | GroupedHessian = hessian
+    found: dict[str, str] = {}
+    unknown = sizes.keys() - moments.guided.keys()
+    if not unknown:
+        try:
+            metric = prepare_guided(moments, sizes, settings.damp_percent, signs)
+            found = metric.notes
+        except UnusableHessian as reason:
+            found = dict.fromkeys(sizes, f"not weighed by sensitivity ({reason})")
+    elif settings.fisher_groups:
+        names = ", ".join(sorted(unknown))
+        found = dict.fromkeys(sizes, f"not weighed by sensitivity (that to {names} is not known)")
+    notes = {name: "; ".join(filter(None, (hessian.note, found.get(name)))) for name in sizes}
+    return metric, {name: note for name, note in notes.items() if note}
 
 
 def _split(packed: Packed, sizes: list[int], codec: Codec) -> list[Packed]:
@@ -154,6 +177,6 @@ def _record(
         tokens=hessian.tokens if hessian else 0,
         dead_inputs=hessian.dead if hessian else 0,
         damp_percent=hessian.damp_percent if hessian else 0.0,
-        note=hessian.note if hessian else note,
+        note=note,
         seconds=seconds,
     )

@@ -85,9 +85,10 @@ def calibrate_model(
     allocation = None
     if config.target is not None:
         allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
+    batches = window_batches(windows, device, batch_tokens)
     store = None
     if work_dir is not None:
-        store = BlockStore(work_dir, run_identity(identity, names, config, windows), restart)
+        store = BlockStore(work_dir, run_identity(identity, names, config, windows, len(batches[0])), restart)
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = _held_out(weights, blocks, holdout, device, activations, progress)
@@ -97,7 +98,7 @@ def calibrate_model(
         names,
         config.codec_of,
         config.calibration,
-        window_batches(windows, device, batch_tokens),
+        batches,
         activations=activations,
         device=device,
         store=store,

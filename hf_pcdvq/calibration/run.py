@@ -114,14 +114,21 @@ class CalibratedRun:
                         block = DecoderBlock(module, layers, calls, original, hidden, self.device, self._activations)
                         self._run_block(number, block)
                     self._weights.finish(name)
+                for layer in layers:
+                    self._sensitivity.pop(layer, None)
                 self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
             self._round_outside(prefix)
 
     def _find_sensitivity(self) -> None:
-        """How much the original's predictions depend on every layer's outputs, if the settings ask for it."""
+        """How much the original's predictions depend on the outputs of the layers, if the settings ask for it.
+
+        Only of blocks that no interrupted run has finished; those of a block are dropped after it.
+        """
         groups = self._settings.fisher_groups
-        if groups:
-            names = [name for name in self._names if _inside(name, self._prefix)]
+        blocks = [f"{self._prefix}.{number}" for number in range(len(self._model.get_submodule(self._prefix)))]
+        missing = [name for number, name in enumerate(blocks) if not (self._store and self._store.holds(number))]
+        names = [name for name in self._names if any(_inside(name, block) for block in missing)]
+        if groups and names:
             options = {"device": self.device, "progress": not self._bar.disable}
             windows, sizes = torch.cat(list(self._batches)), [len(batch) for batch in self._batches]
             found = output_sensitivity(

@@ -46,7 +46,9 @@ class Calibration:
         all_experts: calibrate every expert on all tokens of its layer, however they are routed.
         fisher_groups: weigh the tokens by how much the model's predictions depend on a layer's outputs there, with so many
             groups of output channels; 0 weighs all alike. It takes a forward and a backward pass of the whole model, which
-            must fit the device, over all windows, and as many Hessians as there are groups. Experts are not weighed.
+            must fit the device, over all windows, and as many Hessians as there are groups. In main memory it takes 4
+            bytes for every token, group and layer, of the blocks that are not finished yet: with 128 windows of 1024
+            tokens, 0.5 MiB for every layer and group. Experts are not weighed.
 
     Raises:
         ValueError: a field has an invalid value.

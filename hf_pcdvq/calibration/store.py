@@ -53,13 +53,16 @@ class BlockStore:
                     later.unlink()
                 break
 
+    def holds(self, number: int) -> bool:
+        """Whether a block is finished."""
+        return self._file(number).is_file()
+
     def load(self, number: int) -> QuantizedLayers | None:
         """A block's layers, on the CPU; None if it is not finished."""
-        file = self._file(number)
-        if not file.is_file():
+        if not self.holds(number):
             return None
         packed: PackedLayers = {}
-        tensors, records = _read(file)
+        tensors, records = _read(self._file(number))
         for key, tensor in tensors.items():
             name, parameter, suffix = key.split(_SEPARATOR)
             packed.setdefault(name, {}).setdefault(parameter, {})[suffix] = tensor

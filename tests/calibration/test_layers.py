@@ -78,3 +78,42 @@ def test_own_share_of_inputs_that_have_not_changed_is_none():
         quantize_layers(weights, moments, CODEC, Calibration(correction=correction))[0] for correction in ("own", 0.0)
     )
     assert all(torch.equal(found[name][key], expected[name][key]) for name in weights for key in found[name])
+
+
+def guided(scale, names=("gate", "up")):
+    """Weights, and moments with sensitivities of two groups, of which those of the second are multiplied by `scale`."""
+    weights, _ = weights_and_moments()
+    inputs = torch.randn(1, 512, 64, generator=torch.Generator().manual_seed(0))
+    moments = InputMoments(64, torch.device("cpu"))
+    moments.add(inputs, inputs, {name: torch.stack([torch.ones(512), scale * torch.ones(512)], 1) for name in names})
+    return weights, moments
+
+
+def test_groups_without_any_sensitivity_leave_the_hessian_of_all_and_are_noted():
+    weights, moments = guided(scale=0.0)
+    settings = Calibration(correction=0.0, fisher_groups=2)
+    found, records = quantize_layers(weights, moments, CODEC, settings)
+    moments.guided.clear()
+    expected, _ = quantize_layers(weights, moments, CODEC, settings)
+    assert all(torch.equal(found[name][key], expected[name][key]) for name in weights for key in found[name])
+    for record in records:
+        assert "not weighed by sensitivity (group 2 of 2 of gate: its Hessian is singular)" in record.note
+
+
+def test_layers_whose_sensitivity_is_not_known_are_noted():
+    weights, moments = guided(scale=1.0, names=("gate",))
+    _, records = quantize_layers(weights, moments, CODEC, Calibration(fisher_groups=2))
+    assert all(record.note == "not weighed by sensitivity (that to up is not known)" for record in records)
+    _, records = quantize_layers(weights, moments, CODEC, Calibration())
+    assert all(record.note is None for record in records)
+
+
+def test_raised_damping_of_a_group_is_noted():
+    weights, moments = guided(scale=1.0)
+    moments.guided["up"][1] -= (
+        0.5 * torch.eye(64) * moments.guided["up"][1].diagonal().mean()
+    )  # not positive definite
+    _, records = quantize_layers(weights, moments, CODEC, Calibration(correction=0.0, fisher_groups=2))
+    gate, up = records
+    assert gate.note is None
+    assert up.note.startswith("group 2 of 2 of up: its Hessian is singular: damping raised to")

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def heads():
         ({"model": tiny_llama().half()}, "the model's weights"),
         ({"model": heads()}, "the model's config"),
         ({"tokens": TOKENS.flip(0)}, "the calibration data"),
+        ({"batch_tokens": 32}, "the number of windows at once"),
         ({"settings": Calibration(samples=4, length=16, holdout=2, damp_percent=0.02)}, "the settings"),
     ],
 )
@@ -161,6 +163,17 @@ def test_folder_of_a_failed_run_stays_unless_it_is_empty(tmp_path):
         with pytest.raises(KeyboardInterrupt), kept_until_done(folder):
             raise KeyboardInterrupt
     assert len(list(kept.iterdir())) == 2 and not empty.exists()
+
+
+def test_only_blocks_that_are_not_finished_need_the_sensitivity_of_the_original(tmp_path, monkeypatch):
+    settings = replace(SETTINGS, fisher_groups=2)
+    expected = quantize(tmp_path, settings=settings).state_dict()
+    sorted(tmp_path.glob("block-*"))[-1].unlink()
+    assert_state(quantize(tmp_path, settings=settings), expected)
+    backward = []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **kwargs: backward.append(args))
+    assert_state(quantize(tmp_path, settings=settings), expected)
+    assert not backward
 
 
 def test_records_come_back_as_they_were(finished):

@@ -104,6 +104,11 @@ def rewritten(folder, to, change):
         (lambda record: record.update(format_version=2), "format_version 2 is not one that this plugin reads"),
         (lambda record: record.pop("codecs"), "is not complete"),
         (lambda record: record["codecs"][0].append(1), "describes no codec"),
+        (lambda record: record["codecs"][0].__setitem__(1, "lm_head"), "names no modules: 'lm_head'"),
+        (
+            lambda record: record["codecs"][0][1].append(record["codecs"][1][1][0]),
+            r"packs model\..* both in .* and in",
+        ),
         (lambda record: record["codecs"][0][0].update(hadamard_block=7), "hadamard_block must be"),
         (
             lambda record: record["settings"].update(hadamard_seed=5),
@@ -126,6 +131,44 @@ def test_files_without_a_record_are_refused(packed, tmp_path):
         read_codings(str(tmp_path), None, settings(packed))
 
 
+def divided(folder, to):
+    """A copy in two files with an index, and beside them what does not belong to the model."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    tensors = list(load_file(folder / "model.safetensors").items())
+    half, weight_map = len(tensors) // 2, {}
+    for file, part in zip(files, (tensors[:half], tensors[half:])):
+        save_file(dict(part), to / file, metadata)
+        weight_map |= dict.fromkeys(dict(part), file)
+    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for other in ("adapter_model", "model-00003-of-00003"):
+        save_file({"weight": torch.zeros(1)}, to / f"{other}.safetensors")
+    return to, files
+
+
+def test_only_the_files_of_the_model_are_read(packed, tmp_path):
+    expected = read_codings(str(packed), None, settings(packed))
+    folder, _ = divided(packed, tmp_path / "divided")
+    assert read_codings(str(folder), None, settings(folder)) == expected
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    with pytest.raises(ValueError, match="which is not in its folder"):
+        read_codings(str(folder), None, settings(folder))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_files_with_other_settings_than_the_rest_are_refused(packed, tmp_path, number):
+    folder, files = divided(packed, tmp_path / "divided")
+    with safe_open(folder / files[number], framework="pt") as opened:
+        metadata = opened.metadata()
+    record = json.loads(metadata["hf_pcdvq"])
+    record["settings"]["hadamard_seed"] = 5
+    save_file(load_file(folder / files[number]), folder / files[number], {"hf_pcdvq": json.dumps(record)})
+    with pytest.raises(ValueError, match="is of another model than the files before it"):
+        read_codings(str(folder), None, settings(folder))
+
+
 def test_another_codebook_than_the_installed_one_is_refused(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=PcdvqConfig())
     model.save_pretrained(tmp_path / "packed")
@@ -134,3 +177,10 @@ def test_another_codebook_than_the_installed_one_is_refused(tiny_model_dir, tmp_
     )
     with pytest.raises(ValueError, match="the installed one has"):
         read_codings(str(folder), None, {**settings(folder), "codebook_sha256": "0"})
+    folder = rewritten(
+        tmp_path / "packed",
+        tmp_path / "unnamed",
+        lambda record: record["settings"].update(codebook=["a"], codebook_sha256="0"),
+    )
+    with pytest.raises(ValueError, match=r"name no codebook, but \['a'\]"):
+        read_codings(str(folder), None, {**settings(folder), "codebook": ["a"], "codebook_sha256": "0"})

@@ -88,7 +88,7 @@ def matmul_kernel(
 class ToyKernels(FormatKernels):
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 32
-    column_multiple = 32
+    product_multiple = 32
 
     def operands(self, weight):
         return {"p_weight": weight.weight, "p_scale": weight.scale}

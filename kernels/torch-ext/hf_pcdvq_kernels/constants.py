@@ -43,7 +43,7 @@ def codebook_bytes(codebook: str) -> bytes:
     folder = resources.files(__package__) / "codebooks"
     known = sorted(entry.name.removesuffix(".safetensors") for entry in folder.iterdir())
     if codebook not in known:  # rather than looking for such a file, which might be outside the folder
-        raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq ships {', '.join(known)}")
+        raise ValueError(f"unknown codebook {codebook!r}; this version of hf_pcdvq_kernels ships {', '.join(known)}")
     return (folder / f"{codebook}.safetensors").read_bytes()
 
 

@@ -15,6 +15,7 @@ from .coding import Coding, check_codebook
 
 KEY = "hf_pcdvq"
 FORMAT_VERSION = 1
+_FILE = "model.safetensors"  # and its index, of a model in several files
 
 
 def read_codings(model: str, revision: str | None, settings: dict[str, Any]) -> dict[str, Coding]:
@@ -31,7 +32,7 @@ def read_codings(model: str, revision: str | None, settings: dict[str, Any]) -> 
     found: dict[str, Any] | None = None
     for file, metadata in sorted(_metadata(model, revision).items()):
         record = _parsed(f"{model}: {file}", (metadata or {}).get(KEY))
-        if found is not None and record["codecs"] != found["codecs"]:
+        if found is not None and any(record[part] != found[part] for part in ("codecs", "settings")):
             raise ValueError(f"{model}: {file} is of another model than the files before it")
         found = record
     if found is None:
@@ -44,22 +45,50 @@ def read_codings(model: str, revision: str | None, settings: dict[str, Any]) -> 
             coding = Coding.described(description)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{model}: the record of its files describes no codec: {error}") from None
-        codings.update(dict.fromkeys(map(str, names), coding))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{model}: the record of its files names no modules: {names!r:.200}")
+        for name in names:
+            if codings.setdefault(name, coding) != coding:
+                raise ValueError(
+                    f"{model}: the record of its files packs {name} both in {codings[name].format} and in {coding.format}"
+                )
     return codings
 
 
 def _metadata(model: str, revision: str | None) -> dict[str, dict[str, str] | None]:
-    """The metadata in the headers of all safetensors files, by file."""
+    """The metadata in the headers of the files that hold the model's weights, by file."""
     if Path(model).is_dir():
         found = {}
-        for file in Path(model).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as opened:
-                found[file.name] = opened.metadata()
+        for name in _files(Path(model)):
+            with safe_open(Path(model) / name, framework="pt") as opened:
+                found[name] = opened.metadata()
         return found
     from huggingface_hub import get_safetensors_metadata
 
     described = get_safetensors_metadata(model, revision=revision)
     return {name: file.metadata for name, file in described.files_metadata.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    """The files of a folder that hold the model's weights: others may lie beside them, such as adapters.
+
+    Raises:
+        ValueError: the index is damaged, or one of its files is missing.
+    """
+    index = folder / f"{_FILE}.index.json"
+    if (folder / _FILE).is_file():
+        return [_FILE]
+    if not index.is_file():
+        return []
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index} names the file {name!r:.200}, which is not in its folder")
+    return names
 
 
 def _parsed(where: str, text: str | None) -> dict[str, Any]:
@@ -88,4 +117,6 @@ def _compare(model: str, recorded: dict[str, Any], settings: dict[str, Any]) -> 
                 "they do not belong together"
             )
     if "codebook_sha256" in recorded:
-        check_codebook(recorded.get("codebook"), recorded["codebook_sha256"])
+        if not isinstance(recorded.get("codebook"), str):
+            raise ValueError(f"{model}: its files name no codebook, but {recorded.get('codebook')!r:.100}")
+        check_codebook(recorded["codebook"], recorded["codebook_sha256"])

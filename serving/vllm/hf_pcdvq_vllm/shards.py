@@ -1,10 +1,11 @@
 """Which part of a packed weight a rank of a tensor-parallel group holds, and which weights lie in one tensor.
 
-All of it follows from `PackedWeight.specs`. Does not import vLLM.
+All of it follows from `PackedWeight`. Does not import vLLM.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,15 +49,7 @@ def shard_index(shard_id: str | int | None) -> int:
 
 def column_multiple(coding: Coding, columns: int) -> int:
     """Inputs of a weight with so many can be cut at multiples of this: whole blocks of the rotation, whole bytes."""
-    family, name = coding.family, coding.format
-
-    def widths(inputs: int) -> list[int]:
-        return [shape[1] for shape, _ in family.specs(name, family.row_multiple, inputs).values() if len(shape) > 1]
-
-    unit = max(family.multiple(name), coding.block(columns))
-    while [2 * width for width in widths(unit)] != widths(2 * unit):  # something of two units shares a byte
-        unit *= 2
-    return unit
+    return math.lcm(coding.family.column_multiple(coding.format), coding.block(columns) or 1)
 
 
 def check_part(layer: str, coding: Coding, part: Part) -> None:

@@ -85,7 +85,8 @@ class Library:
         version = library.hfp_interface_version()
         if version != INTERFACE_VERSION:
             raise RuntimeError(
-                f"{path} has interface version {version}, and this package needs {INTERFACE_VERSION}; install it again"
+                f"{path} has interface version {version}, and this package needs {INTERFACE_VERSION}; install it "
+                "again: pip install --force-reinstall --no-deps ./kernels"
             )
         self._library = library
         weight, pointer, size, number = POINTER(Weight), c_void_p, c_int64, c_int32

@@ -205,7 +205,7 @@ class CcqKernels(FormatKernels[CcqWeight]):
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 64
-    column_multiple = 64
+    product_multiple = 64
 
     def operands(self, weight: CcqWeight) -> dict[str, Tensor]:
         return {

@@ -25,7 +25,7 @@ class FormatKernels(ABC, Generic[Packed]):
 
     Attributes:
         lane_inputs: inputs that each lane takes at a time.
-        column_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words
+        product_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words
             of a row are read at once.
         activation_dtype: the dtype as which the product reads prepared activations.
     """
@@ -33,7 +33,7 @@ class FormatKernels(ABC, Generic[Packed]):
     matmul_kernel: ClassVar[Any]
     dequantize_kernel: ClassVar[Any]
     lane_inputs: ClassVar[int]
-    column_multiple: ClassVar[int]
+    product_multiple: ClassVar[int]
     activation_dtype: ClassVar[torch.dtype] = torch.int64
 
     @abstractmethod

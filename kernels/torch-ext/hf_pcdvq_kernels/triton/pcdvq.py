@@ -201,7 +201,7 @@ class PcdvqKernels(FormatKernels[PcdvqWeight]):
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 32
-    column_multiple = 32
+    product_multiple = 32
 
     def operands(self, weight: PcdvqWeight) -> dict[str, Tensor]:
         return {

@@ -16,7 +16,7 @@ from .launch_config import LaunchConfig, Shape, kernels_of
 
 def reads_prepared(format: str, tokens: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether products of this size run as kernels, which read prepared activations."""
-    whole = columns % kernels_of(format).column_multiple == 0
+    whole = columns % kernels_of(format).product_multiple == 0
     # Triton's interpreter treats the bits of bfloat16 matrices as integers in tl.dot.
     most = launch_config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else launch_config.DOT_TOKENS
     return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= most

@@ -266,7 +266,7 @@ class StreamKernels(FormatKernels[StreamWeight]):
 
     matmul_kernel, dequantize_kernel = matmul_kernel, dequantize_kernel
     lane_inputs = 2 * CHAIN.value
-    column_multiple = 2
+    product_multiple = 2
     activation_dtype = torch.int32
 
     def operands(self, weight: StreamWeight) -> dict[str, Tensor]:
