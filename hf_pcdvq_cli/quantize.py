@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -27,12 +28,13 @@ from .common import (
     placement_options,
     setting_option,
 )
-from .mixed import allocated, show_allocation, target_fields, target_options
+from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .recover import check_recovery_options, finish_recovery, recover_quantized, recovery_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.calibration.held_out import HeldOut
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
@@ -70,7 +72,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     "--allocation",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Bits by layer from the allocation.json of hf-pcdvq allocate, instead of --setting.",
+    help="Bits by layer from the allocation.json of hf-pcdvq allocate for this model, instead of --setting.",
 )
 @click.option(
     "--dataset",
@@ -128,14 +130,15 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.files.folders import check_source, folder_in_place
     from hf_pcdvq.files.size import count_folder
 
-    config = _quantization_config(ctx, skip)
+    allocation = given_allocation(ctx)
+    config = _quantization_config(ctx, skip, allocation)
     check_recovery_options(ctx)
     check_source(model)
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
-        result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
+        result = _quantize_into(folder, model, config, allocation, options, work_dir, command_line(ctx))
     if result.recovery is not None:
         finish_recovery(result.recovery, work_dir)
     clear_all(work_dir)
@@ -160,7 +163,7 @@ class _Result(NamedTuple):
     recovery: RecoveryReport | None
 
 
-def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
+def _quantization_config(ctx: click.Context, skip: tuple[str, ...], allocation: Allocation | None) -> PackedConfig:
     """The config that the options ask for; an option that does not belong to the setting is wrong usage."""
     from hf_pcdvq.config import config_of_setting
 
@@ -168,8 +171,8 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
     common.update(target_fields(ctx))
-    if ctx.params["allocation"] is not None:
-        setting, overrides = allocated(ctx, overrides)
+    if allocation is not None:
+        setting, overrides = allocation.base, with_allocation(allocation, overrides)
     try:
         for name in chosen:
             if not hasattr(config_of_setting(setting), name):
@@ -198,11 +201,18 @@ def _calibration(ctx: click.Context) -> Calibration | None:
 
 
 def _quantize_into(
-    folder: Path, model: str, config: PackedConfig, options: dict[str, Any], work_dir: Path, command: str
+    folder: Path,
+    model: str,
+    config: PackedConfig,
+    allocation: Allocation | None,
+    options: dict[str, Any],
+    work_dir: Path,
+    command: str,
 ) -> _Result:
     """Quantize and save the model."""
     import torch
 
+    from hf_pcdvq.allocation.fitting import check_fits
     from hf_pcdvq.files.companions import copy_companions
     from hf_pcdvq.files.provenance import Provenance, hub_name, inherited_metadata
     from hf_pcdvq.files.records import package_versions
@@ -229,9 +239,13 @@ def _quantize_into(
         held_out = recovery = None
         if config.calibration is None:
             loaded = load_model(model, options["dtype"], options["device_map"], quantization_config=config, **source)
+            if allocation is not None:
+                check_fits(allocation, loaded, _packed(loaded), config)
         else:
             # On the CPU: the decoder blocks are moved to the accelerator one at a time.
             loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
+            if allocation is not None:  # before the long part
+                check_fits(allocation, loaded, _to_pack(loaded, config), config)
             held_out = quantize_uncompared(
                 loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
             )
@@ -242,6 +256,8 @@ def _quantize_into(
             tokenizer.save_pretrained(folder)
         if loaded.hf_quantizer.report is not None:
             loaded.hf_quantizer.report.write(folder)
+        if allocation is not None:
+            allocation.write(folder)
         commit = getattr(loaded.config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
         if recovery is not None:
@@ -249,6 +265,20 @@ def _quantize_into(
         if options["loader_stub"]:
             add_stub(folder)
     return _Result(loaded, held_out, tokenizer is not None, recovery)
+
+
+def _packed(model: PreTrainedModel) -> list[str]:
+    """Names of the packed modules of a model."""
+    from hf_pcdvq.modules import PackedModule
+
+    return [name for name, module in model.named_modules() if isinstance(module, PackedModule)]
+
+
+def _to_pack(model: PreTrainedModel, config: PackedConfig) -> list[str]:
+    """Names of the modules of a dense model that a config packs."""
+    from hf_pcdvq.quantizer import PackedHfQuantizer
+
+    return PackedHfQuantizer(copy.copy(config), pre_quantized=False).select(model)  # which records in the config
 
 
 def _save(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
