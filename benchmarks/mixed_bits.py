@@ -4,7 +4,8 @@
 The rows: the largest uniform setting within the target, the next larger one, and the bits that an allocation chooses for the
 target. All are calibrated on the same tokens and compared with the original on the same others. Tokens are files of
 int64 `[n, L]`, written by `torch.save`, or by `safetensors` under the name "tokens"; so no tokenizer and no network is needed.
-A row that is in the output file is not computed again, and an interrupted allocation resumes from --work-dir.
+A row that is in the output file is not computed again if all that it depends on is the same, otherwise the file is refused.
+An interrupted allocation resumes from --work-dir.
 
     python benchmarks/mixed_bits.py MODEL --calibration c4.pt --evaluation wikitext2.pt --setting stream-2.0 \\
         --target-bits 2.3 --out mixed.json --work-dir parts
@@ -14,6 +15,7 @@ A row that is in the output file is not computed again, and an interrupted alloc
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -28,9 +30,10 @@ from hf_pcdvq import Calibration, allocate_bits, quantize_model
 from hf_pcdvq.allocation.rates import own_settings
 from hf_pcdvq.allocation.report import Allocation
 from hf_pcdvq.allocation.windows import Windows
+from hf_pcdvq.calibration.identity import Identity, differences, model_identity, run_identity, update_with_tensor
 from hf_pcdvq.config import PackedConfig, config_of_setting
 from hf_pcdvq.evaluation.metrics import evaluate
-from hf_pcdvq.files.records import device_name, package_versions, write_text
+from hf_pcdvq.files.records import device_name, package_versions, read_object, write_text
 from hf_pcdvq.files.size import count_folder
 
 
@@ -70,13 +73,45 @@ def measure(args: argparse.Namespace, name: str, config: PackedConfig, calibrati
     }
 
 
+def inputs_of(
+    args: argparse.Namespace, model: PreTrainedModel, config: PackedConfig, calibration: torch.Tensor
+) -> Identity:
+    """What rows depend on, as hashes and values by name."""
+    evaluation = hashlib.sha256()
+    update_with_tensor(evaluation, "windows", read_tokens(args.evaluation)[: args.windows])
+    return {
+        **run_identity(model_identity(model), [], config, calibration),
+        "the evaluation data": evaluation.hexdigest(),
+        "the device": device_name(torch.device(args.device)),
+    }
+
+
+def kept_rows(file: Path, inputs: Identity) -> list[dict[str, Any]]:
+    """The rows of the output file; none if there is no file.
+
+    Raises:
+        ValueError: they were measured on other inputs, or the file is damaged.
+    """
+    if not file.is_file():
+        return []
+    content = read_object(file)
+    if content.get("inputs") != inputs:
+        raise ValueError(
+            f"{file} holds rows of another run, which differs in {differences(content.get('inputs'), inputs)}: choose another "
+            "--out, or move it away"
+        )
+    return content["rows"]
+
+
 def uniform_settings(config: PackedConfig, base: str) -> list[str]:
     """The largest uniform setting within the target, and the next one."""
     names = list(own_settings(config))
     return names[names.index(base) : names.index(base) + 2]
 
 
-def write(file: Path, args: argparse.Namespace, allocation: Allocation, rows: list[dict[str, Any]]) -> None:
+def write(
+    file: Path, args: argparse.Namespace, inputs: Identity, allocation: Allocation, rows: list[dict[str, Any]]
+) -> None:
     content = {
         "model": Path(args.model).name,
         "blocks": args.blocks,
@@ -84,6 +119,7 @@ def write(file: Path, args: argparse.Namespace, allocation: Allocation, rows: li
         "target_bits": args.target_bits,
         "device": device_name(torch.device(args.device)),
         "versions": package_versions(),
+        "inputs": inputs,
         "allocation": allocation.to_dict(),
         "rows": rows,
     }
@@ -113,11 +149,17 @@ def main() -> None:
     calibration = read_tokens(args.calibration)
     common = {"calibration": Calibration(samples=len(calibration), length=calibration.shape[1], holdout=0)}
     auto = config_of_setting(args.setting, bits="auto", target_bits=args.target_bits, **common)
-    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    original = load(args)
+    inputs = inputs_of(args, original, auto, calibration)
+    try:
+        rows = kept_rows(args.out, inputs)
+    except ValueError as error:
+        parser.error(str(error))
     allocation = allocate_bits(
-        load(args), None, auto, Windows.of(calibration), device=args.device, work_dir=args.work_dir
+        original, None, auto, Windows.of(calibration), device=args.device, work_dir=args.work_dir
     )
-    write(args.out, args, allocation, rows)
+    del original
+    write(args.out, args, inputs, allocation, rows)
     print(allocation.markdown(), f"\nallocation: {allocation.seconds:.0f} s", flush=True)
     if args.allocation_only:
         return
@@ -128,7 +170,7 @@ def main() -> None:
     for name, config in settings.items():
         if name not in {row["row"] for row in rows}:
             rows.append(measure(args, name, config, calibration))
-            write(args.out, args, allocation, rows)
+            write(args.out, args, inputs, allocation, rows)
             print(json.dumps(rows[-1]), flush=True)
 
 

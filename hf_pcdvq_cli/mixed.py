@@ -45,16 +45,24 @@ def target_fields(ctx: click.Context) -> dict[str, Any]:
     return given
 
 
-def allocated(ctx: click.Context, overrides: Overrides) -> tuple[str, Overrides]:
-    """The setting and the overrides that `--allocation` names, after those of the command line."""
+def given_allocation(ctx: click.Context) -> Allocation | None:
+    """What `--allocation` names, if it is given; options that it takes the place of are wrong usage beside it."""
     from hf_pcdvq.allocation.report import Allocation
 
+    if ctx.params["allocation"] is None:
+        return None
     if ctx.params["bits"] is not None:
         raise click.UsageError("--allocation is what --bits auto found: give one of them", ctx)
-    found = Allocation.read(ctx.params["allocation"])
-    return found.base, {
+    if ctx.get_parameter_source("setting") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--allocation says the setting of every layer: leave out --setting", ctx)
+    return Allocation.read(ctx.params["allocation"])
+
+
+def with_allocation(allocation: Allocation, overrides: Overrides) -> Overrides:
+    """The overrides of the command line, then those of an allocation."""
+    return {
         **overrides,
-        **{pattern: setting for pattern, setting in found.overrides if pattern not in overrides},
+        **{pattern: setting for pattern, setting in allocation.overrides if pattern not in overrides},
     }
 
 

@@ -25,13 +25,14 @@ from .common import (
     placement_options,
     setting_option,
 )
-from .mixed import allocated, show_allocation, target_fields, target_options
+from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .quantizing import Run, quantize_and_save
 from .recover import check_recovery_options, finish_recovery, recovery_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
     from hf_pcdvq.quantize import Quantized
@@ -69,7 +70,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     "--allocation",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Bits by layer from the allocation.json of hf-pcdvq allocate, instead of --setting.",
+    help="Bits by layer from the allocation.json of hf-pcdvq allocate for this model, instead of --setting.",
 )
 @click.option(
     "--dataset",
@@ -134,7 +135,8 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
 
-    config = _quantization_config(ctx, skip)
+    allocation = given_allocation(ctx)
+    config = _quantization_config(ctx, skip, allocation)
     check_recovery_options(ctx)
     check_source(model)
     out = out.resolve()
@@ -144,7 +146,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         with kept_until_done(work_dir):
             with folder_in_place(out, Path(model), options["force"]) as folder:
                 scratch = stack.enter_context(scratch_folder(out.parent))
-                result = _quantize_into(folder, scratch, model, config, options, work_dir, command_line(ctx))
+                result = _quantize_into(
+                    folder, scratch, model, config, allocation, options, work_dir, command_line(ctx)
+                )
             if result.recovery is not None:
                 finish_recovery(result.recovery, work_dir)
         report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
@@ -168,7 +172,7 @@ class _Result(NamedTuple):
     recovery: RecoveryReport | None
 
 
-def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedConfig:
+def _quantization_config(ctx: click.Context, skip: tuple[str, ...], allocation: Allocation | None) -> PackedConfig:
     """The config that the options ask for; an option that does not belong to the setting is wrong usage."""
     from hf_pcdvq.config import config_of_setting
 
@@ -176,8 +180,8 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...]) -> PackedCon
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
     common.update(target_fields(ctx))
-    if ctx.params["allocation"] is not None:
-        setting, overrides = allocated(ctx, overrides)
+    if allocation is not None:
+        setting, overrides = allocation.base, with_allocation(allocation, overrides)
     try:
         for name in chosen:
             if not hasattr(config_of_setting(setting), name):
@@ -210,6 +214,7 @@ def _quantize_into(
     scratch: Path,
     model: str,
     config: PackedConfig,
+    allocation: Allocation | None,
     options: dict[str, Any],
     work_dir: Path,
     command: str,
@@ -240,12 +245,14 @@ def _quantize_into(
         tokenizer = _tokenizer_or_warning(model, source)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         quantized, recovery = quantize_and_save(
-            Run(model, source, config, tokenizer, folder, work_dir, options), scratch
+            Run(model, source, config, tokenizer, folder, work_dir, allocation, options), scratch
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if quantized.report is not None:
             quantized.report.write(folder)
+        if allocation is not None:
+            allocation.write(folder)
         commit = getattr(model_config, "_commit_hash", None) or options["revision"]
         Provenance(original, commit, command, package_versions(), inherited).write(folder)
         if recovery is not None:

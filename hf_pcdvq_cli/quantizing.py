@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from .recover import recover_quantized
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.config import PackedConfig
     from hf_pcdvq.quantize import Quantized
     from hf_pcdvq.recovery.report import RecoveryReport
@@ -26,6 +28,7 @@ class Run(NamedTuple):
         tokenizer: None if there is none.
         folder: receives the packed model.
         work_dir: keeps finished parts.
+        allocation: whose bits by layer `config` has, or None.
         options: those of the command.
     """
 
@@ -35,6 +38,7 @@ class Run(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     folder: Path
     work_dir: Path
+    allocation: Allocation | None
     options: dict[str, Any]
 
     @property
@@ -51,11 +55,24 @@ def quantize_and_save(run: Run, scratch: Path) -> tuple[Quantized, RecoveryRepor
     """Quantize, part by part if that can be, and else in memory; activations may be kept in `scratch`."""
     from hf_pcdvq.streaming.checkpoint import CannotStream
 
+    if run.allocation is not None:
+        _check_allocation(run.allocation, run)
     try:
         return _streamed(run, scratch), None
     except CannotStream as reason:
         note(f"The model is loaded into memory whole: {reason}")
     return _in_memory(run)
+
+
+def _check_allocation(allocation: Allocation, run: Run) -> None:
+    """Refuse an allocation of another model or of other layers, before anything is computed."""
+    from hf_pcdvq.allocation.fitting import check_fits
+    from hf_pcdvq.quantizer import PackedHfQuantizer
+
+    model = load_model(run.model, run.options["dtype"], "meta", **run.source)
+    # A copy: the selection is recorded in the config.
+    names = PackedHfQuantizer(copy.copy(run.config), pre_quantized=False).select(model)
+    check_fits(allocation, model, names, run.config)
 
 
 def _streamed(run: Run, scratch: Path) -> Quantized:

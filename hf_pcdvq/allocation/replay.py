@@ -32,7 +32,7 @@ class Replay:
         device: where the blocks are computed.
 
     Raises:
-        ValueError: logits are NaN.
+        ValueError: logits of the model are NaN or infinite, other than -inf for tokens that it rules out.
     """
 
     def __init__(self, model: nn.Module, prefix: str, windows: Tensor, device: torch.device):
@@ -45,6 +45,8 @@ class Replay:
         self._current = self._start = 0
         with self.running():
             self._predictions = [Predictions(self._logits(number, 0)) for number in range(len(self._batches))]
+        if not all(predictions.finite for predictions in self._predictions):
+            raise ValueError(f"the logits of {type(model).__name__} are NaN or infinite; the checkpoint is damaged")
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -55,22 +57,18 @@ class Replay:
     def divergence(self, start: int) -> float:
         """Mean KL(original || model as it is now) in nats, if nothing before block `start` has changed.
 
-        Raises:
-            ValueError: logits are NaN.
+        Infinite or NaN if logits of the model as it is now are.
         """
         parts = [
             self._predictions[number].divergence(self._logits(number, start)) for number in range(len(self._batches))
         ]
-        return max(0.0, torch.cat(parts).mean().item())
+        return torch.cat(parts).mean().clamp(min=0).item()  # which leaves NaN as it is
 
     def _logits(self, batch: int, start: int) -> Tensor:
         """Logits `[n L, vocabulary]` of a batch."""
         self._current, self._start = batch, start
         home = self._model.get_input_embeddings().weight.device
-        logits = self._model(input_ids=self._batches[batch].to(home), use_cache=False).logits.flatten(0, 1).float()
-        if logits.isnan().any():
-            raise ValueError(f"the logits of {type(self._model).__name__} are NaN; the checkpoint is damaged")
-        return logits
+        return self._model(input_ids=self._batches[batch].to(home), use_cache=False).logits.flatten(0, 1).float()
 
     def _around(self, number: int, forward: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -94,9 +92,15 @@ class Predictions:
         # Tokens of probability 0 contribute nothing, whatever their logarithms.
         self._negative_entropy = (logs.masked_fill_(self._probabilities == 0, 0) * self._probabilities).sum(-1)
 
+    @property
+    def finite(self) -> bool:
+        """Whether they are distributions; not if a logit is NaN or inf."""
+        return bool(self._negative_entropy.isfinite().all())
+
     def divergence(self, logits: Tensor) -> Tensor:
         """KL(these || those of other logits `[P, V]`) in nats, float64 `[P]` on the CPU."""
         # About their mean under these probabilities, so that the sum has no large terms that cancel.
-        expected = torch.linalg.vecdot(self._probabilities, logits)
+        possible = logits.masked_fill(self._probabilities == 0, 0)  # of 0 times infinity, which is 0 here
+        expected = torch.linalg.vecdot(self._probabilities, possible)
         rest = (logits - expected[:, None]).logsumexp(-1)
         return (self._negative_entropy + rest).double().cpu()

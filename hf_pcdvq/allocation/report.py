@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from ..codecs import SETTINGS
+from ..codecs.base import one_of
 from ..files.records import package_versions, read_object, write_text
 from ..files.text import markdown
 
@@ -113,6 +115,10 @@ class Allocation:
             own["groups"] = [GroupBits(**group) for group in own["groups"]]
             own["uniform"], own["mixed"] = Measured(**own["uniform"]), Measured(**own["mixed"])
             dict(own["overrides"])
+            for group in own["groups"]:
+                if not isinstance(group.modules, list) or not all(isinstance(name, str) for name in group.modules):
+                    raise ValueError(f"modules of a group are not names but {group.modules!r}")
+                one_of("setting", group.setting, tuple(SETTINGS))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no allocation of bits, or an incomplete one: {error!r}") from error
         return cls(**own)

@@ -12,10 +12,12 @@ The model is dense again after each step, and unchanged in the end.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from ..calibration.identity import Identity, model_identity, run_identity
 from ..calibration.store import BlockStore
 from ..calibration.weights import ModelWeights
 from ..config import PackedConfig
+from ..files.fields import number
 from ..modules import PackedModule
 from .budget import Budget, Choice
 from .choose import Option, choose
@@ -131,14 +134,14 @@ def allocate(
     model.eval()
     try:
         prefix = find_blocks(model, names)
-        groups = find_groups(model, prefix, names, windows.probe[0])
-        groups = [group for group in groups if not any(map(config.overridden, group.modules))]
+        free = [name for name in names if not config.overridden(name)]
+        groups = find_groups(model, prefix, free, windows.probe[0])
         budget = Budget(model, prefix, names, groups, config)
         folder = None if work_dir is None else work_dir / FOLDER
         identity = model_identity(model) if folder is not None and identity is None else identity
         work = _Work(model, prefix, names, config, windows, device, folder, identity, restart, progress)
         kept = work.records(RESULT, config)
-        if "allocation" not in kept.values:
+        if kept.value("allocation", Allocation.from_dict) is None:
             kept.add("allocation", _allocate(work, groups, budget, started).to_dict())
         return Allocation.from_dict(kept.values["allocation"])
     finally:
@@ -186,7 +189,7 @@ def _sensitivities(work: _Work, groups: list[Group], budget: Budget) -> dict[str
     # The error of the codes alone: a correction is for changed inputs, which the original does not have.
     smallest.calibration = replace(smallest.calibration, correction=0.0)
     store = work.records(SENSITIVITY, smallest)
-    missing = [group for group in groups if group.name not in store.values]
+    missing = [group for group in groups if store.value(group.name, _nats) is None]
     if not missing:
         return store.values
     home = next(work.model.parameters()).device
@@ -201,11 +204,30 @@ def _sensitivities(work: _Work, groups: list[Group], budget: Budget) -> dict[str
                 for name in group.modules:
                     packed[name].to(work.device)
                 with with_errors_of(work.model, group, packed):
-                    store.add(group.name, replay.divergence(group.block))
+                    store.add(group.name, _probed(work, group, replay))
                 bar.set_postfix_str(f"{group.name} {store.values[group.name]:.5f}", refresh=False)
     finally:
         work.model.to(home)
     return store.values
+
+
+def _probed(work: _Work, group: Group, replay: Replay) -> float:
+    """The divergence of the model as it is, with the error of one group."""
+    found = replay.divergence(group.block)
+    if not math.isfinite(found):
+        raise ValueError(
+            f"with {', '.join(group.modules)} as quantized, the predictions of {type(work.model).__name__} are not "
+            f"comparable: mean KL {found}. Leave these layers out (--skip, modules_to_not_convert), or give them a setting "
+            "with an override"
+        )
+    return found
+
+
+def _nats(value: Any) -> float:
+    """A divergence that was kept."""
+    if math.isnan(found := number("a divergence", value)):
+        raise ValueError("a divergence is NaN")
+    return found
 
 
 def _choose(groups: list[Group], budget: Budget, sensitivities: dict[str, float], errors: dict[str, float]) -> Choice:
@@ -252,7 +274,7 @@ def _compare(work: _Work, budget: Budget, uniform: PackedConfig, mixed: PackedCo
     found = []
     for name, config in ((UNIFORM, uniform), (MIXED, mixed)):
         store = work.records(name, config)
-        if "kl" not in store.values:
+        if store.value("kl", _nats) is None:
             with work.quantized(name, config):
                 store.add("kl", held_out.compare(weights).kl_mean)
         found.append(_measured(budget, config, store.values["kl"]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..calibration.identity import Identity, differences
 from ..calibration.store import clear as clear_run
@@ -17,6 +17,8 @@ from ..files.records import read_object, write_text
 FOLDER = "allocation"  # in the folder of a run, for finished parts of the allocation
 SMALLEST, UNIFORM, MIXED = STEPS = ("smallest", "uniform", "mixed")  # models that are quantized for it
 SENSITIVITY, RESULT = RECORDS = ("sensitivity", "result")
+
+Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class RecordStore:
     """
 
     def __init__(self, file: Path | None, identity: Identity, restart: bool):
-        self._file, self._identity = file, identity
+        self._file, self._identity, self._restart = file, identity, restart
         self.values: dict[str, Any] = {}
         if file is None:
             return
@@ -46,14 +48,8 @@ class RecordStore:
         if not file.is_file():
             return
         problem = self._read()
-        if problem is None:
-            return
-        if not restart:
-            raise ValueError(
-                f"{file} {problem}. Delete {file.parent} or use --force (restart=True) to compute again what does not fit, "
-                "or choose another folder"
-            )
-        logger.warning("%s %s: it is computed again", file, problem)
+        if problem is not None:
+            self._refuse(problem)
 
     def _read(self) -> str | None:
         """Take the values of the file, or say why not."""
@@ -68,6 +64,29 @@ class RecordStore:
             return "is damaged (it holds no values)"
         self.values = values
         return None
+
+    def _refuse(self, problem: str) -> None:
+        """Raise because of what is wrong with the file; or with `restart`, warn that it is computed again."""
+        if not self._restart:
+            raise ValueError(
+                f"{self._file} {problem}. Delete {self._file.parent} or use --force (restart=True) to compute again what "
+                "does not fit, or choose another folder"
+            )
+        logger.warning("%s %s: it is computed again", self._file, problem)
+
+    def value(self, name: str, parse: Callable[[Any], Value]) -> Value | None:
+        """What `parse` makes of a kept value; None if it is to be computed.
+
+        Raises:
+            ValueError: `parse` raised one, and it is not computed again.
+        """
+        if name not in self.values:
+            return None
+        try:
+            return parse(self.values[name])
+        except ValueError as error:
+            self._refuse(f"is damaged ({name}: {error})")
+            return None
 
     def add(self, name: str, value: Any) -> None:
         """Keep a value."""

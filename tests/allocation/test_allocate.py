@@ -18,6 +18,7 @@ from hf_pcdvq.allocation.replay import Replay
 from hf_pcdvq.allocation.report import Allocation
 from hf_pcdvq.allocation.windows import Windows
 from hf_pcdvq.files.size import count_folder
+from hf_pcdvq.modules import PackedModule
 from hf_pcdvq.quantizer import PackedHfQuantizer
 
 CALIBRATION = Calibration(samples=12, length=32, holdout=0)
@@ -155,6 +156,15 @@ def test_overrides_of_the_user_stay(tmp_path):
     assert 4.0 < count_folder(tmp_path).bits_per_packed_weight <= 4.05  # what they take is counted
 
 
+def test_an_override_takes_no_other_layer_out_of_the_choice():
+    config = auto(target_bits=2.8, overrides={r"v_proj$": "int8"})
+    allocation = allocate_bits(planted(), None, config, TOKENS, progress=False)
+    modules = {name for group in allocation.groups for name in group.modules}
+    assert {name for name in modules if "self_attn" in name} == {
+        f"model.layers.{block}.self_attn.{part}_proj" for block in range(2) for part in "qko"
+    }
+
+
 def test_experts_of_a_layer_are_allocated_together(tmp_path):
     model = mixture("mixtral").to(torch.bfloat16)
     model = quantize_model(model, None, auto(target_bits=2.45), TOKENS, progress=False)
@@ -240,7 +250,84 @@ def test_an_interrupted_allocation_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert fresh.groups == resumed.groups and fresh.mixed == resumed.mixed and fresh.overrides == resumed.overrides
 
 
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("result.json", {"allocation": {"base": "pcdvq-2.0"}}, "is damaged (allocation: no allocation of bits"),
+        ("sensitivity.json", {"0 self_attn.o_proj": "small"}, "is damaged (0 self_attn.o_proj: a divergence must be"),
+        ("mixed.json", {"kl": None}, "is damaged (kl: a divergence must be a number"),
+    ],
+)
+def test_a_damaged_record_is_named_and_can_be_computed_again(tmp_path, file, value, message):
+    config = auto(target_bits=2.35)
+    options = {"work_dir": tmp_path, "progress": False}
+    whole = allocate_bits(planted(), None, config, TOKENS, **options)
+    if file != "result.json":
+        (tmp_path / "allocation" / "result.json").unlink()
+    path = tmp_path / "allocation" / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "values": {**content["values"], **value}}))
+    with pytest.raises(ValueError) as caught:
+        allocate_bits(planted(), None, config, TOKENS, **options)
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    again = allocate_bits(planted(), None, config, TOKENS, **options, restart=True)
+    assert again.groups == whole.groups and again.mixed == whole.mixed
+
+
 # --------------------------------------------------------------------------------------------------------- measuring
+
+
+class WithLogits(torch.nn.Module):
+    """A head that adds fixed logits: -inf for tokens that a model rules out."""
+
+    def __init__(self, head, added):
+        super().__init__()
+        self.head, self.added = head, added
+        self.weight = head.weight
+
+    def forward(self, hidden):
+        return self.head(hidden) + self.added
+
+
+def with_logit(value):
+    model = planted()
+    added = torch.zeros(258)
+    added[7] = value
+    model.lm_head = WithLogits(model.lm_head, added)
+    return model
+
+
+def test_a_token_that_is_ruled_out_leaves_sensitivities_as_they_are():
+    """With -inf for a token, KL is that of the other tokens; here as with a logit that is merely very low."""
+    low, ruled_out = (
+        Replay(with_logit(value), "model.layers", TOKENS[:2], torch.device("cpu")) for value in (-1e3, -torch.inf)
+    )
+    found = []
+    for replay in (low, ruled_out):
+        with replay.running(), torch.no_grad():
+            replay._model.get_submodule(PLANTED).weight *= 0.5
+            found.append(replay.divergence(1))
+    assert found[0] > 1e-4 and found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_logits_that_are_no_predictions_are_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM are NaN or infinite"):
+        Replay(with_logit(torch.inf), "model.layers", TOKENS[:2], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_group_whose_error_cannot_be_measured_is_named(monkeypatch, value):
+    """A layer that overflows once it is quantized must not pass for one that does not matter."""
+    model, genuine = planted(), PackedModule.decoded
+    shape = model.get_submodule(PLANTED).weight.shape
+
+    def decoded(self, parameter, dtype):
+        weight = genuine(self, parameter, dtype)
+        return torch.full_like(weight, value) if weight.shape == shape else weight
+
+    monkeypatch.setattr(PackedModule, "decoded", decoded)
+    with pytest.raises(ValueError, match=r"with model\.layers\.0\.mlp\.down_proj as quantized, the predictions"):
+        allocate_bits(model, None, auto(target_bits=2.35), TOKENS, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
