@@ -25,7 +25,7 @@ from ..modules import packed_modules
 from .processes import Processes
 from .report import RecoveryReport
 from .settings import Recovery
-from .state import RunFolder
+from .state import RunFolder, text_folder
 from .student import as_student
 from .teacher import Teacher
 from .trained import TrainedVector
@@ -278,7 +278,7 @@ def _own_windows(
             return sample_from_model(teacher, count, settings.length, settings.seed, progress)
 
     def read_or_write() -> Tensor:
-        return write() if folder is None else keep_windows(folder, identity, write, restart)
+        return write() if folder is None else keep_windows(text_folder(folder), identity, write, restart)
 
     return processes.from_first(read_or_write, (count, settings.length))
 
