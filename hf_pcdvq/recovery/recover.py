@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..calibration.blocks import find_blocks
 from ..calibration.data import read_windows
 from ..calibration.identity import Identity, model_identity, update_with_tensor
 from ..calibration.sampling import sample_from_model
@@ -23,7 +26,7 @@ from ..evaluation.metrics import check_length, check_windows
 from ..files.records import device_name
 from ..modules import packed_modules
 from .processes import Processes
-from .report import RecoveryReport
+from .report import RecoveryReport, refuse_recovered
 from .settings import Recovery
 from .state import RunFolder, text_folder
 from .student import as_student
@@ -82,7 +85,7 @@ def recover(
 
     Raises:
         ValueError: the model is not packed or the teacher is; the two or the tokenizer do not belong together; the text
-            is unsuitable; a model is spread over several devices; or `work_dir` holds another run.
+            is unsuitable; a model is spread over several devices; the model was recovered already; or `work_dir` holds another run.
         NotFiniteError: the loss or the gradient became infinite or NaN.
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
         OSError: `work_dir` cannot be written.
@@ -116,7 +119,7 @@ def recover(
         for one in (model, teacher):
             stack.enter_context(placed(one, device, is_emulated(one.dtype, device)))
         student = stack.enter_context(as_student(model, dtype))
-        stack.enter_context(_checkpointing(model) if settings.checkpointing else nullcontext())
+        stack.enter_context(_checkpointing(model, list(student.layers)) if settings.checkpointing else nullcontext())
         trained = TrainedVector(student, stored)
         micro_batch = settings.micro_batch or _micro_batch(windows, teacher, settings, device)
         cache = _cache_bytes(windows, settings, device, processes) if run_folder is not None else 0
@@ -136,10 +139,10 @@ def recover(
         )
         try:
             run.run()
+            student.keep_changes()
         except BaseException:
             trained.reset()
             raise
-        student.keep_changes()
         _forget_comparison(model)
         best, after = run.best
         return RecoveryReport(
@@ -147,7 +150,7 @@ def recover(
             teacher=teacher.name_or_path or None,
             text=_name_of(source) or "text that the original wrote",
             held_out=HELD_OUT_TEXT if held_out is None else _name_of(held_out),
-            windows=len(windows),
+            windows=min(len(windows), run.progress.step * settings.batch),
             length=windows.shape[1],
             steps=run.progress.step,
             best_step=best,
@@ -170,6 +173,8 @@ def _check_models(model: Any, teacher: Any, tokenizer: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is not packed, and recovery trains what a packed model stores: quantize it first"
         )
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        refuse_recovered(Path(model.name_or_path))
     if packed_modules(teacher):
         raise ValueError(f"the teacher, {type(teacher).__name__}, is packed itself; pass the original, dense model")
     rows = []
@@ -218,19 +223,23 @@ def _ready(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: Any) -> Iterator[None]:
-    """Compute the activations of decoder blocks again in the backward pass.
+def _checkpointing(model: nn.Module, layers: list[str]) -> Iterator[None]:
+    """Compute the activations of decoder blocks, which hold `layers`, again in the backward pass.
 
-    Transformers does so in training mode only, which would also switch dropout on: it is set for the blocks alone.
+    Transformers does so in training mode only, which would switch dropout on.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    blocks = list(model.get_submodule(find_blocks(model, layers)))
+    own = [vars(block).get("forward") for block in blocks]  # of the object, where hooks have set it
     try:
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield
     finally:
-        model.activation_checkpointing_disable()
+        for block, forward in zip(blocks, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _forget_comparison(model: Any) -> None:
