@@ -28,7 +28,7 @@ from .common import (
     setting_option,
 )
 from .mixed import allocated, show_allocation, target_fields, target_options
-from .recover import check_recovery_options, finish_recovery, recover_quantized, recovery_options
+from .recover import check_recovery, check_recovery_options, finish_recovery, recover_quantized, recovery_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -136,8 +136,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     started = time.monotonic()
     with folder_in_place(out, Path(model), options["force"]) as folder:
         result = _quantize_into(folder, model, config, options, work_dir, command_line(ctx))
-    if result.recovery is not None:
-        finish_recovery(result.recovery, work_dir)
+    finish_recovery(result.recovery, work_dir)
     clear_all(work_dir)
     if result.held_out is not None:  # after saving, because nothing that happens here may cost the result
         with_comparison(result.model.hf_quantizer.report, result.model, result.held_out).write(out)
@@ -225,6 +224,8 @@ def _quantize_into(
         for missing in copy_companions(given, folder, model_config, options["revision"]):
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
+        if options["recover"]:
+            check_recovery(given, tokenizer, options)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         held_out = recovery = None
         if config.calibration is None:

@@ -20,7 +20,7 @@ class RecoveryReport:
         teacher: name or folder of the original; None if unknown.
         text: what was trained on, in words.
         held_out: what it was judged on, in words.
-        windows, length: number of windows that were trained on, and tokens per window.
+        windows, length: number of different windows that were trained on, and tokens per window.
         steps: steps that were done; fewer than the settings ask for if held-out text no longer improved.
         best_step: the step whose result is kept; 0 if nothing was better than the model before.
         parameters: how many numbers were trained.

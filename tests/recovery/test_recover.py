@@ -6,7 +6,14 @@ import moe_models
 import pytest
 import torch
 from packed_pairs import SETTINGS, pair, saved_original, scales, tensors, windows
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hf_pcdvq import CcqConfig, PcdvqConfig, Recovery, recover
 from hf_pcdvq.evaluation.metrics import evaluate
@@ -121,7 +128,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(original):
 def test_computing_activations_twice_changes_nothing_and_leaves_dropout_off(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2, "vocab_size": 258}
+        sizes = {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "vocab_size": 258,
+        }
         OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, dropout=0.5)).save_pretrained(tmp_path)
     results, calls = [], []
     for checkpointing in (False, True):
