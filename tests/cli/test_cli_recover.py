@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer
+from safetensors.torch import load_file
 from test_cli import fail, succeed
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +65,16 @@ def test_figures_are_printed_as_json(packed, tiny_model_dir, text, tmp_path):
     assert not result.stderr
 
 
+def test_the_dtype_of_the_original_is_not_that_of_the_result(packed, tiny_model_dir, text, tmp_path):
+    options = ("--dataset", text, "--held-out", text, "--length", "32", *STEPS, "--dtype", "bfloat16")
+    succeed("recover", packed, "--teacher", tiny_model_dir, "--out", tmp_path / "out", *options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (packed, tmp_path / "out"))
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
 def test_an_existing_folder_is_kept(packed, tiny_model_dir, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -89,8 +100,9 @@ def test_a_teacher_with_another_tokenizer_is_refused(packed, tiny_model_dir, tex
 
 def test_quantizing_and_recovering_is_one_command(tiny_model_dir, text, tmp_path):
     out = tmp_path / "packed"
-    calibration = ("--dataset", text, "--samples", "4", "--length", "256", "--setting", "pcdvq-2.0")
-    result = succeed("quantize", tiny_model_dir, "--out", out, *calibration, "--recover", *STEPS, "--held-out", text)
+    calibration = ("--dataset", text, "--samples", "4", "--length", "32", "--setting", "pcdvq-2.0")
+    steps = (*STEPS, "--learning-rate", "0.002")
+    result = succeed("quantize", tiny_model_dir, "--out", out, *calibration, "--recover", *steps, "--held-out", text)
     assert "Recovered in" in result.output
     assert {path.name for path in tmp_path.iterdir()} == {"packed", "text.txt"}
     recovery = Provenance.read(out).recovery

@@ -110,3 +110,11 @@ def test_an_incomplete_record_is_refused(tmp_path):
     (tmp_path / NAME).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="recovery must be an object with teacher, text, held_out"):
         Provenance.read(tmp_path)
+
+
+def test_a_text_is_named_by_the_caller_and_too_few_windows_are_said(tiny_model_dir, caplog):
+    packed, teacher = pair(tiny_model_dir)
+    options = {"held_out": windows(2, seed=1), "settings": Recovery(steps=1, batch=1), "progress": False}
+    report = recover(packed, teacher, None, windows(1), dataset_name="text that the original wrote", **options)
+    assert report.record().text == "text that the original wrote"
+    assert "the held-out text has 2 windows of 24 tokens, not 8" in caplog.text
