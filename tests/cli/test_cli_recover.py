@@ -118,7 +118,19 @@ def test_what_a_model_is_compared_on_it_is_not_trained_on(tiny_model_dir, text, 
     )
     monkeypatch.setattr(HeldOut, "__init__", lambda self, *args: (compared.append(args[2]), compare(self, *args))[1])
     for name, dataset in (("given", ("--dataset", text)), ("own", ())):
-        calibration = (*dataset, "--samples", "4", "--length", "32", "--setting", "pcdvq-2.0")
+        calibration = (
+            *dataset,
+            "--steps",
+            "14",
+            "--batch",
+            "1",
+            "--samples",
+            "4",
+            "--length",
+            "32",
+            "--setting",
+            "pcdvq-2.0",
+        )
         succeed(
             "quantize",
             tiny_model_dir,
