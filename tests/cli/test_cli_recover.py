@@ -143,7 +143,8 @@ def test_what_a_model_is_compared_on_it_is_not_trained_on(tiny_model_dir, text, 
             text,
         )
     assert Provenance.read(tmp_path / "own").recovery.text == "text that the original wrote"
-    for used, kept in zip(trained, compared, strict=True):
+    assert len(trained) == len(compared) == 2
+    for used, kept in zip(trained, compared):
         assert len(used) == 4 and len(kept) == 8
         assert not {tuple(row) for row in used.tolist()} & {tuple(row) for row in kept.tolist()}
 
