@@ -113,11 +113,12 @@ def main() -> None:
         )
         row, model = measured(args, teacher, settings)
         rows.append(row)
-        shown = row.get("evaluation", row["after"])
+        shown, pace = row.get("evaluation", row["after"]), row["seconds_per_step"]
         print(
             f"rate {rate:g}, {steps} steps of {batch}: held-out KL {row['before']['kl_mean']:.4f} -> "
             f"{row['after']['kl_mean']:.4f}; perplexity {shown['perplexity_packed']:.2f} (original "
-            f"{shown['perplexity_original']:.2f}), KL {shown['kl_mean']:.4f}; {row['seconds_per_step']:.3f} s per step",
+            f"{shown['perplexity_original']:.2f}), KL {shown['kl_mean']:.4f}; "
+            f"{'all steps were done before' if pace is None else f'{pace:.3f} s per step'}",
             flush=True,
         )
         content = {

@@ -107,20 +107,25 @@ def _message(error: Exception) -> str:
 
 
 def placement_options(command: Callable) -> Callable:
-    """Options of every command that loads a model."""
+    """Options of every command that loads one model."""
+    return dtype_option("Dtype of the parameters that are not packed; auto keeps the saved one.")(
+        place_options(command)
+    )
+
+
+def dtype_option(text: str) -> Callable:
+    """In which dtype a model is loaded, with what the help says of it."""
+    return click.option("--dtype", type=click.Choice(("auto", *DTYPES)), default="auto", show_default=True, help=text)
+
+
+def place_options(command: Callable) -> Callable:
+    """Where models are loaded, and whether their code is run."""
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
         click.option(
             "--device-map",
             metavar="MAP",
             help="Where to put the model: auto, cpu, cuda, cuda:1, ... [default: the accelerator, else the CPU]",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(("auto", *DTYPES)),
-            default="auto",
-            show_default=True,
-            help="Dtype of the parameters that are not packed; auto keeps the saved one.",
         ),
     ):
         command = option(command)

@@ -27,7 +27,7 @@ from .common import (
 )
 from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .quantizing import Run, quantize_and_save
-from .recover import check_recovery_options, finish_recovery, recovery_options
+from .recover import check_recovery, check_recovery_options, finish_recovery, recovery_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -149,8 +149,7 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
                 result = _quantize_into(
                     folder, scratch, model, config, allocation, options, work_dir, command_line(ctx)
                 )
-            if result.recovery is not None:
-                finish_recovery(result.recovery, work_dir)
+            finish_recovery(result.recovery, work_dir)
         report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
         if report is not None:
             report.write(out)
@@ -243,6 +242,8 @@ def _quantize_into(
         for missing in copy_companions(given, folder, model_config, options["revision"]):
             note(f"Warning: {missing}")
         tokenizer = _tokenizer_or_warning(model, source)
+        if options["recover"]:
+            check_recovery(given, tokenizer, options)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         quantized, recovery = quantize_and_save(
             Run(model, source, config, tokenizer, folder, work_dir, allocation, options), scratch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,14 @@ from .common import (
     Command,
     add_stub,
     command_line,
+    dtype_option,
     echo_json,
     is_quiet,
     json_option,
     load_model,
     loader_stub_option,
     note,
-    placement_options,
+    place_options,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from hf_pcdvq.recovery.settings import Recovery
 
 
-_FOLDER = "recovery"  # in the work folder of a quantization
+_FOLDER = ".recovery"  # in the work folder of a quantization
 # Settings that are options of both commands.
 _OPTIONS = ("steps", "batch", "learning_rate", "checkpointing", "seed")
 
@@ -84,7 +87,8 @@ def _settings(options: dict[str, Any], names: tuple[str, ...]) -> Recovery:
 )
 @loader_stub_option
 @json_option
-@placement_options
+@dtype_option("Dtype of the original; auto keeps the saved one. PACKED keeps its own.")
+@place_options
 @click.pass_context
 def recover_command(ctx: click.Context, packed: Path, teacher: str, out: Path, **options: Any) -> None:
     """Train the scales, norms and biases of the model in PACKED to predict what its original predicts.
@@ -97,11 +101,15 @@ def recover_command(ctx: click.Context, packed: Path, teacher: str, out: Path, *
       hf-pcdvq recover qwen-2bit --teacher Qwen/Qwen3-0.6B --out qwen-2bit-recovered
       hf-pcdvq recover packed --teacher ./original --out recovered --dataset c4.txt --steps 400
     """
-    from hf_pcdvq.files.folders import check_source, folder_in_place
+    from hf_pcdvq.files.folders import check_destination, check_source, folder_in_place
+    from hf_pcdvq.recovery.report import refuse_recovered
     from hf_pcdvq.recovery.state import clear
 
+    _refuse_processes(ctx)
     check_source(teacher)
+    refuse_recovered(packed)
     settings, out = _settings(options, (*_OPTIONS, "samples", "length")), out.resolve()
+    check_destination(out, Path(teacher), options["force"])  # PACKED is protected by folder_in_place
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.recovery")
     started = time.monotonic()
     with folder_in_place(out, packed, options["force"]) as folder:
@@ -110,7 +118,7 @@ def recover_command(ctx: click.Context, packed: Path, teacher: str, out: Path, *
     _show(report)
     seconds = time.monotonic() - started
     if options["as_json"]:
-        echo_json({**report.to_dict(), "seconds": round(seconds, 1)})
+        echo_json({**report.to_dict(), "total_seconds": round(seconds, 1)})
     else:
         click.echo(f"Saved in {out}: {report.steps} steps, {seconds:.1f} s")
 
@@ -122,20 +130,18 @@ def _recover_into(
     from transformers import AutoTokenizer
 
     from hf_pcdvq.files.companions import copy_companions
-    from hf_pcdvq.files.provenance import Provenance
 
     options = ctx.params
     source = {"trust_remote_code": options["trust_remote_code"]}
-    # On the CPU: both move to the accelerator while they are trained.
-    model = load_model(str(packed), options["dtype"], options["device_map"] or "cpu", **source)
+    # On the CPU: both move to the accelerator while they are trained. In its own dtype, in which it is saved again.
+    model = load_model(str(packed), "auto", options["device_map"] or "cpu", **source)
     tokenizer = AutoTokenizer.from_pretrained(packed, **source)
     for missing in copy_companions(str(packed), folder, model.config):
         note(f"Warning: {missing}")
-    report = _run(model, teacher, tokenizer, settings, options, work_dir, source)
+    report = _run(model, teacher, tokenizer, settings, options, work_dir, source, options["dataset"])
     model.save_pretrained(folder, max_shard_size="50GB")
     tokenizer.save_pretrained(folder)
-    Provenance.read(packed).write(folder)
-    report.write(folder, command_line(ctx))
+    report.write(folder, command_line(ctx), base=packed)
     if options["loader_stub"]:
         add_stub(folder)
     return report
@@ -151,17 +157,28 @@ def recover_quantized(
 ) -> RecoveryReport:
     """Recover a model that `hf-pcdvq quantize` has packed. `source` says where the original, its teacher, is loaded from.
 
-    Raises:
-        ValueError: there is no tokenizer.
+    It is trained on what it was calibrated on, and on nothing that it will be compared on.
     """
-    from hf_pcdvq.calibration.store import kept_windows
+    from hf_pcdvq.recovery.text import calibrated_windows
+
+    calibration, dataset, name = model.hf_quantizer.quantization_config.calibration, None, None
+    if calibration is not None:
+        dataset, name = calibrated_windows(replace(calibration, dataset=options["dataset"]), tokenizer, work_dir)
+    settings, folder = _settings(options, _OPTIONS), work_dir / _FOLDER
+    return _run(model, teacher, tokenizer, settings, options, folder, source, dataset, name)
+
+
+def check_recovery(teacher: str, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> None:
+    """What would end a recovery, found before the quantization, which takes long.
+
+    Raises:
+        ValueError: there is no tokenizer, or the held-out text is unsuitable.
+    """
+    from hf_pcdvq.recovery.text import held_out_windows
 
     if tokenizer is None:
         raise ValueError(f"--recover needs a tokenizer to judge on held-out text, and {teacher} has none")
-    # What the original wrote to be calibrated on serves again, because writing takes long.
-    dataset = options["dataset"] if options["dataset"] is not None else kept_windows(work_dir)
-    options = {**options, "dataset": dataset}
-    return _run(model, teacher, tokenizer, _settings(options, _OPTIONS), options, work_dir / _FOLDER, source)
+    held_out_windows(tokenizer, options["held_out"], _settings(options, _OPTIONS))
 
 
 def check_recovery_options(ctx: click.Context) -> None:
@@ -169,14 +186,24 @@ def check_recovery_options(ctx: click.Context) -> None:
     given = [name for name in ("steps", "batch", "learning_rate", "held_out", "checkpointing") if ctx.params[name]]
     if given and not ctx.params["recover"]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --recover", ctx)
+    if ctx.params["recover"]:
+        _refuse_processes(ctx)
 
 
-def finish_recovery(report: RecoveryReport, work_dir: Path) -> None:
-    """Delete the state of a recovery whose result `hf-pcdvq quantize` has saved, and show what it did."""
+def _refuse_processes(ctx: click.Context) -> None:
+    """Every process would write the same folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun and `accelerate launch`
+        raise click.UsageError("the command runs in one process; for several GPUs, see recover() in Python", ctx)
+
+
+def finish_recovery(report: RecoveryReport | None, work_dir: Path) -> None:
+    """Delete the state of a recovery, of an earlier run too, once `hf-pcdvq quantize` has saved its result, and show
+    what it did."""
     from hf_pcdvq.recovery.state import clear
 
     clear(work_dir / _FOLDER)
-    _show(report)
+    if report is not None:
+        _show(report)
 
 
 def _run(
@@ -187,6 +214,8 @@ def _run(
     options: dict[str, Any],
     work_dir: Path,
     source: dict[str, Any],
+    dataset: Any,
+    dataset_name: str | None = None,
 ) -> RecoveryReport:
     """Load the teacher and recover a packed model in memory.
 
@@ -205,7 +234,8 @@ def _run(
         model,
         load_model(teacher, options["dtype"], options["device_map"] or "cpu", **source),
         tokenizer,
-        options["dataset"],
+        dataset,
+        dataset_name=dataset_name,
         held_out=options["held_out"],
         settings=settings,
         work_dir=work_dir,

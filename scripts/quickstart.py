@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_pcdvq import Calibration, Recovery, recover
 from hf_pcdvq.calibration.held_out import with_comparison
-from hf_pcdvq.calibration.store import kept_windows
 from hf_pcdvq.calibration.weights import ModelWeights
 from hf_pcdvq.config import PackedConfig, config_of_setting
 from hf_pcdvq.emulation import is_emulated
@@ -31,6 +30,7 @@ from hf_pcdvq.files.scratch import scratch_folder
 from hf_pcdvq.files.size import FolderCount, count_folder, readable_size
 from hf_pcdvq.importers.gguf import dense_from_gguf
 from hf_pcdvq.quantize import quantize_uncompared
+from hf_pcdvq.recovery.text import calibrated_windows
 from hf_pcdvq_cli.common import saved_folder
 from hf_pcdvq_cli.tables import show
 
@@ -131,8 +131,8 @@ def quantize(original: Path, packed: Path, config: PackedConfig, recovery: Recov
         recovered = None
         if recovery is not None:
             teacher = AutoModelForCausalLM.from_pretrained(original)
-            text = config.calibration.dataset or kept_windows(work)
-            recovered = recover(model, teacher, tokenizer, text, settings=recovery)
+            text, name = calibrated_windows(config.calibration, tokenizer, work)
+            recovered = recover(model, teacher, tokenizer, text, dataset_name=name, settings=recovery)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if config.calibration is not None:

@@ -31,7 +31,8 @@ class Recovered:
     Attributes:
         teacher: name of the original on the Hub that it was trained towards; None if it was a local folder.
         text, held_out: what it was trained and judged on, in words.
-        windows, length: number of windows of the text, and tokens per window.
+        windows, length: number of windows that were trained on, and tokens per window.
+        held_out_windows, held_out_length: those that it was judged on.
         steps, best_step: steps that were done, and the one whose result was kept; 0 if the model is unchanged.
         batch, learning_rate: windows per step, and the largest rate.
         seconds, device: duration, and where.
@@ -45,6 +46,8 @@ class Recovered:
     held_out: str
     windows: int
     length: int
+    held_out_windows: int
+    held_out_length: int
     steps: int
     best_step: int
     batch: int
@@ -76,7 +79,7 @@ class Recovered:
                 continue
             if name in ("teacher", "text", "held_out", "device", "command"):
                 short_text(where, value, 10_000 if name == "command" else 500)
-            elif name in ("windows", "length", "steps", "batch"):
+            elif name in ("windows", "length", "held_out_windows", "held_out_length", "steps", "batch"):
                 positive_integer(where, value)
             elif not math.isfinite(number(where, value)) or value < _LEAST:
                 raise ValueError(f"{where} must be finite and not negative, got {value!r}")

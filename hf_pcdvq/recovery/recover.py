@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..calibration.blocks import find_blocks
 from ..calibration.data import read_windows
 from ..calibration.identity import Identity, model_identity, update_with_tensor
-from ..calibration.sampling import sample_from_model
-from ..calibration.store import keep_windows
 from ..emulation import is_emulated, placed
-from ..evaluation.metrics import check_length, check_windows
+from ..evaluation.metrics import check_windows
 from ..files.records import device_name
 from ..modules import packed_modules
 from .processes import Processes
-from .report import RecoveryReport
+from .report import RecoveryReport, refuse_recovered
 from .settings import Recovery
 from .state import RunFolder
 from .student import as_student
 from .teacher import Teacher
+from .text import HELD_OUT_TEXT, OWN_TEXT, held_out_windows, name_of, own_windows, source_of
 from .trained import TrainedVector
 from .training import Training, deterministic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OWN_WINDOWS = 64  # of text that the model writes, at most: it takes a minute on two cores
 _LOGIT_BYTES = 4 << 30  # of student, teacher and gradient at once, on an accelerator
 _CACHE_BYTES = 4 << 30  # of the teacher's logits, on disk
 _JUDGE_BYTES = 512 << 20  # of those on held-out text, in memory
-HELD_OUT_TEXT = "the text in hf_pcdvq/recovery/data/held_out.txt"
 
 
 def recover(
@@ -47,6 +47,7 @@ def recover(
     tokenizer: PreTrainedTokenizerBase | None,
     dataset: Any = None,
     *,
+    dataset_name: str | None = None,
     held_out: Any = None,
     settings: Recovery | None = None,
     device: torch.device | str | None = None,
@@ -69,6 +70,7 @@ def recover(
         dataset: text to train on, in the forms of `quantize_model`: a file, the name of a dataset on the Hub, texts,
             conversations or token tensors int64 `[n, L]`. None: the teacher writes it, unless the model was calibrated
             on something else.
+        dataset_name: what the report and the model's card call the text; None takes `dataset` where that is a name.
         held_out: text of another source to judge on, in the same forms. None takes a text that comes with the package.
         settings: the options; None takes `Recovery()`.
         device: where both models are computed, to which they move meanwhile; None takes the accelerator if there is one.
@@ -82,7 +84,7 @@ def recover(
 
     Raises:
         ValueError: the model is not packed or the teacher is; the two or the tokenizer do not belong together; the text
-            is unsuitable; a model is spread over several devices; or `work_dir` holds another run.
+            is unsuitable; a model is spread over several devices; the model was recovered already; or `work_dir` holds another run.
         NotFiniteError: the loss or the gradient became infinite or NaN.
         FileNotFoundError, ImportError: see `calibration.data.read_windows`.
         OSError: `work_dir` cannot be written.
@@ -92,15 +94,15 @@ def recover(
     processes = Processes()
     device = _device(model, device, processes)
     folder = None if work_dir is None else Path(work_dir)
-    source = _source(model, dataset)
+    source = source_of(model, dataset)
     with _ready(model), _ready(teacher), ExitStack() as stack:
         identity = _identity(model, teacher, settings) if folder is not None else {}
+        judged = held_out_windows(tokenizer, held_out, settings)  # first, because writing text takes long
         if source is not None:
             count = settings.samples or settings.steps * settings.batch
             windows = read_windows(source, tokenizer, count, settings.length, settings.seed)
         else:
-            windows = _own_windows(teacher, settings, folder, identity, restart, progress, device, processes)
-        judged = _held_out_windows(tokenizer, held_out, settings)
+            windows = own_windows(teacher, settings, folder, identity, restart, progress, device, processes)
         for text in (windows, judged):
             check_windows(model, text)
         run_folder = None
@@ -116,10 +118,10 @@ def recover(
         for one in (model, teacher):
             stack.enter_context(placed(one, device, is_emulated(one.dtype, device)))
         student = stack.enter_context(as_student(model, dtype))
-        stack.enter_context(_checkpointing(model) if settings.checkpointing else nullcontext())
+        stack.enter_context(_checkpointing(model, list(student.layers)) if settings.checkpointing else nullcontext())
         trained = TrainedVector(student, stored)
         micro_batch = settings.micro_batch or _micro_batch(windows, teacher, settings, device)
-        cache = _cache_bytes(windows, settings, device, processes) if run_folder is not None else 0
+        cache = 0 if run_folder is None else _cache_bytes(windows, settings, device, processes, run_folder.logits)
         logits = run_folder.logits if run_folder is not None else None
         run = Training(
             model,
@@ -136,18 +138,18 @@ def recover(
         )
         try:
             run.run()
+            student.keep_changes()
         except BaseException:
             trained.reset()
             raise
-        student.keep_changes()
         _forget_comparison(model)
         best, after = run.best
         return RecoveryReport(
             settings=settings.to_dict(),
             teacher=teacher.name_or_path or None,
-            text=_name_of(source) or "text that the original wrote",
-            held_out=HELD_OUT_TEXT if held_out is None else _name_of(held_out),
-            windows=len(windows),
+            text=dataset_name or (OWN_TEXT if source is None else name_of(source)),
+            held_out=HELD_OUT_TEXT if held_out is None else name_of(held_out),
+            windows=min(len(windows), run.progress.step * settings.batch),
             length=windows.shape[1],
             steps=run.progress.step,
             best_step=best,
@@ -170,6 +172,8 @@ def _check_models(model: Any, teacher: Any, tokenizer: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is not packed, and recovery trains what a packed model stores: quantize it first"
         )
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        refuse_recovered(Path(model.name_or_path))
     if packed_modules(teacher):
         raise ValueError(f"the teacher, {type(teacher).__name__}, is packed itself; pass the original, dense model")
     rows = []
@@ -218,19 +222,23 @@ def _ready(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: Any) -> Iterator[None]:
-    """Compute the activations of decoder blocks again in the backward pass.
+def _checkpointing(model: nn.Module, layers: list[str]) -> Iterator[None]:
+    """Compute the activations of decoder blocks, which hold `layers`, again in the backward pass.
 
-    Transformers does so in training mode only, which would also switch dropout on: it is set for the blocks alone.
+    Transformers does so in training mode only, which would switch dropout on.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    blocks = list(model.get_submodule(find_blocks(model, layers)))
+    own = [vars(block).get("forward") for block in blocks]  # of the object, where hooks have set it
     try:
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield
     finally:
-        model.activation_checkpointing_disable()
+        for block, forward in zip(blocks, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _forget_comparison(model: Any) -> None:
@@ -238,64 +246,6 @@ def _forget_comparison(model: Any) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.report is not None:
         quantizer.report = replace(quantizer.report, comparison=None)
-
-
-# --------------------------------------------------------------------------------------------------------------- text
-
-
-def _source(model: Any, dataset: Any) -> Any:
-    """What to train on; None for text that the teacher writes.
-
-    Raises:
-        ValueError: no dataset is given, and the model was calibrated on one, which is not here.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    calibration = None if quantizer is None else quantizer.quantization_config.calibration
-    if dataset is None and calibration is not None and calibration.dataset is not None:
-        raise ValueError(
-            f"the model was calibrated on {calibration.dataset!r}, which is known by this name only: pass it, or other "
-            "text, as dataset"
-        )
-    return dataset
-
-
-def _own_windows(
-    teacher: Any,
-    settings: Recovery,
-    folder: Path | None,
-    identity: Identity,
-    restart: bool,
-    progress: bool,
-    device: torch.device,
-    processes: Processes,
-) -> Tensor:
-    """Windows of tokens that the teacher writes, to train on; kept in the folder, if there is one."""
-    check_length(teacher, settings.length)
-    count = settings.samples or min(settings.steps * settings.batch, _OWN_WINDOWS)
-
-    def write() -> Tensor:
-        with placed(teacher, device, False):
-            return sample_from_model(teacher, count, settings.length, settings.seed, progress)
-
-    def read_or_write() -> Tensor:
-        return write() if folder is None else keep_windows(folder, identity, write, restart)
-
-    return processes.from_first(read_or_write, (count, settings.length))
-
-
-def _held_out_windows(tokenizer: Any, held_out: Any, settings: Recovery) -> Tensor:
-    """Windows of tokens to judge on."""
-    if held_out is None:
-        if tokenizer is None:
-            raise ValueError("without a tokenizer, held_out must be token windows to judge on, int64 [n, L]")
-        held_out = [(files(__package__) / "data" / "held_out.txt").read_text(encoding="utf-8")]
-    return read_windows(held_out, tokenizer, settings.held_out, settings.length, settings.seed)
-
-
-def _name_of(source: Any) -> str | None:
-    if source is None:
-        return None
-    return str(source) if isinstance(source, (str, Path)) else "data given in Python"
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -329,10 +279,13 @@ def _micro_batch(windows: Tensor, teacher: Any, settings: Recovery, device: torc
     return max(1, min(settings.batch, _LOGIT_BYTES // logits))
 
 
-def _cache_bytes(windows: Tensor, settings: Recovery, device: torch.device, processes: Processes) -> int:
-    """How much of the teacher's logits to keep: nothing if no window comes twice, or if processes would share them."""
+def _cache_bytes(
+    windows: Tensor, settings: Recovery, device: torch.device, processes: Processes, folder: Path
+) -> int:
+    """How much of the teacher's logits to keep: nothing if no window comes twice, or if processes would share them, and
+    unless the settings say how much, no more than half of the space that is free."""
     if settings.steps * settings.batch <= len(windows) or processes.count > 1:
         return 0
     if settings.cache_bytes is not None:
         return settings.cache_bytes
-    return _CACHE_BYTES if device.type == "cpu" else 0
+    return min(_CACHE_BYTES, shutil.disk_usage(folder).free // 2) if device.type == "cpu" else 0

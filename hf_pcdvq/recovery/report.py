@@ -20,7 +20,7 @@ class RecoveryReport:
         teacher: name or folder of the original; None if unknown.
         text: what was trained on, in words.
         held_out: what it was judged on, in words.
-        windows, length: number of windows that were trained on, and tokens per window.
+        windows, length: number of different windows that were trained on, and tokens per window.
         steps: steps that were done; fewer than the settings ask for if held-out text no longer improved.
         best_step: the step whose result is kept; 0 if nothing was better than the model before.
         parameters: how many numbers were trained.
@@ -83,6 +83,8 @@ class RecoveryReport:
             held_out=without_place(self.held_out),
             windows=self.windows,
             length=self.length,
+            held_out_windows=self.after.windows,
+            held_out_length=self.after.context_length,
             steps=self.steps,
             best_step=self.best_step,
             batch=self.settings["batch"],
@@ -97,12 +99,32 @@ class RecoveryReport:
             command=command,
         )
 
-    def write(self, folder: str | Path, command: str | None = None) -> None:
+    def write(self, folder: str | Path, command: str | None = None, base: str | Path | None = None) -> None:
         """Add the recovery to the `provenance.json` of a saved model.
 
         Args:
             folder: of the saved model.
             command: the command line; None if the model was recovered from Python.
+            base: folder of the model that was recovered, whose provenance (original, licence, ...) is taken over; None
+                adds to what is in `folder`.
+
+        Raises:
+            ValueError: there is a record of a recovery already, which this one would replace.
         """
         folder = Path(folder)
-        replace(Provenance.read(folder), recovery=self.record(command)).write(folder)
+        base = folder if base is None else Path(base)
+        refuse_recovered(base)
+        replace(Provenance.read(base), recovery=self.record(command)).write(folder)
+
+
+def refuse_recovered(folder: Path) -> None:
+    """Refuse a model that was recovered already: only one recovery is recorded, with the figures before it.
+
+    Raises:
+        ValueError: its provenance says so.
+    """
+    if Provenance.read(folder).recovery is not None:
+        raise ValueError(
+            f"the model in {folder} was recovered already, and one recovery is recorded; recover the packed model that it "
+            "was made from, in more steps"
+        )

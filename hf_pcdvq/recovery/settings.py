@@ -20,7 +20,7 @@ _OPTIONAL = (("samples", 1, 1 << 30), ("micro_batch", 1, 1 << 16), ("cache_bytes
 
 @dataclass(frozen=True)
 class Recovery:
-    """Options of a recovery, JSON-clean. docs/recovery.md has the measurements behind the defaults.
+    """Options of a recovery, JSON-clean. docs/recovery.md says what has been measured; the defaults have not.
 
     Attributes:
         steps: number of optimizer steps.
@@ -30,14 +30,14 @@ class Recovery:
             a dataset, and at most 64 of what the model writes itself.
         learning_rate: the largest; of a row's factor, and of norms and biases in units of their root mean square.
         warmup: fraction of the steps in which it rises; afterwards it falls along a cosine to a tenth.
-        held_out: number of windows to judge on.
+        held_out: number of windows to judge on, at most.
         evaluations: how often to judge during the run, besides before it.
-        patience: stop after so many evaluations without improvement.
+        patience: stop after so many evaluations without improvement, of those after the warm-up.
         micro_batch: windows that pass through the models at once; None takes as many as keep the logits small.
         checkpointing: compute the activations of a decoder block twice rather than keep them, which saves memory.
         cache_bytes: how much of the original's logits may be kept on disk if windows are repeated; 0 keeps none. None
-            keeps 4 GiB on a CPU, and none on an accelerator, which computes them sooner than it reads them.
-        seed: orders the windows, selects them from the text, and seeds the text where the model writes it.
+            keeps at most 4 GiB and half of the free space on a CPU, and none on an accelerator, which computes them sooner than it reads them.
+        seed: orders the windows to train on, selects them from the text, and seeds the text where the model writes it.
 
     Raises:
         ValueError: a field has an invalid value.

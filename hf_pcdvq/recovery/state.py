@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..calibration import store
 from ..calibration.identity import Identity, differences
+from .teacher import delete_logits
 
-_STATE, _PARTIAL, _LOGITS = "recovery.safetensors", "recovery.partial", "teacher"
-_WINDOWS = "windows.safetensors"  # text that the model wrote, see `calibration.store.keep_windows`
+_STATE, _PARTIAL = "recovery.safetensors", "recovery.partial"
+# Folders in that of the run, by names that nobody else gives: the teacher's logits, and text that it wrote.
+_LOGITS, _TEXT = ".recovery-logits", ".recovery-text"
+_OWNER = "identity.json"  # beside the logits: whose they are
+_TENSORS = {"values", "best", "exp_avg", "exp_avg_sq", "step"}
 
 
 @dataclass
@@ -53,13 +57,6 @@ class RunFolder:
     def __init__(self, folder: Path, identity: Identity, restart: bool = False):
         self._folder, self._identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
-        self.logits = folder / _LOGITS
-        owner = self.logits / "identity.json"
-        mine = json.dumps(identity, sort_keys=True)
-        if not owner.is_file() or owner.read_text(encoding="utf-8") != mine:
-            shutil.rmtree(self.logits, ignore_errors=True)
-            self.logits.mkdir()
-            owner.write_text(mine, encoding="utf-8")
         file = folder / _STATE
         problem = self._problem(file) if file.is_file() else None
         if problem is not None and not restart:
@@ -68,14 +65,24 @@ class RunFolder:
             )
         if problem is not None:
             file.unlink()
+        # Not before, because logits of a run that is refused are still wanted.
+        self.logits = folder / _LOGITS
+        owner, mine = self.logits / _OWNER, json.dumps(identity, sort_keys=True)
+        if not owner.is_file() or owner.read_text(encoding="utf-8") != mine:
+            _delete_logits(folder)
+            self.logits.mkdir(exist_ok=True)
+            owner.write_text(mine, encoding="utf-8")
 
     def _problem(self, file: Path) -> str | None:
         try:
             with safe_open(file, "pt") as content:
                 found = json.loads(content.metadata()["identity"])
-                json.loads(content.metadata()["progress"])
+                Progress(**json.loads(content.metadata()["progress"]))
+                missing = _TENSORS - set(content.keys())
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             return f"is damaged ({error})"
+        if missing:
+            return f"is damaged (it lacks {', '.join(sorted(missing))})"
         if found != self._identity:
             return f"belongs to another run, which differs in {differences(found, self._identity)}"
         return None
@@ -110,8 +117,24 @@ class RunFolder:
 def clear(folder: Path) -> None:
     """Delete the files of a finished run, and their folder if nothing else is in it."""
     if folder.is_dir():
-        shutil.rmtree(folder / _LOGITS, ignore_errors=True)
-        for name in (_STATE, _PARTIAL, _WINDOWS):
+        _delete_logits(folder)
+        store.clear(text_folder(folder))
+        for name in (_STATE, _PARTIAL):
             (folder / name).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def text_folder(folder: Path) -> Path:
+    """Where a run in this folder keeps the text that its teacher wrote."""
+    return folder / _TEXT
+
+
+def _delete_logits(folder: Path) -> None:
+    """Delete the kept logits with the note of whose they are, and nothing else that may be there."""
+    logits = folder / _LOGITS
+    if logits.is_dir():
+        (logits / _OWNER).unlink(missing_ok=True)  # first: without it, the rest is nobody's
+        delete_logits(logits)
+        if not any(logits.iterdir()):
+            logits.rmdir()

@@ -109,11 +109,15 @@ class Student:
 
     @torch.no_grad()
     def keep_changes(self) -> None:
-        """Multiply the scales of the packed modules by the factors, each rounded once."""
-        for packed, standing_in in self.layers.values():
-            for parameter, change in standing_in.changes().items():
-                tensors = packed.packed_tensors(parameter)
-                packed.set_packed(parameter, packed.codec.with_factor(tensors, 1 + change.double()))
+        """Multiply the scales of the packed modules by the factors, each rounded once. An error leaves all of them as
+        they were."""
+        scaled = [
+            (packed, parameter, packed.codec.with_factor(packed.packed_tensors(parameter), 1 + change.double()))
+            for packed, standing_in in self.layers.values()
+            for parameter, change in standing_in.changes().items()
+        ]
+        for packed, parameter, tensors in scaled:
+            packed.set_packed(parameter, tensors)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_PARTIAL = ".partial"
+_PARTIAL, _LOGITS = ".partial", "logits-{}.safetensors"
 
 
 class Teacher:
@@ -65,7 +65,7 @@ class Teacher:
         return logits.to(self._device)
 
     def _file(self, number: int) -> Path:
-        return self._folder / f"logits-{number:06d}.safetensors"
+        return self._folder / _LOGITS.format(f"{number:06d}")
 
     def _read(self, number: int) -> Tensor | None:
         """What is kept of a window; None if that is nothing, or damaged."""
@@ -86,5 +86,12 @@ class Teacher:
             os.replace(partial, self._file(number))
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"{self._file(number)} could not be written: {error}; cache_bytes=0 keeps no logits"
+                f"{self._file(number)} could not be written: {error}. Free space there, or keep the state elsewhere "
+                "(--work-dir, work_dir)"
             ) from error
+
+
+def delete_logits(folder: Path) -> None:
+    """Delete the logits that a teacher has kept in a folder."""
+    for file in [*folder.glob(_LOGITS.format("*")), folder / _PARTIAL]:
+        file.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ FACTORS = (0.25, 4.0)
 
 
 class TrainedVector:
-    """The row factors, norms and biases of a student as a float32 vector `[P]` of relative changes, 0 at first.
+    """The row factors, norms, biases and other parameters of one dimension of a student as a float32 vector `[P]` of relative changes, 0 at first.
 
-    A parameter is its first value plus its unit times its part of the vector: the unit of factors is 1, that of norms
-    and biases their root mean square, so that one learning rate suits all. Only what the file stores is computed with:
+    A parameter is its first value plus its unit times its part of the vector: the unit of factors is 1, that of the
+    others their root mean square, so that one learning rate suits all. Only what the file stores is computed with:
     parameters are rounded to the dtype in which they are saved.
 
     Args:

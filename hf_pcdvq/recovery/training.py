@@ -87,19 +87,17 @@ class Training:
             OSError: the state cannot be written.
         """
         settings, progress = self._settings, self._resume()
+        self._resumed, self._started = progress.step, time.monotonic() - progress.seconds
         self._teacher.prepare()
         self._judge.prepare()
-        self._begun = self._saved = time.monotonic()
-        self._resumed, self._started = progress.step, self._begun - progress.seconds
+        self._begun = self._saved = time.monotonic()  # of the steps, from whose pace the time left is estimated
         if not progress.evaluations:
             self._evaluate()
-        every = max(1, settings.steps // settings.evaluations)
         while progress.step < settings.steps and not self._exhausted():
             self._step()
-            last = progress.step == settings.steps
-            if last or progress.step % every == 0:
+            if _is_judged(progress.step, settings):
                 self._evaluate()
-            if last or time.monotonic() - self._saved > _SAVE:
+            if progress.step == settings.steps or time.monotonic() - self._saved > _SAVE:
                 self._save()
             self._line()
         self._trained.write(progress.tensors["best"])
@@ -174,8 +172,13 @@ class Training:
         return self._model(input_ids=ids, use_cache=False).logits[0, :-1]
 
     def _exhausted(self) -> bool:
-        """Whether so many evaluations have brought nothing that the run ends."""
-        return len(self.progress.evaluations) - 1 - self._best()[0] >= self._settings.patience
+        """Whether so many evaluations have brought nothing that the run ends.
+
+        Those of the warm-up do not count: a rate that still rises may do harm first, and good when it falls.
+        """
+        warmup = self._settings.warmup * self._settings.steps
+        since = self.progress.evaluations[self._best()[0] + 1 :]
+        return sum(step > warmup for step, _ in since) >= self._settings.patience
 
     def _best(self) -> tuple[int, tuple[int, dict[str, Any]]]:
         """Number and content of the best evaluation; the earlier of equal ones."""
@@ -243,6 +246,13 @@ def learning_rate(step: int, settings: Recovery) -> float:
         return settings.learning_rate * done / warmup
     fall = (done - warmup) / (1 - warmup)
     return settings.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * fall)) / 2)
+
+
+def _is_judged(step: int, settings: Recovery) -> bool:
+    """Whether the student is judged after a step, counted from 1: `evaluations` times at even distances, the last time
+    after the last step; after every step if there are fewer."""
+    before, after = ((done * settings.evaluations) // settings.steps for done in (step - 1, step))
+    return after > before
 
 
 def _order(count: int, settings: Recovery) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from packed_pairs import pair, windows
+from transformers import AutoModelForCausalLM
 
 from hf_pcdvq import Recovery, recover
 from hf_pcdvq.files.provenance import NAME, Provenance, Recovered
@@ -18,6 +19,8 @@ RECOVERED = Recovered(
     held_out="other.txt",
     windows=30,
     length=64,
+    held_out_windows=5,
+    held_out_length=32,
     steps=20,
     best_step=16,
     batch=3,
@@ -43,20 +46,22 @@ def test_the_card_says_how_the_model_was_recovered(tiny_model_dir, tmp_path):
         teacher,
         None,
         windows(6),
-        held_out=windows(2, seed=1),
+        held_out=windows(2, 16, seed=1),
         settings=Recovery(steps=3, batch=2, learning_rate=0.004),
         progress=False,
     )
     packed.save_pretrained(tmp_path)
     assert "recovery" not in _card(tmp_path)
-    Provenance("org/tiny", "abc", "hf-pcdvq quantize org/tiny").write(tmp_path)
-    report.write(tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    Provenance("org/tiny", "abc", "hf-pcdvq quantize org/tiny").write(base)
+    report.write(tmp_path, base=base)
     kept = Provenance.read(tmp_path)
-    assert kept.original == "org/tiny" and kept.recovery == report.record()
+    assert kept == replace(Provenance.read(base), recovery=report.record())
     text = _card(tmp_path)
     assert "(recovery): 3 steps of 2 windows of 24 tokens of data given in Python, learning rate 0.004" in text
     figures = report.before.perplexity_original, report.before.perplexity_packed, report.after.perplexity_packed
-    assert "| perplexity at context 24 | {:.3f} | {:.3f} | {:.3f} |".format(*figures) in text
+    assert "| perplexity at context 16, 2 windows | {:.3f} | {:.3f} | {:.3f} |".format(*figures) in text
     assert f"| | {report.before.kl_mean:.4f} | {report.after.kl_mean:.4f} |" in text
 
 
@@ -68,6 +73,15 @@ def test_a_perplexity_below_the_originals_is_reported_as_over_adaptation(tiny_mo
     Provenance(recovery=too_good).write(tmp_path)
     assert too_good.over_adapted and "**Over-adapted**" in _card(tmp_path)
     assert not replace(too_good, best_step=0).over_adapted  # such a model was that good before
+
+
+def test_a_model_that_was_recovered_is_not_recovered_again(tiny_model_dir, tmp_path):
+    packed, teacher = pair(tiny_model_dir)
+    packed.save_pretrained(tmp_path)
+    Provenance(recovery=RECOVERED).write(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was recovered already"):
+        recover(again, teacher, None, windows(2), held_out=windows(2, seed=1), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +110,11 @@ def test_an_incomplete_record_is_refused(tmp_path):
     (tmp_path / NAME).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="recovery must be an object with teacher, text, held_out"):
         Provenance.read(tmp_path)
+
+
+def test_a_text_is_named_by_the_caller_and_too_few_windows_are_said(tiny_model_dir, caplog):
+    packed, teacher = pair(tiny_model_dir)
+    options = {"held_out": windows(2, seed=1), "settings": Recovery(steps=1, batch=1), "progress": False}
+    report = recover(packed, teacher, None, windows(1), dataset_name="text that the original wrote", **options)
+    assert report.record().text == "text that the original wrote"
+    assert "the held-out text has 2 windows of 24 tokens, not 8" in caplog.text

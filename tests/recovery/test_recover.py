@@ -6,10 +6,18 @@ import moe_models
 import pytest
 import torch
 from packed_pairs import SETTINGS, pair, saved_original, scales, tensors, windows
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hf_pcdvq import CcqConfig, PcdvqConfig, Recovery, recover
 from hf_pcdvq.evaluation.metrics import evaluate
+from hf_pcdvq.modules import packed_modules
 from hf_pcdvq.recovery.training import NotFiniteError
 
 QUICK = Recovery(steps=12, batch=2, learning_rate=0.02, evaluations=3)
@@ -117,13 +125,59 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(original):
     assert any(not torch.equal(tensor, results[2][name]) for name, tensor in results[0].items())
 
 
-def test_computing_activations_twice_changes_nothing(original):
-    results = []
+def test_computing_activations_twice_changes_nothing_and_leaves_dropout_off(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "vocab_size": 258,
+        }
+        OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, dropout=0.5)).save_pretrained(tmp_path)
+    results, calls = [], []
     for checkpointing in (False, True):
-        packed, teacher = pair(original)
-        _recover(packed, teacher, Recovery(steps=3, batch=2, checkpointing=checkpointing))
-        results.append(tensors(packed))
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+        packed, teacher = pair(tmp_path, "pcdvq-2.0")
+        attention, calls_now = packed.model.decoder.layers[0].self_attn, []
+        attention.register_forward_pre_hook(lambda *_, seen=calls_now: seen.append(1))
+        report = _recover(packed, teacher, Recovery(steps=3, batch=2, evaluations=1, checkpointing=checkpointing))
+        results.append((tensors(packed), report.evaluations))
+        calls.append(len(calls_now))
+        assert "forward" not in vars(packed.model.decoder.layers[0])
+    assert calls[1] == calls[0] + 3 * 2  # a second forward pass for every window that is trained on
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(tensor, results[1][0][name]) for name, tensor in results[0][0].items())
+
+
+def test_scales_that_cannot_be_changed_leave_the_model_alone(original, monkeypatch):
+    packed, teacher = pair(original)
+    stored, codec = tensors(packed), type(next(iter(packed_modules(packed).values())).codec)
+    calls, with_factor = [], codec.with_factor
+
+    def fail_late(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return with_factor(self, *args)
+
+    monkeypatch.setattr(codec, "with_factor", fail_late)
+    with pytest.raises(MemoryError):
+        _recover(packed, teacher)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in tensors(packed).items())
+
+
+def test_the_model_is_judged_as_often_as_is_asked_for(original):
+    packed, teacher = pair(original)
+    report = _recover(packed, teacher, Recovery(steps=10, batch=1, evaluations=4, patience=9))
+    assert [step for step, _ in report.evaluations] == [0, 3, 5, 8, 10]
+    assert report.windows == 10  # of the 12 that there are
+
+
+def test_a_run_does_not_end_in_its_warm_up(original):
+    packed, teacher = pair(original)
+    settings = Recovery(steps=10, batch=1, learning_rate=1.0, warmup=0.5, evaluations=10, patience=1)
+    assert _recover(packed, teacher, settings).steps == 6
 
 
 def test_the_best_step_is_kept_and_training_that_brings_nothing_ends(original):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed_pairs import pair, tensors, windows
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_pcdvq import Recovery, recover
@@ -71,7 +72,7 @@ def test_another_run_is_refused_or_replaced(tiny_model_dir, tmp_path):
     ):
         _run(tiny_model_dir, tmp_path, text=windows(5, seed=2))
     other = Recovery(steps=3, batch=1)
-    with pytest.raises(ValueError, match="differs in the settings and the model's weights|differs in the settings"):
+    with pytest.raises(ValueError, match="which differs in the settings and the text. Delete it"):
         _run(tiny_model_dir, tmp_path, settings=other)
     _, _, report = _run(tiny_model_dir, tmp_path, settings=other, restart=True)
     assert report.steps == 3
@@ -84,11 +85,39 @@ def test_a_damaged_state_is_refused(tiny_model_dir, tmp_path):
         _run(tiny_model_dir, tmp_path)
 
 
+def test_a_state_that_lacks_a_tensor_is_damaged(tiny_model_dir, tmp_path):
+    _run(tiny_model_dir, tmp_path)
+    file = tmp_path / "recovery.safetensors"
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "best"}, file, metadata)
+    with pytest.raises(ValueError, match=r"recovery.safetensors is damaged \(it lacks best\)"):
+        _run(tiny_model_dir, tmp_path)
+
+
+def test_only_what_a_run_has_written_is_deleted(tiny_model_dir, tmp_path):
+    mine = [tmp_path / name for name in ("teacher/model", "windows.safetensors", ".recovery-logits/notes")]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    _run(tiny_model_dir, tmp_path)
+    clear(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(mine)
+
+
+def test_a_run_that_is_refused_loses_no_logits(tiny_model_dir, tmp_path):
+    _run(tiny_model_dir, tmp_path)
+    before = {file: file.read_bytes() for file in (tmp_path / ".recovery-logits").iterdir()}
+    with pytest.raises(ValueError, match="belongs to another run"):
+        _run(tiny_model_dir, tmp_path, text=windows(5, seed=2))
+    assert {file: file.read_bytes() for file in (tmp_path / ".recovery-logits").iterdir()} == before
+
+
 def test_the_originals_logits_are_kept_within_the_bound_and_change_nothing(tiny_model_dir, tmp_path):
     def run(name: str, cache_bytes: int):
         settings = Recovery(**{**SETTINGS.to_dict(), "cache_bytes": cache_bytes})
         found = _run(tiny_model_dir, tmp_path / name, settings=settings)
-        return found[0], found[1], sum(1 for _ in (tmp_path / name).glob("teacher/logits-*.safetensors"))
+        return found[0], found[1], sum(1 for _ in (tmp_path / name).glob(".recovery-logits/logits-*.safetensors"))
 
     logits = 24 * 258 * 4  # bytes of one window
     computed, calls, files = run("none", 0)
@@ -103,15 +132,15 @@ def test_kept_logits_that_are_damaged_are_computed_again(tiny_model_dir, tmp_pat
     expected, _, _ = _run(tiny_model_dir, None)
     with pytest.raises(KeyboardInterrupt):
         _run(tiny_model_dir, tmp_path, 3)
-    (tmp_path / "teacher/logits-000001.safetensors").write_bytes(b"half")
+    (tmp_path / ".recovery-logits/logits-000001.safetensors").write_bytes(b"half")
     assert _same(_run(tiny_model_dir, tmp_path)[0], expected)
 
 
 def test_kept_logits_of_another_original_are_not_used(tiny_model_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _run(tiny_model_dir, tmp_path, 1)
-    file = tmp_path / "teacher/logits-000000.safetensors"
+    file = tmp_path / ".recovery-logits/logits-000000.safetensors"
     save_file({"logits": load_file(file)["logits"] * 0}, file)
-    owner = tmp_path / "teacher/identity.json"
+    owner = tmp_path / ".recovery-logits/identity.json"
     owner.write_text(json.dumps({**json.loads(owner.read_text()), "the teacher's weights": "other"}))
     assert _same(_run(tiny_model_dir, tmp_path)[0], _run(tiny_model_dir, None)[0])
