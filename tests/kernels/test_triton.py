@@ -116,7 +116,7 @@ def test_every_config_gives_the_same_product(setting, tokens):
     assert torch.equal(out, product(x.to(DEVICE)[None], weight, config=choice)[0])
 
 
-@pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (5, torch.float16), (16, torch.float16)])
+@pytest.mark.parametrize("tokens, dtype", [(5, torch.bfloat16), (16, torch.float16)])
 @pytest.mark.parametrize(
     "setting", ["pcdvq-2.0", "pcdvq-2.25", "ccq-2.75", "ccq-2.0625", "stream-2.0", "stream-2.25"]
 )
