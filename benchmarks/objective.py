@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_pcdvq import Calibration, quantize_model
 from hf_pcdvq.calibration.data import read_windows
-from hf_pcdvq.calibration.sampling import read_prompts, sample_answers, sample_from_model, shipped_prompts
+from hf_pcdvq.calibration.sampling import sample_answers, sample_from_model
 from hf_pcdvq.config import config_of_setting
 from hf_pcdvq.evaluation.metrics import Evaluation, compare_logits, token_windows
 from hf_pcdvq.files.records import device_name, package_versions, write_text
@@ -48,6 +48,7 @@ from hf_pcdvq.files.records import device_name, package_versions, write_text
 LENGTH, SAMPLES, DRAWS, WINDOWS, FEW_WINDOWS = 1024, 128, 3, 48, 12
 SETTINGS = ("pcdvq-2.25", "stream-2.0")
 OWN, ANSWERS = "own", "answers"  # texts that the model writes
+PROMPTS = Path(__file__).with_name("prompts.jsonl")  # each with its kind
 KINDS = ("chat", "tool", "code")  # of prompts whose answers are evaluated on
 # By name: fields of Calibration, and fields of the config.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -120,10 +121,17 @@ class Bench:
         return sample_answers(self.model, self._prompts(1, kind), count, LENGTH, DRAWS, progress=False)
 
     def _prompts(self, half: int, kind: str | None = None) -> list[list[int]]:
-        """Every second prompt, of one kind or of all."""
+        """Token ids of every second prompt, of one kind or of all, in the chat template, up to where the answer begins."""
         tokenizer = AutoTokenizer.from_pretrained(self._folder)
-        chosen = [line["messages"] for line in shipped_prompts()[half::2] if kind in (None, line["kind"])]
-        return read_prompts(tokenizer, chosen)
+        if tokenizer.chat_template is None:
+            sys.exit(f"objective.py: answering prompts needs a chat template, and {self._folder} has none")
+        lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()][half::2]
+        texts = [
+            tokenizer.apply_chat_template(line["messages"], add_generation_prompt=True, tokenize=False)
+            for line in lines
+            if kind in (None, line["kind"])
+        ]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Quantize and evaluate, on a stream of its own, so that several runs share a GPU."""

@@ -18,6 +18,7 @@ from .common import (
     overrides_of,
     placement_options,
     setting_option,
+    skip_option,
 )
 from .mixed import print_allocation, target_fields, target_options
 
@@ -33,12 +34,7 @@ from .mixed import print_allocation, target_fields, target_options
 )
 @setting_option
 @target_options
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
-)
+@skip_option
 @override_option
 @click.option(
     "--dataset",

@@ -173,6 +173,16 @@ def setting_option(command: Callable) -> Callable:
     )(command)
 
 
+def skip_option(command: Callable) -> Callable:
+    """The option of every command that chooses modules."""
+    return click.option(
+        "--skip",
+        multiple=True,
+        metavar="PATTERN",
+        help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
+    )(command)
+
+
 def override_option(command: Callable) -> Callable:
     """The option of every command that chooses settings by module."""
     return click.option(

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import click
 
-from .common import Command, echo_json, json_option, override_option, overrides_of, setting_option
+from .common import Command, echo_json, json_option, override_option, overrides_of, setting_option, skip_option
 
 
 @click.command(cls=Command)
 @click.argument("model", metavar="CONFIG.json|MODEL")
 @setting_option
 @override_option
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave modules with this name, suffix or regular expression dense.",
-)
+@skip_option
 @click.option(
     "--context",
     type=click.IntRange(min=0),

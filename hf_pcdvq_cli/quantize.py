@@ -24,6 +24,7 @@ from .common import (
     overrides_of,
     placement_options,
     setting_option,
+    skip_option,
 )
 from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .quantizing import Run, quantize_and_save
@@ -58,12 +59,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     type=int,
     help="Of stream only: bits per window, 12 to 16; more take longer to encode. [default: 12]",
 )
-@click.option(
-    "--skip",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave modules with this name, suffix or regular expression dense. May be repeated.",
-)
+@skip_option
 @override_option
 @target_options
 @click.option(

@@ -102,6 +102,14 @@ def smollm2_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file with enough text to calibrate a tiny model on."""
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(f"{number} of many small words" for number in range(150)))
+    return file
+
+
+@pytest.fixture
 def exact_products() -> Iterator[None]:
     """Products in PyTorch: those of the CPU kernels depend, in the fourth digit, on which tokens are multiplied together."""
     set_backend("reference")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +16,7 @@ from tqdm.auto import tqdm
 from ..emulation import is_emulated, placed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _BATCH = 64  # sequences, at most
 
@@ -58,7 +56,7 @@ def sample_answers(
     Where it ends, another prompt follows.
 
     Args:
-        prompts: token ids of each, up to where the answer begins; see `read_prompts`.
+        prompts: token ids of each, up to where the answer begins.
 
     Returns:
         int64 `[count, length]` on the CPU.
@@ -78,33 +76,6 @@ def sample_answers(
         return _Answer(generator, ends, prompts, order[rows])
 
     return _generate(model, torch.tensor([ids[:1] for ids in order]), length, answering, progress)
-
-
-def read_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[list[dict[str, str]]] | None = None
-) -> list[list[int]]:
-    """Token ids of prompts in the tokenizer's chat template, up to where the answer begins.
-
-    Args:
-        prompts: lists of messages; None takes a mix of chat, documents, tool calls, code and languages that comes with
-            this package.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError("answering prompts needs a chat template, and the tokenizer has none")
-    texts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        for messages in prompts or [line["messages"] for line in shipped_prompts()]
-    ]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-def shipped_prompts() -> list[dict[str, Any]]:
-    """The prompts of this package, each with its `kind` and `messages`."""
-    lines = (resources.files(__package__) / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def _generate(

@@ -4,7 +4,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from hf_pcdvq.calibration.sampling import sample_answers, sample_from_model, shipped_prompts
+from hf_pcdvq.calibration.sampling import sample_answers, sample_from_model
 
 
 class Constant(nn.Module):
@@ -88,10 +88,3 @@ def test_answers_follow_prompts_and_end_where_the_next_prompt_begins():
             ended += end < len(row)
             row = row[end + 1 :]
     assert len(seen) == 2 and 0.5 < ended / (windows == 3).sum() / 0.2 < 2
-
-
-def test_shipped_prompts_are_conversations_of_every_kind():
-    lines = shipped_prompts()
-    assert {line["kind"] for line in lines} == {"chat", "document", "tool", "code", "language"}
-    for line in lines:
-        assert line["messages"][-1]["role"] == "user" and all(turn["content"] for turn in line["messages"])

@@ -12,13 +12,6 @@ SMALL = ("--samples", "12", "--length", "32")
 TARGET = ("--bits", "auto", "--target-bits", "2.35", "--setting", "pcdvq-2.0")
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text(" ".join(f"{number} of many small words" for number in range(150)))
-    return file
-
-
 def test_allocate_then_quantize_is_what_quantize_does(tiny_model_dir, text, tmp_path):
     common = ("--dataset", text, *SMALL)
     bits = tmp_path / "bits"

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 import torch
-from test_cli import fail, run, succeed
+from command_line import fail, run, succeed
 from transformers import AutoModelForCausalLM
 
 import hf_pcdvq.calibration.held_out
@@ -14,13 +14,6 @@ import hf_pcdvq.calibration.run
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 
 OPTIONS = ("--samples", "8", "--length", "32")
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text(" ".join(f"{number} of many small words" for number in range(150)))
-    return file
 
 
 def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):

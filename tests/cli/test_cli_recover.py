@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from command_line import fail, succeed
 from conftest import byte_tokenizer
 from safetensors.torch import load_file
-from test_cli import fail, succeed
 from transformers import AutoModelForCausalLM
 
 from hf_pcdvq.calibration.held_out import HeldOut
@@ -16,13 +16,6 @@ from hf_pcdvq.files.provenance import Provenance
 from hf_pcdvq.recovery import recover as recovery
 
 STEPS = ("--steps", "4", "--batch", "1", "--learning-rate", "0.02")
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text(" ".join(f"{number} of many small words" for number in range(150)))
-    return file
 
 
 @pytest.fixture(scope="module")
