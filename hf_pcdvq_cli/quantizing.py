@@ -105,7 +105,7 @@ def _device(run: Run) -> str | None:
     wanted = run.options["device_map"]
     if run.config.calibration is not None or wanted in (None, "auto"):
         return None  # decoder blocks are calibrated on the accelerator wherever the model is
-    if re.fullmatch(r"[a-z]+(:\d+)?", wanted) and wanted not in ("balanced", "balanced_low_0", "sequential"):
+    if re.fullmatch(r"[a-z]+(:\d+)?", wanted) and wanted not in ("balanced", "sequential"):
         return wanted
     raise CannotStream(f"--device-map {wanted} spreads it over devices")
 

@@ -94,6 +94,9 @@ class MappedActivations(MutableMapping):
     def __len__(self) -> int:
         return len(self._stored)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._stored  # that of the base would map the file
+
     def join(self, key: Hashable, parts: Iterable[Tensor]) -> None:
         # Always a new file: the one that it replaces may be mapped, and would end under whoever reads it.
         file, rows, first = self._folder / str(self._written), 0, None
@@ -111,5 +114,6 @@ def _write(stream, tensor: Tensor, file: Path) -> None:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     try:
         stream.write(content)
+        stream.flush()  # here, where the error is named, and not when the file is closed
     except OSError as error:
         raise OSError(f"{file} ({content.nbytes} bytes of activations) could not be written: {error}") from error

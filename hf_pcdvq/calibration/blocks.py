@@ -21,6 +21,10 @@ from .activations import Activations
 from .inputs import Stop
 
 
+class NotBlockByBlock(NotImplementedError):
+    """A model cannot be run one decoder block at a time; the message says why. PyTorch raises its base for other reasons."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a block is called with besides its hidden states."""
@@ -212,7 +216,7 @@ def _record(
     def recorder(number: int) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if number != len(calls):
-                raise NotImplementedError(
+                raise NotBlockByBlock(
                     f"{type(model).__name__} runs its decoder block {number} "
                     f"{'again' if number < len(calls) else f'before block {len(calls)}'}; only models that run every "
                     "block once and in order can be calibrated. Without calibration it can be quantized"
@@ -234,7 +238,7 @@ def _record(
             stack.enter_context(replaced_forward(head, _stop))
         _run_until_stop(model, windows)
     if len(calls) != len(blocks):
-        raise NotImplementedError(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
+        raise NotBlockByBlock(f"{type(model).__name__} ran {len(calls)} of its {len(blocks)} decoder blocks")
     return inputs, calls
 
 
@@ -311,7 +315,7 @@ def _refuse_varying(calls: list[Call], others: list[Call]) -> None:
         second = other.named()
         for name, value in call.named().items():
             if not _same(value, second.get(name)):
-                raise NotImplementedError(
+                raise NotBlockByBlock(
                     f"argument {name!r} of decoder block {number} depends on the text; such a model cannot be "
                     "calibrated block by block. Without calibration it can be quantized"
                 )

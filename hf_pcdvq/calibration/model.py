@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..allocation.settle import settle_bits
 from ..evaluation.metrics import check_length, check_windows
 from .activations import Activations, HeldActivations
-from .blocks import find_blocks
+from .blocks import NotBlockByBlock, find_blocks
 from .data import read_windows, split_windows, window_batches
 from .held_out import HeldOut
 from .identity import Identity, run_identity
@@ -113,7 +113,7 @@ def _held_out(weights: ModelWeights, *options: Any) -> HeldOut | None:
     """The logits of the original, unless they cannot be computed with one block at a time."""
     try:
         return HeldOut(weights, *options)
-    except NotImplementedError as error:
+    except NotBlockByBlock as error:
         logger.warning("the result is not compared with its original: %s. `hf-pcdvq eval` compares them", error)
         return None
 

@@ -203,16 +203,16 @@ def sort_metadata(file: Path) -> None:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a saved model: those that its index lists, or else its single file.
+    """The safetensors files of a saved model: its single file, or else those that its index lists, as Transformers loads it.
 
     Raises:
         FileNotFoundError: `folder` contains no model, or a shard that the index lists is missing.
         ValueError: the index is damaged, or lists a file outside the folder.
     """
-    index = folder / INDEX
-    files = sorted({folder / name for name in read_index(index).values()})
-    if not index.is_file():
-        files = [folder / "model.safetensors"]
+    single, index = folder / "model.safetensors", folder / INDEX
+    files = [single]
+    if index.is_file() and not single.is_file():
+        files = sorted({folder / name for name in read_index(index).values()})
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; expected a model saved with save_pretrained in {folder}")

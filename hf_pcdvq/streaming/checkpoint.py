@@ -99,7 +99,7 @@ class Checkpoint:
         """Have the weights of units in memory.
 
         Args:
-            without: modules whose weights are not read.
+            without: parameters that are not read.
 
         Raises:
             ValueError: a tensor of a unit is not in the files, or cannot be packed.
@@ -165,11 +165,10 @@ class Checkpoint:
 
     def _check_units(self) -> None:
         """Convert every unit on the meta device, which shows whether its keys give all of its tensors and no others."""
-        tied = {*self.model.all_tied_weights_keys, *self.model.all_tied_weights_keys.values()}
         for name, unit in self.units.items():
             own = {tensor for tensor in self.model.state_dict() if unit.holds(tensor)}
             found = self._load(unit, unit.keys, torch.device("meta"))
-            odd = (found - own) | (own - found - tied) or (set() if found else own)
+            odd = (found - own) | (own - found - self._tied()) or (set() if found else own)
             if odd:
                 raise CannotStream(f"{min(odd)!r} is not in its files, or not made of what is stored with {name!r}")
             for target, source in self.model.all_tied_weights_keys.items():
@@ -183,21 +182,22 @@ class Checkpoint:
         if self._quantizer is not None and self._quantizer.failure is not None:
             raise ValueError(self._quantizer.failure)
 
-    def _only_for(self, key: str, modules: frozenset[str]) -> bool:
-        """Whether a tensor in the files becomes parameters of these modules and of no others."""
-        if not modules:
-            return False
+    def _only_for(self, key: str, parameters: frozenset[str]) -> bool:
+        """Whether a tensor in the files becomes one of these parameters and no other."""
         target, targets = self._targets[key]
-        return targets == 1 and _owner(target) in modules
+        return targets == 1 and target in parameters
 
     def _load(self, unit: Unit, keys: list[str], device: torch.device) -> set[str]:
         """Load some tensors of a unit, and return the names of the parameters that were made of them."""
         found = self._convert(keys, device)
-        tied = {*self.model.all_tied_weights_keys, *self.model.all_tied_weights_keys.values()}
-        own = {tensor for tensor in tied if unit.holds(tensor)}
+        own = {tensor for tensor in self._tied() if unit.holds(tensor)}
         if own & found:
             self.model.tie_weights(missing_keys=own - found, recompute_mapping=False)
         return found
+
+    def _tied(self) -> set[str]:
+        """The names of all tensors that are tied to another."""
+        return {*self.model.all_tied_weights_keys, *self.model.all_tied_weights_keys.values()}
 
     def _convert(self, keys: list[str], device: torch.device) -> set[str]:
         """Have Transformers load some tensors of the files, and return the names of the parameters that it made."""

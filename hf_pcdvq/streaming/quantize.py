@@ -59,7 +59,7 @@ def quantize_checkpoint(
         model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
         tokenizer: see `quantize_model`.
         config: the format; its `calibration` decides whether the model is calibrated. It is not changed.
-        folder: an empty one, which receives the model.
+        folder: receives the model; not the one that the original is read from.
         scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
         dataset: see `quantize_model`; None takes what `config.calibration` names.
         device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
@@ -132,7 +132,7 @@ class _Run:
         quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
         names = quantizer.select(self.model)
         _check_blocks(checkpoint, names)
-        output = self._output(quantizer, names)
+        output = self._output(checkpoint, quantizer, names)
         checkpoint.packing(quantizer)
         report, held_out = calibrate_model(
             StreamedWeights(checkpoint, activations, output),
@@ -163,12 +163,16 @@ class _Run:
         if self.work_dir is not None:
             identity = model_identity(self.model, checkpoint.contents())
             store = BlockStore(self.work_dir, run_identity(identity, names, self.config, None), self.restart)
-        output = self._output(quantizer, names)
+        output = self._output(checkpoint, quantizer, names)
         _round_units(checkpoint, output, quantizer, names, store, self.progress)
         output.finish()
 
-    def _output(self, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
+    def _output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
         """Save everything but the tensors of the packed model."""
+        if self.folder.resolve() in {file.parent.resolve() for file in checkpoint.files}:
+            raise ValueError(
+                f"{self.folder} holds the original, which would be overwritten while it is read: choose another"
+            )
         skeleton = copy.deepcopy(self.model)
         for name in names:
             replace_by_packed(skeleton, name, self.config.codec_of(name))
@@ -222,7 +226,7 @@ def _round_units(
     for number, (name, unit) in enumerate(checkpoint.units.items()):
         layers = [layer for layer in names if layer in unit.modules]
         stored = store.load(number) if store and layers else None
-        with checkpoint.loaded(name, without=frozenset(layers if stored else ())):
+        with checkpoint.loaded(name, without=frozenset(_packed_parameters(model, layers) if stored else ())):
             if stored:
                 _install(model, stored)
                 quantizer.advance(sum(matrices[layer] for layer in layers))
@@ -230,6 +234,11 @@ def _round_units(
                 store.save(number, QuantizedLayers({layer: _packed(model, layer) for layer in layers}))
             output.write(model, unit)
     quantizer.show_progress(0, False)
+
+
+def _packed_parameters(model: nn.Module, layers: list[str]) -> list[str]:
+    """Names of the dense parameters that packed modules have instead; those have others, such as biases, too."""
+    return [f"{layer}.{parameter}" for layer in layers for parameter in model.get_submodule(layer).packed_parameters]
 
 
 def _packed(model: nn.Module, layer: str) -> dict[str, Packed]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..calibration.activations import Activations
-from ..calibration.blocks import capture, outside_upcast, replaced_forward, run_block
+from ..calibration.blocks import NotBlockByBlock, capture, outside_upcast, replaced_forward, run_block
 from ..calibration.identity import Identity, model_identity
 from ..calibration.weights import ModelWeights
 from ..emulation import is_emulated, placed
@@ -126,7 +126,7 @@ class StreamedWeights(ModelWeights):
             stack.enter_context(placed(modules[0], self.home, upcast))
             captured = capture(model, modules, windows.split(1), hidden)
         if not captured.chained:
-            raise NotImplementedError(f"{type(model).__name__} changes hidden states between its decoder blocks")
+            raise NotBlockByBlock(f"{type(model).__name__} changes hidden states between its decoder blocks")
         for number, block in enumerate(modules):
             with self.loaded(f"{blocks}.{number}"), placed(block, device, upcast):
                 call = captured.of_block(number)[1].to(device, upcast)

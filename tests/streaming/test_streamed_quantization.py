@@ -149,9 +149,13 @@ def test_no_more_than_one_block_is_in_memory(dense, tmp_path, monkeypatch):
     assert head and all(found == {"lm_head.weight"} for found in head)
 
 
+@pytest.mark.parametrize("before", ["write", "save"])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_interrupted_run_goes_on_at_the_block_where_it_stopped(calibrated, dense, tmp_path, monkeypatch):
-    in_memory(dense["mixtral"], configured("pcdvq-2.25", calibrated, {}), tmp_path / "expected")
+@pytest.mark.parametrize("name", ["mixtral", "biased"])
+def test_interrupted_run_goes_on_at_the_block_where_it_stopped(
+    name, calibrated, before, dense, tmp_path, monkeypatch
+):
+    in_memory(dense[name], configured("pcdvq-2.25", calibrated, {}), tmp_path / "expected")
     write, store = streaming.Output.write, streaming.BlockStore.save
     saved = []
 
@@ -160,20 +164,29 @@ def test_interrupted_run_goes_on_at_the_block_where_it_stopped(calibrated, dense
             raise KeyboardInterrupt
         write(self, model, unit)
 
+    def not_kept(self, number, result):
+        if any(layer.startswith("model.layers.1") for layer in result.packed):
+            raise KeyboardInterrupt
+        store(self, number, result)
+
     def counted(self, number, result):
         saved.append(list(result.packed))
         store(self, number, result)
 
-    monkeypatch.setattr(streaming.Output, "write", killed)
+    if before == "write":
+        monkeypatch.setattr(streaming.Output, "write", killed)
+    else:
+        monkeypatch.setattr(streaming.BlockStore, "save", not_kept)
     run = configured("pcdvq-2.25", calibrated, {}), tmp_path / "found"
     with pytest.raises(KeyboardInterrupt):
-        streamed(dense["mixtral"], *run, work_dir=tmp_path / "work")
+        streamed(dense[name], *run, work_dir=tmp_path / "work")
     monkeypatch.setattr(streaming.Output, "write", write)
     monkeypatch.setattr(streaming.BlockStore, "save", counted)
     for remains in ("found", "scratch"):  # as the command does
         shutil.rmtree(tmp_path / remains)
-    streamed(dense["mixtral"], *run, work_dir=tmp_path / "work")
-    assert not any(name.startswith("model.layers.") for layers in saved for name in layers)
+    streamed(dense[name], *run, work_dir=tmp_path / "work")
+    computed = {layer.split(".")[2] for layers in saved for layer in layers if layer.startswith("model.layers.")}
+    assert computed == ({"1"} if before == "save" else set())
     assert_same_files(tmp_path / "found", tmp_path / "expected")
 
 
@@ -250,14 +263,8 @@ def test_activations_that_a_device_has_room_for_stay_there(name, dense, tmp_path
     monkeypatch.setattr(MappedActivations, "join", lambda self, *args: used.append(args[0]) or join(self, *args))
     streamed(dense[name], run, tmp_path / "found")
     assert_same_files(tmp_path / "found", tmp_path / "expected")
-    assert set(used) <= {
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-    }  # states before the first block, and for the comparison; no inputs of layers
+    # States before the first block, and for the comparison; no inputs of layers.
+    assert set(used) == set(range(6))
 
 
 def test_own_share_of_corrections_is_that_of_the_path_in_memory(dense, tmp_path):
@@ -269,23 +276,41 @@ def test_own_share_of_corrections_is_that_of_the_path_in_memory(dense, tmp_path)
         assert_same_files(tmp_path / f"{name}-found", tmp_path / f"{name}-expected")
 
 
-def test_sensitivities_go_with_the_windows_of_their_batch(dense):
-    weights, run = {}, configured("pcdvq-2.25", True, {})
-    run.calibration = replace(run.calibration, fisher_groups=2)
-    for batch in (16, 64):  # one window, and four, of which the last batch has two
+@pytest.mark.parametrize("fisher_groups", [0, 2])
+def test_windows_that_go_through_a_block_together_change_rounding_errors_only(fisher_groups, dense):
+    weights = {}
+    for batch, groups in ((16, fisher_groups), (64, fisher_groups), (16, 2 - fisher_groups)):  # one window, and four
+        run = configured("pcdvq-2.25", True, {})
+        run.calibration = replace(run.calibration, fisher_groups=groups)
         model = AutoModelForCausalLM.from_pretrained(dense["llama"], dtype=torch.float32)
         quantize_model(model, None, run, TOKENS, batch_tokens=batch, progress=False)
-        weights[batch] = model.model.layers[0].self_attn.q_proj.dequantize(torch.float32).weight
-    assert (weights[16] - weights[64]).norm() < 1e-3 * weights[16].norm()
+        weights[batch, groups] = model.model.layers[0].self_attn.q_proj.dequantize(torch.float32).weight
+    one, four, other = weights.values()
+    assert (one - four).norm() < 1e-3 * one.norm() < (one - other).norm()
 
 
-def test_windows_that_go_through_a_block_together_change_rounding_errors_only(dense, tmp_path):
-    weights, run = {}, configured("pcdvq-2.25", True, {})
-    for batch in (16, 64):  # one window, and four, of which the last batch has two
-        model = AutoModelForCausalLM.from_pretrained(dense["llama"], dtype=torch.float32)
-        quantize_model(model, None, run, TOKENS, batch_tokens=batch, progress=False)
-        weights[batch] = model.model.layers[0].self_attn.q_proj.dequantize(torch.float32).weight
-    assert (weights[16] - weights[64]).norm() < 1e-3 * weights[16].norm()
+def test_the_original_is_not_overwritten(dense, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dense["llama"], folder)
+    before = contents(folder)
+    for calibrated in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map="meta")
+        with pytest.raises(ValueError, match="holds the original"):
+            quantize_checkpoint(model, None, configured("pcdvq-2.0", calibrated, {}), folder, tmp_path, TOKENS)
+    assert contents(folder) == before
+
+
+def test_of_a_file_and_an_index_the_weights_are_those_that_transformers_loads(dense, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dense["llama"], folder)
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[5] += 1
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder)
+    in_memory(folder, configured("pcdvq-2.0", False, {}), tmp_path / "expected")
+    streamed(folder, configured("pcdvq-2.0", False, {}), tmp_path / "found")
+    assert_same_files(tmp_path / "found", tmp_path / "expected")
 
 
 def test_activations_are_read_back_and_a_tensor_that_was_read_stays_when_it_is_replaced(tmp_path):
