@@ -20,7 +20,7 @@ _OPTIONAL = (("samples", 1, 1 << 30), ("micro_batch", 1, 1 << 16), ("cache_bytes
 
 @dataclass(frozen=True)
 class Recovery:
-    """Options of a recovery, JSON-clean. docs/recovery.md says what has been measured; the defaults have not.
+    """Options of a recovery, JSON-clean. docs/recovery.md has the measurements behind the defaults.
 
     Attributes:
         steps: number of optimizer steps.
@@ -47,7 +47,7 @@ class Recovery:
     batch: int = 4
     length: int = 512
     samples: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup: float = 0.1
     held_out: int = 8
     evaluations: int = 8
