@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import hf_pcdvq_kernels as ops
 import torch
 from hf_pcdvq_kernels.backend import constant_when_compiled
-from hf_pcdvq_kernels.cpu.direct import DirectProduct, can_skip_dispatcher
+from hf_pcdvq_kernels.direct import DirectProduct, can_skip_dispatcher, direct_product
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
@@ -88,7 +90,7 @@ class QuantLinear(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias` for `x` `[..., in_features]`, in the dtype of `x`."""
         out = None
-        if not torch.compiler.is_dynamo_compiling() and self.codec.family.on_cpu and can_skip_dispatcher(x):
+        if not torch.compiler.is_dynamo_compiling() and can_skip_dispatcher(x, self.codec.family):
             out = self._multiply_directly(x)
         if out is None:
             family, arguments = self.op_arguments("weight")
@@ -110,7 +112,12 @@ class QuantLinear(PackedModule, nn.Linear):
                 return None
             format, rotation = self._shared_as()
             return prepared_when_traced(x, signs, format, rotation)
-        return None if self._shared_input is None else self._shared_input.prepared(x, signs)
+        shared = self._shared_input
+        return (
+            None
+            if shared is None
+            else shared.prepared(x, partial(ops.prepare, signs=signs, format=self.codec.format))
+        )
 
     @constant_when_compiled
     def _shared_as(self) -> tuple[str, str]:
@@ -121,12 +128,15 @@ class QuantLinear(PackedModule, nn.Linear):
         parameters, buffers, entry = self._parameters, self._buffers, self.packed_parameters["weight"]
         tensors = [parameters[name] for name in entry.tensors.values()]
         tensors += [buffers[name] for name in entry.tables.values()]
-        if any(not tensor.is_cpu for tensor in tensors):
-            return None
         product = self._direct
         if product is None or not product.holds(tensors):
-            product = self._direct = DirectProduct(*self.op_arguments("weight"), buffers.get("signs"), tensors)
-        return product(x, self._prepared(x, buffers.get("signs"))) if product.takes(x) else None
+            if any(tensor.device != x.device for tensor in tensors):
+                return None
+            product = self._direct = direct_product(*self.op_arguments("weight"), buffers.get("signs"), tensors)
+        if not product.takes(x):
+            return None
+        shared = self._shared_input
+        return product(x, None if shared is None else shared.prepared(x, product.prepare))
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the decoded weight in `dtype`, on the same device."""
@@ -154,8 +164,8 @@ def share_inputs(model: nn.Module) -> None:
         for child in parent.children():
             if isinstance(child, QuantLinear) and child.shared_input is None and child.codec.has_kernels:
                 groups.setdefault((child.codec, child.in_features), []).append(child)
-        for (codec, _), layers in groups.items():
+        for layers in groups.values():
             if len(layers) > 1:
-                shared = SharedInput(parent, codec.format)
+                shared = SharedInput(parent)
                 for layer in layers:
                     layer.shared_input = shared

@@ -6,6 +6,7 @@ calls several packed layers with the same tensor needs that launch only once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hf_pcdvq_kernels as ops
@@ -23,11 +24,9 @@ class SharedInput:
 
     Args:
         parent: the module that calls the layers.
-        format: the format of their packed weights, see `Codec.format`.
     """
 
-    def __init__(self, parent: nn.Module, format: str):
-        self.format = format
+    def __init__(self, parent: nn.Module):
         # During a call of the module: the last input, its version and its prepared form, or empty; None outside.
         self._last: tuple[Any, ...] | None = None
         if not hasattr(parent, "_shared_inputs"):
@@ -37,14 +36,14 @@ class SharedInput:
             parent._shared_inputs, parent._shared_input_hooks = (), (parent.register_forward_pre_hook(_begin), end)
         parent._shared_inputs = (*parent._shared_inputs, self)
 
-    def prepared(self, x: Tensor, signs: Tensor | None) -> Tensor | None:
-        """The result of `hf_pcdvq_kernels.prepare` for `x` `[..., K]`; None outside a call of the module."""
+    def prepared(self, x: Tensor, prepare: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """The result of `prepare` for `x` `[..., K]`; None outside a call of the module."""
         last = self._last  # read once: another thread may run the same module
         if last is None:
             return None
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         if not last or last[0] is not x or last[1] != version:
-            last = self._last = (x, version, ops.prepare(x, signs, self.format))
+            last = self._last = (x, version, prepare(x))
         return last[2]
 
 

@@ -72,14 +72,14 @@ def _prepare_on_cpu(x: Tensor, signs: Tensor | None, format: str) -> Tensor | No
     # In a compiled graph every product prepares its own: the number of tokens decides, and need not be known there.
     if torch.compiler.is_compiling():
         return None
-    from .cpu import direct, launch
+    from .cpu import launch
 
     if not x.numel():
         return None
     check_prepare(x, signs)
     if x.numel() // x.shape[-1] > launch.MOST_TOKENS:
         return None
-    return launch.prepare(x, signs, format) if direct.can_skip_dispatcher(x) else OPS.prepare(x, signs, format)
+    return OPS.prepare(x, signs, format)
 
 
 def dequantize(family: str, packed: Sequence[PackedArgument], dtype: torch.dtype) -> Tensor:

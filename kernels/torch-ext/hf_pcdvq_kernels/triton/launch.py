@@ -14,6 +14,7 @@ from ..reference.sliced import sliced_dequantize, sliced_matmul
 from . import activations
 from .device import OPTIONS, current, has_ptx
 from .launch_config import kernels_of
+from .launcher import launcher
 from .product import has_kernel, product
 
 # Weights decoded at a time when PyTorch multiplies: 128 MiB of 16-bit floats, enough for a GPU's matrix product.
@@ -74,9 +75,9 @@ def hadamard(x: Tensor, signs: Tensor, inverse: bool) -> Tensor:
     block = len(signs)
     tile = max(activations.TILE, block)
     with current(x.device):
-        activations.hadamard_kernel[(triton.cdiv(x.numel(), tile),)](
-            x, signs, out, x.numel(), INVERSE=inverse, BLOCK=block, TILE=tile, **OPTIONS
-        )
+        sizes, constants = {"numbers": x.numel()}, {"INVERSE": inverse, "BLOCK": block, "TILE": tile}
+        grid = (triton.cdiv(x.numel(), tile),)
+        launcher(activations.hadamard_kernel, grid, x.device, sizes, constants, OPTIONS)(x, signs, out)
     return out
 
 

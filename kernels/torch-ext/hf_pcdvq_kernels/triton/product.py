@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,7 @@ from . import activations, launch_config, tiles, tuned
 from .activations import Order
 from .device import INTERPRETED, OPTIONS, current, has_pdl, has_ptx, pdl_option
 from .launch_config import LaunchConfig, Shape, kernels_of
+from .launcher import Address, Launcher, launcher
 
 
 def reads_prepared(format: str, tokens: int, columns: int, dtype: torch.dtype) -> bool:
@@ -30,10 +33,10 @@ def has_kernel(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> bool:
 
 def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
     """Prepare `x` `[..., K]` for products with weights in a format; returns one int32 buffer."""
-    flat = x.reshape(-1, x.shape[-1])
-    order, scaled = _default_order(format, *flat.shape)
+    columns = x.shape[-1]
+    order, scaled = _default_order(format, x.numel() // columns, columns)
     with current(x.device):
-        return _prepare(flat.contiguous(), signs, order, scaled)
+        return _prepare(x.contiguous(), signs, order, scaled)
 
 
 def prepared_words(format: str, tokens: int, columns: int) -> int:
@@ -59,54 +62,104 @@ def product(
         prepared: see `launch.matmul`; not combined with `config` or `experts`.
         shape_of_result: the shape to return the result in; `[G, T, N]` if None.
     """
-    groups, tokens, columns = x.shape
-    kernels = kernels_of(weight.name)
-    shape = Shape(weight.name, launch_config.tokens_per_program(tokens), weight.rows, columns)
-    if config is None:
-        config = _config(shape, x.device, tokens, groups if experts is not None else None, prepared is not None)
-    units = shape.units(config.num_warps)
-    order = kernels.order(weight.name, units)
-    with current(x.device):
-        if prepared is None:
-            prepared = _prepare(x.flatten(0, 1), signs, order, scaled=not shape.dot)
-        else:
-            words = _buffer_words(order, not shape.dot, tokens, columns)
-            check_prepared(f"{weight.name} product", prepared, words, x.device)
-        quads, x_scale = _parts(prepared, order, groups * tokens, columns)
+    groups, tokens, _ = x.shape
+    grouped = groups if experts is not None else None
+    launched = Product(weight, tokens, x.dtype, x.device, config, grouped, stack, prepared is not None)
+    if prepared is not None:
+        check_prepared(f"{weight.name} product", prepared, launched.words, x.device)
+    shape = (groups, tokens, weight.rows) if shape_of_result is None else shape_of_result
+    return launched(x, tuple(kernels_of(weight.name).operands(weight).values()), signs, prepared, experts, shape)
+
+
+class Product:
+    """How products of one size with weights of one kind are launched: what does not depend on the numbers in them.
+
+    Args:
+        weight: one of the weights.
+        tokens: per group.
+        dtype, device: of the activations.
+        config: the launch config; None takes the tuned or the default one.
+        groups: of a product with a stack of weights; None for one weight.
+        stack: the number of weights in the stack.
+        prepared: whether activations come prepared.
+
+    Attributes:
+        words: length of a buffer of prepared activations.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: LaunchConfig | None = None,
+        groups: int | None = None,
+        stack: int = 1,
+        prepared: bool = False,
+    ):
+        kernels, rows, columns = kernels_of(weight.name), weight.rows, weight.columns
+        shape = Shape(weight.name, launch_config.tokens_per_program(tokens), rows, columns)
+        if config is None:
+            config = _config(shape, device, tokens, groups, prepared)
+        units = shape.units(config.num_warps)
+        self._order, self._scaled = kernels.order(weight.name, units), not shape.dot
+        self._tokens, self._columns = tokens * (groups or 1), columns
+        self._dtype, self._device, self._activation_dtype = dtype, device, kernels.activation_dtype
+        self.words = _buffer_words(self._order, self._scaled, self._tokens, columns)
         blocks = triton.cdiv(columns, shape.block_inputs(config.num_warps))
         span = triton.cdiv(blocks, min(config.split_k, blocks))
-        splits = triton.cdiv(blocks, span)
-        # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
-        result = (groups, tokens, weight.rows) if shape_of_result is None else shape_of_result
-        if splits == 1:
-            out = torch.empty(result, dtype=x.dtype, device=x.device)
-        else:
-            out = torch.empty(splits, *result, dtype=torch.float32, device=x.device)
-        kernels.matmul_kernel[(triton.cdiv(weight.rows, config.block_n), splits, groups)](
-            p_x=quads.view(kernels.activation_dtype),
-            p_x_scale=x_scale,
-            **kernels.operands(weight),
-            p_experts=x if experts is None else experts,
-            p_out=out,
-            tokens=tokens,
-            rows=weight.rows,
-            **kernels.matmul_sizes(weight),
-            stack=stack,
-            span=span,
-            **kernels.matmul_constants(weight, config.block_n, shape.dot),
-            T=shape.tokens,
-            BLOCK_N=config.block_n,
-            UNITS=units,
-            DOT=shape.dot,
-            BF16=x.dtype == torch.bfloat16,
-            PTX=has_ptx(x.device),
-            PDL=has_pdl(x.device),
-            GROUPED=experts is not None,
-            num_warps=config.num_warps,
-            **pdl_option(has_pdl(x.device)),
-            **OPTIONS,
+        self._splits = triton.cdiv(blocks, span)
+        pdl = has_pdl(device)
+        self._multiply = launcher(
+            kernels.matmul_kernel,
+            (triton.cdiv(rows, config.block_n), self._splits, groups or 1),
+            device,
+            {"tokens": tokens, "rows": rows, **kernels.matmul_sizes(weight), "stack": stack, "span": span},
+            {
+                **kernels.matmul_constants(weight, config.block_n, shape.dot),
+                "T": shape.tokens,
+                "BLOCK_N": config.block_n,
+                "UNITS": units,
+                "DOT": shape.dot,
+                "BF16": dtype == torch.bfloat16,
+                "PTX": has_ptx(device),
+                "PDL": pdl,
+                "GROUPED": groups is not None,
+            },
+            {"num_warps": config.num_warps, **pdl_option(pdl), **OPTIONS},
         )
-        return out if splits == 1 else _sum(out, x.dtype)
+        self._sum = None if self._splits == 1 else _summation(self._tokens * rows, self._splits, device)
+
+    def __call__(
+        self,
+        x: Tensor,
+        operands: tuple[Tensor | Address, ...],
+        signs: Tensor | None,
+        prepared: Tensor | None,
+        experts: Tensor | None,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """The product, in `shape`.
+
+        Args:
+            x: contiguous; not read if it is given `prepared`.
+            operands: of the weight, in the order of the kernel's arguments.
+        """
+        with current(self._device):
+            if prepared is None:
+                prepared = _prepare(x, signs, self._order, self._scaled)
+            quads, x_scale = _parts(prepared, self._order, self._tokens, self._columns)
+            # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
+            out = torch.empty(shape, dtype=self._dtype, device=self._device)
+            parts = out
+            if self._sum is not None:
+                parts = torch.empty((self._splits, *shape), dtype=torch.float32, device=self._device)
+            chosen = quads if experts is None else experts
+            self._multiply(quads.view(self._activation_dtype), x_scale, *operands, chosen, parts)
+            if self._sum is not None:
+                self._sum(parts, out)
+        return out
 
 
 def _config(shape: Shape, device: torch.device, tokens: int, groups: int | None, prepared: bool) -> LaunchConfig:
@@ -144,35 +197,43 @@ def _parts(prepared: Tensor, order: Order, tokens: int, columns: int) -> tuple[T
 
 
 def _prepare(x: Tensor, signs: Tensor | None, order: Order, scaled: bool) -> Tensor:
-    tokens, columns = x.shape
-    blocks = order.blocks(columns)
+    columns = x.shape[-1]
+    tokens = x.numel() // columns
     prepared = torch.empty(_buffer_words(order, scaled, tokens, columns), dtype=torch.int32, device=x.device)
     quads, x_scale = _parts(prepared, order, tokens, columns)
     block = 1 if signs is None else len(signs)
-    tile = max(activations.TILE, block)
-    activations.prepare_kernel[(tokens, triton.cdiv(blocks * order.units * order.unit, tile))](
-        x,
-        x_scale if signs is None else signs,
-        quads.view(torch.float16 if scaled else x.dtype),
-        x_scale,
-        columns,
-        blocks,
-        BLOCK=block,
-        UNIT=order.unit,
-        SLOTS=order.slots,
-        PLACES=order.places,
-        QUADS=order.quads,
-        UNITS=order.units,
-        SCALE=scaled,
-        PDL=has_pdl(x.device),
-        TILE=tile,
-        **OPTIONS,
-    )
+    launched = _preparation(order, scaled, tokens, columns, block, has_pdl(x.device), x.device)
+    launched(x, x_scale if signs is None else signs, quads.view(torch.float16 if scaled else x.dtype), x_scale)
     return prepared
 
 
-def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    tile = 512
-    tiles.sum_kernel[(triton.cdiv(out.numel(), tile),)](parts, out, out.numel(), len(parts), TILE=tile, **OPTIONS)
-    return out
+@lru_cache(4096)  # asked for by every layer and input
+def _preparation(
+    order: Order, scaled: bool, tokens: int, columns: int, block: int, pdl: bool, device: torch.device
+) -> Launcher:
+    blocks = order.blocks(columns)
+    tile = max(activations.TILE, block)
+    return launcher(
+        activations.prepare_kernel,
+        (tokens, triton.cdiv(blocks * order.units * order.unit, tile)),
+        device,
+        {"columns": columns, "blocks": blocks},
+        {
+            "BLOCK": block,
+            "UNIT": order.unit,
+            "SLOTS": order.slots,
+            "PLACES": order.places,
+            "QUADS": order.quads,
+            "UNITS": order.units,
+            "SCALE": scaled,
+            "PDL": pdl,
+            "TILE": tile,
+        },
+        OPTIONS,
+    )
+
+
+def _summation(numbers: int, splits: int, device: torch.device) -> Launcher:
+    """Sums the parts of a split product."""
+    tile, sizes = 512, {"numbers": numbers, "splits": splits}
+    return launcher(tiles.sum_kernel, (triton.cdiv(numbers, tile),), device, sizes, {"TILE": tile}, OPTIONS)
