@@ -117,7 +117,9 @@ def test_every_config_gives_the_same_product(setting, tokens):
     expected = x.double() @ exact_weight(setting, packed).T
     weight = family_of(setting).checked("test", *on_device(packed))
     shape = launch_config.Shape(setting, launch_config.tokens_per_program(tokens), 5, 2176)
-    choices = launch_config.candidates(shape)[:: 1 if GPU else 2]
+    choices = launch_config.candidates(shape)
+    if not GPU:  # the interpreter is slow
+        choices = [*choices[:3], choices[-1]]
     assert len({choice.split_k for choice in choices}) > 1
     for choice in choices:
         (out,) = product(x.to(DEVICE)[None], weight, config=choice)

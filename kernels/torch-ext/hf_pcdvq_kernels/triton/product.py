@@ -154,7 +154,7 @@ class Product:
             out = torch.empty(shape, dtype=self._dtype, device=self._device)
             parts = out
             if self._sum is not None:
-                parts = torch.empty((self._splits, *shape), dtype=torch.float32, device=self._device)
+                parts = torch.empty(self._splits, *shape, dtype=torch.float32, device=self._device)
             chosen = quads if experts is None else experts
             self._multiply(quads.view(self._activation_dtype), x_scale, *operands, chosen, parts)
             if self._sum is not None:
