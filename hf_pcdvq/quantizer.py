@@ -38,7 +38,7 @@ from .calibration.weights import ModelWeights
 from .codecs import Codec
 from .config import PackedConfig
 from .files.marks import drop_marks
-from .files.names import matched_names
+from .files.names import matched_names, renaming_of
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
 from .modules import PackedModule, count_matrices, packed_modules, packed_type, share_inputs, unshare_inputs
@@ -149,7 +149,7 @@ class PackedHfQuantizer(HfQuantizer):
             ValueError: a packed module cannot be packed in this model, or has tensors of another shape or dtype.
         """
         modules = dict(model.named_modules())
-        found = matched_names(files.codecs, modules, model.base_model_prefix)
+        found = matched_names(files.codecs, modules, model.base_model_prefix, renaming_of(model))
         if not found:
             raise ValueError(
                 f"config.json says that the model is packed, but its files hold packed tensors for no layer of "
