@@ -6,7 +6,7 @@ import pytest
 from command_line import run, succeed
 from conftest import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
-from vision_models import IMAGES, PROCESSOR, VISION, save_tiny_gemma3
+from vision_models import IMAGES, PROCESSOR, VISION, save_tiny_gemma3, save_tiny_qwen3_5
 
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.publish.push import planned, push_to_hub
@@ -83,3 +83,16 @@ def test_model_that_is_no_causal_language_model_by_name_is_quantized_too(tmp_pat
     assert "is complete" in succeed("check", tmp_path / "packed").stdout
     options = ["--prompt", "abc", "--max-new-tokens", 4, "--no-chat"]
     assert "4 tokens in" in succeed("generate", tmp_path / "packed", *options).stderr
+
+
+def test_model_whose_language_model_is_a_class_of_its_own_keeps_what_reads_images(tmp_path):
+    save_tiny_qwen3_5(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    succeed(*ROUND, tmp_path / "dense", "--out", tmp_path / "packed")
+    for folder in ("dense", "packed"):
+        assert read(tmp_path / folder / "config.json")["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert "is complete" in succeed("check", tmp_path / "packed").stdout
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    text.save_pretrained(tmp_path / "text")
+    byte_tokenizer().save_pretrained(tmp_path / "text")
+    assert "is complete" in succeed("check", tmp_path / "text").stdout
