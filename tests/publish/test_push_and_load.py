@@ -164,7 +164,7 @@ def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hu
     (packed / "mine.py").touch()
     caplog.clear()
     push_folder(packed, REPO)
-    assert "the model has code of its own; add `import hf_pcdvq` to that" in caplog.text
+    assert "the model has code of its own (AutoModel: mine.Model), which is kept" in caplog.text
     sent = json.loads(hub.repos[REPO].files()["config.json"])
     assert sent["auto_map"] == {"AutoModel": "mine.Model"} and "pip install hf_pcdvq" in sent["transformers_weights"]
 
