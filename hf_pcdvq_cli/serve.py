@@ -42,7 +42,7 @@ def serve(arguments: tuple[str, ...]) -> None:
     Takes the options of that command, such as --port, --host and --dtype; `transformers serve --help` lists them.
 
     \b
-    Example (needs `pip install "hf_pcdvq[serving]"`):
+    Example (needs `pip install "transformers[serving]"`):
       hf-pcdvq serve qwen-2bit --port 8000
     """
     _run("serve", arguments)

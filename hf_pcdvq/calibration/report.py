@@ -91,7 +91,7 @@ class QuantizationReport:
         write_text(folder / f"{NAME}.json", text)
         write_text(folder / f"{NAME}.md", counted.markdown())
         if find_spec("matplotlib") is None:
-            logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
+            logger.warning("no plot in %s: it needs matplotlib, pip install matplotlib", folder)
         else:
             plot_damage(self, folder / f"{NAME}.png")
         if self.allocation is not None:

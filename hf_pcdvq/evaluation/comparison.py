@@ -136,7 +136,7 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
 
     points = [point for point in points if point.bits is not None]
     if not points:

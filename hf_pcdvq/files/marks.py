@@ -9,11 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..version import INSTALL
+
 MODULE = "modeling_hf_pcdvq"  # of the loader stub
 # The name of the file with the weights, to Transformers, which refuses one that is not of safetensors and quotes it.
 # Without the plugin that ends every attempt to load the model, also with `ignore_mismatched_sizes=True`, which would
 # fill the packed layers with random weights. The plugin drops it before the name is used.
-WEIGHTS = "packed with hf_pcdvq: `pip install hf_pcdvq`, then `import hf_pcdvq` before loading"
+_BEGINNING = "packed with hf_pcdvq: "  # what follows may change
+WEIGHTS = f"{_BEGINNING}{INSTALL}, then `import hf_pcdvq` before loading"
 
 
 def add_weights_mark(fields: dict[str, Any]) -> None:
@@ -37,7 +40,7 @@ def foreign_code(auto_map: dict[str, Any]) -> dict[str, Any]:
 
 def drop_marks(fields: dict[str, Any]) -> None:
     """Remove both from the fields of a config, if they are there, and from the configs of its parts."""
-    if fields.get("transformers_weights") == WEIGHTS:
+    if str(fields.get("transformers_weights")).startswith(_BEGINNING):
         del fields["transformers_weights"]
     if isinstance(fields.get("auto_map"), dict):
         others = foreign_code(fields["auto_map"])

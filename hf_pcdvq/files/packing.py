@@ -27,7 +27,7 @@ from ..codecs import Codec
 from ..codecs.description import codec_described, description
 from ..modules import STACKS, PackedModule, parameter_name
 from ..modules.divided import whole
-from ..version import FORMAT_VERSION
+from ..version import FORMAT_VERSION, INSTALL
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
 from .hollow import HollowFiles, lay_out
 from .names import matched_names, name_in_files
@@ -106,7 +106,7 @@ class PackingRecord:
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"{where}: format_version must be an integer up to {FORMAT_VERSION}, got {version!r:.100}; if the file was "
-                "written by a newer version: pip install -U hf_pcdvq"
+                f"written by a newer version: {INSTALL}, once that is updated"
             )
         for name, valid in _VALID.items():
             if name not in content or not valid(content[name]):

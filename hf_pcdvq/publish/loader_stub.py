@@ -1,7 +1,8 @@
 """Files that let `from_pretrained(repo, trust_remote_code=True)` load a packed model without `import hf_pcdvq`.
 
 Transformers imports the module named in `auto_map` of config.json before it looks for the quantization method, early
-enough to register ours. If the package is missing, Transformers suggests `pip install hf_pcdvq`.
+enough to register ours. If the package is missing, the module says how to install it: Transformers, which looks for
+imports outside of `try`, would suggest to take from PyPI whatever has its name there.
 
 The classes in that module only delegate to the architecture's own. The config class serves whatever asks for the config
 first: every auto class, `transformers serve`, lm-eval; the config that it hands back is the architecture's, without
@@ -25,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..files.marks import MODULE, add_weights_mark, drop_marks, foreign_code
 from ..files.records import read_object, write_text
+from ..version import INSTALL
 from .architecture import architecture_name
 
 _CONFIG = '''\
@@ -33,8 +35,14 @@ _CONFIG = '''\
 It does no more than `import hf_pcdvq`, which teaches Transformers the packed format.
 """
 
-import hf_pcdvq  # noqa: F401
 from transformers import {imported}
+
+try:
+    import hf_pcdvq  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"this model is packed with hf_pcdvq, which cannot be imported ({{error}}) and is not on PyPI: {install}"
+    ) from error
 
 
 class PackedConfig(PreTrainedConfig):
@@ -97,7 +105,9 @@ def add_loader_stub(folder: Path) -> str | None:
             config["auto_map"]["AutoModelForCausalLM"] = f"{MODULE}.Packed{architecture}"
             imported.append(architecture)
             source += _MODEL
-        text = source.format(architecture=architecture, imported=", ".join(sorted(imported)), module=MODULE)
+        text = source.format(
+            architecture=architecture, imported=", ".join(sorted(imported)), module=MODULE, install=INSTALL
+        )
         write_text(folder / f"{MODULE}.py", text)
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return obstacle

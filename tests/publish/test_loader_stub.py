@@ -11,6 +11,7 @@ from vision_models import save_tiny_qwen3_5
 
 import hf_pcdvq
 from hf_pcdvq.publish.loader_stub import add_loader_stub, remove_loader_stub
+from hf_pcdvq.version import INSTALL
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -46,7 +47,7 @@ def test_a_vision_language_model_opens_as_the_classes_of_its_original(tmp_path):
         [sys.executable, "-c", LOAD, packed, tmp_path / "logits.pt"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("missing:") == 2 and done.stdout.count("`import hf_pcdvq`") == 2, done.stdout
+    assert done.stdout.count("missing:") == 2 and done.stdout.count(INSTALL) == 2, done.stdout
     found = torch.load(tmp_path / "logits.pt")
     kinds = [auto.from_pretrained(dense) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)]
     assert list(found) == [type(model).__name__ for model in kinds]
