@@ -211,9 +211,22 @@ def own_rows() -> list[dict[str, Any]]:
     return [{"peer": name, **row} for name, row in best.items()]
 
 
-def point(row: dict[str, Any], series: str) -> Point:
+def seen(row: dict[str, Any]) -> tuple[int, int] | None:
+    """On how many windows of how many tokens a row was calibrated; None if it saw no data."""
+    if "calibration" in row:  # ours
+        return row["calibration"]["samples"], row["calibration"]["length"]
+    (adapter,) = {peer.adapter for peer in PEERS if peer.name == row["peer"]}
+    known = {"gptqmodel": (SAMPLES, LENGTH), "llamacpp": (IMPORTANCE_SAMPLES, LENGTH)}
+    if adapter == "autoround":
+        return row["options"]["samples"], row["options"]["length"]
+    return known.get(adapter)
+
+
+def point(row: dict[str, Any], group: str) -> Point:
     figures = (row["perplexity_packed"], row["kl_mean"], row["kl_p90"], row["top1_agreement"])
-    return Point(row["peer"], row["bits_counted"], *figures, series)
+    data = seen(row)
+    name = row["peer"] if data is None else f"{row['peer']} ({data[0]} x {data[1]})"
+    return Point(name, row["bits_counted"], *figures, "data-free" if data is None else "calibrated", group)
 
 
 def show(file: Path, rows: list[dict[str, Any]], text: str, calibration_text: str) -> None:
@@ -224,7 +237,10 @@ def show(file: Path, rows: list[dict[str, Any]], text: str, calibration_text: st
     points += [point(row, "other projects") for row in rows if "error" not in row]
     points.sort(key=lambda point: point.kl_mean)
     originals = {"SmolLM2-135M-Instruct": measured[0]["perplexity_original"]} if measured else {}
-    title = f"SmolLM2-135M-Instruct, {text}, {quality.WINDOWS} windows of {quality.CONTEXT} tokens"
+    title = (
+        f"SmolLM2-135M-Instruct, {text}, {quality.WINDOWS} windows of {quality.CONTEXT} tokens\n"
+        f"(windows x tokens of {calibration_text} that the method was calibrated on)"
+    )
     table = Table(*HEADINGS, title=title, title_justify="left")
     for cells in point_rows(points, originals):
         table.add_row(*cells)

@@ -21,7 +21,7 @@ from .calibration.settings import Calibration
 from .codecs import SETTINGS, Codec, codec_of_setting
 from .codecs.base import one_of
 from .codecs.codebook import codebook_hash
-from .version import FORMAT_VERSION
+from .version import FORMAT_VERSION, INSTALL
 
 # What concerns the process that quantizes or loads, and never stands in a file.
 _NOT_SAVED = ("dequantize", "tokenizer")
@@ -173,7 +173,7 @@ class PackedConfig(QuantizationConfigMixin):
             detail = f"; fields unknown here: {', '.join(sorted(unknown))}" if unknown else ""
             raise ValueError(
                 f"format_version {format_version} is newer than {FORMAT_VERSION}, the newest that this "
-                f"hf_pcdvq reads{detail}. Upgrade it: pip install -U hf_pcdvq"
+                f"hf_pcdvq reads{detail}. Get a newer one: {INSTALL}, once that is updated"
             )
         if unknown:
             raise ValueError(f"unknown field {', '.join(map(repr, sorted(unknown)))}")

@@ -31,6 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
+from .calibration.blocks import not_reached_by_text
 from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
@@ -38,7 +39,7 @@ from .calibration.weights import ModelWeights
 from .codecs import Codec
 from .config import PackedConfig
 from .files.marks import drop_marks
-from .files.names import matched_names
+from .files.names import matched_names, renaming_of
 from .files.packing import PackedFiles, PackingRecord, save_with
 from .load_operations import OneExpertAtATime, PassThrough, Quantize
 from .modules import PackedModule, count_matrices, packed_modules, packed_type, share_inputs, unshare_inputs
@@ -120,9 +121,11 @@ class PackedHfQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         added = {} if config.modules_to_convert is not None else added_modules(model)
-        selected, left = select_layers(
-            model, config.codec_of, skip, config.modules_to_convert, tied, model.base_model_prefix, added
-        )
+        options = (skip, config.modules_to_convert, tied, model.base_model_prefix)
+        selected, left = select_layers(model, config.codec_of, *options, added)
+        if selected and config.calibration is not None and config.modules_to_convert is None:
+            added = {**not_reached_by_text(model, selected), **added}
+            selected, left = select_layers(model, config.codec_of, *options, added)
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
         config.modules_to_not_convert = sorted({*skip, *added})
@@ -149,7 +152,7 @@ class PackedHfQuantizer(HfQuantizer):
             ValueError: a packed module cannot be packed in this model, or has tensors of another shape or dtype.
         """
         modules = dict(model.named_modules())
-        found = matched_names(files.codecs, modules, model.base_model_prefix)
+        found = matched_names(files.codecs, modules, model.base_model_prefix, renaming_of(model))
         if not found:
             raise ValueError(
                 f"config.json says that the model is packed, but its files hold packed tensors for no layer of "

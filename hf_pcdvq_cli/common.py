@@ -206,7 +206,9 @@ def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
 
 
 def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -> PreTrainedModel:
-    """Load a model that writes text, packed or not; by default on the accelerator, if there is one."""
+    """Load a model that writes text, packed or not; by default on the accelerator, if there is one. It is loaded whole: one
+    that reads images, with what reads them.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -219,10 +221,12 @@ def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -
     if device_map is None and torch.accelerator.is_available():
         device_map = torch.accelerator.current_accelerator().type
     source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
-    kind = type(AutoConfig.from_pretrained(model, **source))
-    # Some models that also read images are registered as causal language models, some are not.
-    images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(model, **source)
+    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    # Some models that also read images are causal language models too, of some only the language model is, of some none.
+    whole = images is not None and (text is None or images.__name__ in (config.architectures or ()))
+    auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
 
 

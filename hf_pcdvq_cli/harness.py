@@ -19,13 +19,13 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     Takes the options of that command; `lm_eval run --help` lists them. `hf-pcdvq eval --tasks` compares two models.
 
     \b
-    Example (needs `pip install "hf_pcdvq[eval]"`):
+    Example (needs `pip install lm-eval`):
       hf-pcdvq lm-eval run --model hf --model_args pretrained=qwen-2bit --tasks piqa
     """
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise click.ClickException('this needs the package lm-eval: pip install "hf_pcdvq[eval]"') from error
+        raise click.ClickException("this needs the package lm-eval: pip install lm-eval") from error
 
     import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
 

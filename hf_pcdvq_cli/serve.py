@@ -11,12 +11,27 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def _run(name: str, arguments: tuple[str, ...]) -> None:
+    import typer
     from transformers.cli.transformers import app
 
     import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
 
-    # Not as a command of its own: errors and exit codes are ours.
-    app([name, *arguments], prog_name="hf-pcdvq", standalone_mode=False)
+    try:
+        # Not as a command of its own, which would print errors and end the process.
+        result = app([name, *arguments], prog_name="transformers", standalone_mode=False)
+    # Typer's exceptions are those of Click, or of the copy of Click that it has.
+    except (click.ClickException, typer.BadParameter) as error:
+        # Transformers adds all of its options, dozens of lines, to the message.
+        problem, *_ = error.format_message().splitlines()
+        wrong = click.ClickException(f"{problem.removesuffix('.')}; see `transformers {name} --help`")
+        wrong.exit_code = error.exit_code
+        raise wrong from error
+    except typer.Exit as ended:
+        raise click.exceptions.Exit(ended.exit_code) from ended
+    except typer.Abort as error:
+        raise click.Abort from error
+    if isinstance(result, int):  # Click returns the exit code that a command ends with
+        raise click.exceptions.Exit(result)
 
 
 @click.command(cls=Command, context_settings=_PASSED_ON)
@@ -27,7 +42,7 @@ def serve(arguments: tuple[str, ...]) -> None:
     Takes the options of that command, such as --port, --host and --dtype; `transformers serve --help` lists them.
 
     \b
-    Example (needs `pip install "hf_pcdvq[serving]"`):
+    Example (needs `pip install "transformers[serving]"`):
       hf-pcdvq serve qwen-2bit --port 8000
     """
     _run("serve", arguments)
@@ -48,7 +63,7 @@ def chat(arguments: tuple[str, ...]) -> None:
 
     try:
         _run("chat", arguments)
-    except httpx.ConnectError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise click.ClickException(
             f"no server answers ({error}); start one in another terminal: hf-pcdvq serve MODEL"
         ) from error

@@ -152,6 +152,14 @@ def refusal(folder, way):
     return "was not refused"
 
 
+def adapter_refusal(model):
+    try:
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    except RuntimeError as error:
+        return str(error)
+    return "was not refused"
+
+
 def main(folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
@@ -161,6 +169,7 @@ def main(folder):
         model = load(folder / kind, way)
         model.save_pretrained(folder / f"{kind} {name}")
         found[kind, name] = observe(model)
+        found[kind, name]["adapters"] = adapter_refusal(model)
     for kind, name in (("llama", "tensors"), ("mixtral", "tensors"), ("mixtral", "experts")):
         model = load_dense(folder / kind, WAYS[kind, name])
         model.save_pretrained(folder / f"{kind} {name} dense")

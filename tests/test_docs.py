@@ -93,6 +93,13 @@ def test_the_tree_in_contributing_is_the_tree():
     assert listed.issuperset(packages), sorted(set(packages) - listed)
 
 
+def test_nothing_sends_readers_to_pypi_for_what_is_not_there():
+    """Anybody could register the names of these distributions."""
+    text = source_text() + "".join(file.read_text() for file in PAGES if file != ROOT / "README.md")
+    text += (ROOT / "hf_pcdvq" / "publish" / "data" / "model_card.md").read_text()
+    assert not re.findall(r"pip install [^`\n]*hf_pcdvq\b(?!\S*/)[^`\n]*", text)
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "tools"])
 def test_every_script_is_in_the_readme_of_its_folder(folder):
     text = (ROOT / folder / "README.md").read_text()

@@ -193,6 +193,15 @@ def test_what_cannot_be_divided_is_refused_by_name(runs, name, layer, advice):
         assert layer in seen["refused"][name] and advice in seen["refused"][name]
 
 
+@pytest.mark.parametrize("run", [("llama", "tensors"), ("mixtral", "experts")], ids=" ".join)
+def test_adapters_on_a_model_divided_by_tensors_are_refused_with_what_works(runs, run):
+    """DDP and FSDP2, which it names, train adapters in `test_training_adapters_changes_them_as_one_process_does`."""
+    for seen in runs[1]:
+        advice = seen[run]["adapters"]
+        assert "QuantLinear: weight is packed and divided among processes" in advice
+        assert "without tp_size" in advice and "DDP" in advice and "FSDP2" in advice and "dequantize" not in advice
+
+
 class OtherOutputs(ColwiseParallel):
     """A user's style, which inherits from one that is known but may cut otherwise."""
 

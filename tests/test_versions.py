@@ -1,6 +1,8 @@
-"""A round trip with the oldest version of Transformers that setup.cfg allows, and with the newest that installs.
+"""A round trip with the oldest version of Transformers that setup.cfg allows, with the newest that installs, and with the
+oldest PyTorch.
 
-The rest of the suite runs on the version of constraints.txt. Skipped where the package index cannot be reached.
+The rest of the suite runs on the versions of constraints.txt. Skipped where pip cannot reach a package, as for the builds of
+PyTorch for CPUs, which are not on PyPI; those that are there bring gigabytes of CUDA.
 """
 
 import configparser
@@ -33,19 +35,31 @@ for number, make in enumerate(models):
     again = AutoModelForCausalLM.from_pretrained(f"{folder}/packed-{number}")
     assert torch.equal(again(ids).logits, packed(ids).logits)
     assert again.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 30)
-print(transformers.__version__)
+print(transformers.__version__, torch.__version__)
 """
 
 
-def floor() -> str:
+def floor(package: str, file: str = "setup.cfg") -> str:
     settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    (line,) = [line for line in settings["options"]["install_requires"].split() if line.startswith("transformers>=")]
-    return line.removeprefix("transformers>=").partition(",")[0]
+    settings.read(ROOT / file)
+    (line,) = [line for line in settings["options"]["install_requires"].split() if line.startswith(f"{package}>=")]
+    return line.removeprefix(f"{package}>=").partition(",")[0]
 
 
-@pytest.mark.parametrize("version", [f"=={floor()}.*", f">={floor()},<6"], ids=["oldest", "newest"])
-def test_quantizes_saves_and_loads(version, tmp_path):
+def test_both_distributions_state_the_same_pytorch():
+    assert floor("torch") == floor("torch", "kernels/setup.cfg")
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        f"transformers=={floor('transformers')}.*",
+        f"transformers>={floor('transformers')},<6",
+        f"torch=={floor('torch')}.0+cpu",
+    ],
+    ids=["oldest", "newest", "oldest PyTorch"],
+)
+def test_quantizes_saves_and_loads(requirement, tmp_path):
     pip = [
         sys.executable,
         "-m",
@@ -57,13 +71,15 @@ def test_quantizes_saves_and_loads(version, tmp_path):
         "--target",
         tmp_path / "site",
     ]
-    installed = subprocess.run([*pip, f"transformers{version}"], capture_output=True, text=True)
+    installed = subprocess.run([*pip, requirement], capture_output=True, text=True)
     if installed.returncode:
-        pytest.skip(f"transformers{version} cannot be installed: {installed.stderr[-300:]}")
+        pytest.skip(f"{requirement} cannot be installed: {installed.stderr[-300:]}")
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", ROUND_TRIP, tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = done.stdout.split()[-1]
-    assert found == next((tmp_path / "site").glob("transformers-*.dist-info")).name[13:-10]
+    found = dict(zip(("transformers", "torch"), done.stdout.split()[-2:], strict=True))
+    (metadata,) = (tmp_path / "site").glob("t*-*.dist-info")
+    package, _, version = metadata.name.removesuffix(".dist-info").partition("-")
+    assert found[package] == version

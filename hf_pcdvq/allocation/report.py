@@ -141,7 +141,7 @@ class Allocation:
         write_text(folder / f"{NAME}.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(folder / f"{NAME}.md", self.markdown())
         if find_spec("matplotlib") is None:
-            logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
+            logger.warning("no plot in %s: it needs matplotlib, pip install matplotlib", folder)
         else:
             plot_allocation(self, folder / f"{NAME}.png")
 

@@ -91,7 +91,7 @@ class QuantizationReport:
         write_text(folder / f"{NAME}.json", text)
         write_text(folder / f"{NAME}.md", counted.markdown())
         if find_spec("matplotlib") is None:
-            logger.warning("no plot in %s: it needs matplotlib, pip install 'hf_pcdvq[plot]'", folder)
+            logger.warning("no plot in %s: it needs matplotlib, pip install matplotlib", folder)
         else:
             plot_damage(self, folder / f"{NAME}.png")
         if self.allocation is not None:
@@ -164,7 +164,11 @@ def _curves(report: QuantizationReport) -> dict[str, dict[int, list[float]]]:
 
 
 def plot_damage(report: QuantizationReport, file: Path) -> None:
-    """A PNG: proxy loss of the layers (the mean over experts) and error after each block, by depth in the model."""
+    """A PNG: proxy loss of the layers (the mean over experts) and error after each block, by depth in the model.
+
+    Both are squared errors relative to what they are errors of, on logarithmic axes of their own: layers by themselves, and
+    everything so far together.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -174,12 +178,16 @@ def plot_damage(report: QuantizationReport, file: Path) -> None:
     upper, lower = figure.subplots(2, 1)
     for name, losses in _curves(report).items():
         upper.plot(list(losses), [sum(some) / len(some) for some in losses.values()], marker=".", label=name)
-    upper.set(ylabel="proxy loss tr(EHE$^T$) / tr(WHW$^T$)", xlabel="decoder block", yscale="log")
-    upper.set_title("Error in the outputs of each layer")
+    upper.set(ylabel="squared error / squared output", xlabel="decoder block", yscale="log")
+    upper.set_title("Each layer by itself, tr(EHE$^T$) / tr(WHW$^T$): the error in its outputs, had its inputs none")
     upper.legend(fontsize="small", ncols=4)
     lower.plot([block.output_error for block in report.blocks], marker=".", color="black")
-    lower.set(ylabel="squared error, relative", xlabel="decoder block", yscale="log")
-    lower.set_title("Error in the hidden states after each block")
+    lower.set(ylabel="squared error / squared hidden states", xlabel="decoder block", yscale="log")
+    lower.set_title("All blocks so far together: the error in the hidden states that leave the block")
+    figure.supxlabel(
+        "Logarithmic, each on a scale of its own: 1 would be an error as large as the values, 0.01 a hundredth",
+        fontsize="small",
+    )
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

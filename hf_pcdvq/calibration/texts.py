@@ -267,8 +267,7 @@ def _hub_rows(name: str, seed: int) -> Iterator[Entry]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{name!r} is not a file, and datasets on the Hub need the package datasets: "
-            "pip install 'hf_pcdvq[calibration]'"
+            f"{name!r} is not a file, and datasets on the Hub need the package datasets: pip install datasets"
         ) from error
     path, _, configuration = name.partition(":")
     rows = load_dataset(path, configuration or None, split="train", streaming=True)

@@ -23,7 +23,7 @@ def use_numba(device: torch.device, codes: str) -> bool:
         import numba  # noqa: F401
     except ImportError as reason:
         warnings.warn(
-            f"encoding {codes} takes many times as long without Numba (pip install 'hf_pcdvq[numba]'), "
+            f"encoding {codes} takes many times as long without Numba (pip install numba), "
             f"which cannot be imported: {reason}",
             stacklevel=2,
         )

@@ -12,6 +12,7 @@ from .record import EvaluationRecord, read_record
 from .tables import markdown_table, scope
 
 NAME = "comparison"
+_MARKERS = "os^Dv"
 FAR = 10  # times the original's perplexity: worse models are useless, and all lie on one line in the plot
 
 
@@ -24,6 +25,7 @@ class Point:
         bits: bits per packed weight, counted on the files; None leaves the model out of the plot.
         perplexity, kl_mean, kl_p90, top1_agreement: see `Evaluation`.
         series: points of one series share a colour.
+        group: points of one group share a marker.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Point:
     kl_p90: float
     top1_agreement: float
     series: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def plot_quality(points: Sequence[Point], originals: dict[str, float], title: st
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'hf_pcdvq[plot]'") from error
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
 
     points = [point for point in points if point.bits is not None]
     if not points:
@@ -165,11 +168,15 @@ def _draw(axes, points: Sequence[Point], field: str, most: float) -> list[tuple[
     from matplotlib.ticker import LogLocator
 
     names = []
-    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
-        members = [point for point in points if point.series == series]
+    colours = list(dict.fromkeys(point.series for point in points))
+    groups = list(dict.fromkeys(point.group for point in points))
+    for series, group in sorted({(point.series, point.group) for point in points}):
+        members = [point for point in points if (point.series, point.group) == (series, group)]
+        style = {"color": f"C{colours.index(series)}", "marker": _MARKERS[groups.index(group)], "linestyle": ""}
         bits = [point.bits for point in members]
         values = [getattr(point, field) for point in members]
-        axes.plot(bits, [min(value, most) for value in values], "o", color=f"C{number}", label=series or None)
+        label = ": ".join(filter(None, (group, series))) or None
+        axes.plot(bits, [min(value, most) for value in values], label=label, **style)
         far = [place for place, value in zip(bits, values) if value > most]
         axes.plot(far, [most] * len(far), marker="$\\uparrow$", color="white", linestyle="", markersize=4)
         for point, value in zip(members, values):

@@ -1,6 +1,6 @@
 """Standard data for evaluations: WikiText-2, and the tasks of lm-eval.
 
-Both need the extra `eval`: pip install "hf_pcdvq[eval]".
+They need the packages of the extra `eval`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def wikitext2() -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError('WikiText-2 needs the package datasets: pip install "hf_pcdvq[eval]"') from error
+        raise ImportError("WikiText-2 needs the package datasets: pip install datasets") from error
     try:
         rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     except (OSError, ValueError) as error:
@@ -74,7 +74,7 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> TaskManage
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError('tasks need the package lm-eval: pip install "hf_pcdvq[eval]"') from error
+        raise ImportError("tasks need the package lm-eval: pip install lm-eval") from error
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:

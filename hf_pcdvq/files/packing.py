@@ -27,10 +27,10 @@ from ..codecs import Codec
 from ..codecs.description import codec_described, description
 from ..modules import STACKS, PackedModule, parameter_name
 from ..modules.divided import whole
-from ..version import FORMAT_VERSION
+from ..version import FORMAT_VERSION, INSTALL
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
 from .hollow import HollowFiles, lay_out
-from .names import matched_names
+from .names import matched_names, name_in_files
 
 if TYPE_CHECKING:
     from ..config import PackedConfig
@@ -75,7 +75,7 @@ class PackingRecord:
         modules: dict[Codec, list[str]] = {}
         for name, module in model.named_modules():
             if isinstance(module, PackedModule):
-                modules.setdefault(module.codec, []).append(name)
+                modules.setdefault(module.codec, []).append(name_in_files(model, name))
         fields = json.loads(model.config.to_json_string(use_diff=True))
         codecs = [[description(codec), names] for codec, names in modules.items()]
         return cls(config.decoding_fields(), config_hashes(fields), codecs, model_hash(_tensor_hashes(model)))
@@ -106,7 +106,7 @@ class PackingRecord:
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"{where}: format_version must be an integer up to {FORMAT_VERSION}, got {version!r:.100}; if the file was "
-                "written by a newer version: pip install -U hf_pcdvq"
+                f"written by a newer version: {INSTALL}, once that is updated"
             )
         for name, valid in _VALID.items():
             if name not in content or not valid(content[name]):
@@ -365,7 +365,7 @@ def _recorded_codecs(record: PackingRecord, tensors: dict[str, StoredTensor], fi
         except ValueError as error:
             raise ValueError(f"{file}: metadata {KEY!r}: {error}") from error
         codecs.update(dict.fromkeys(modules, codec))
-    # Saving may change the beginning of names.
+    # Of files that another program wrote, with the beginnings of names changed.
     stored = {name.rpartition(".")[0] for name in tensors}
     names = {module: name for name, module in matched_names(codecs, stored).items()}
     missing = [module for module in codecs if module not in names]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from ..version import __version__
+from ..version import INSTALL, __version__
 from .scratch import scratch_folder
 
 Record = TypeVar("Record")
@@ -49,7 +49,7 @@ def known_fields(kind: type, content: Any, version: int) -> dict[str, Any]:
     if found != version:
         raise ValueError(
             f"expected a record of format {version}, found format {found}; create it again, or upgrade: "
-            "pip install -U hf_pcdvq"
+            f"{INSTALL}, once that is updated"
         )
     missing = [field.name for field in fields(kind) if field.name not in content]
     if missing:

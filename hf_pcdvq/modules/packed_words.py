@@ -32,7 +32,7 @@ class PackedWords(Tensor):
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)` holds, as for a dense layer
     owner: str  # class of the module, and name of the parameter
     dense_dtype: torch.dtype
-    words: nn.Parameter
+    words: nn.Parameter  # possibly divided among processes
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +43,7 @@ class PackedWords(Tensor):
             return alias.dense_dtype
         if func is Tensor.to and args[0] is alias:
             return alias._moved(*args[1:], **(kwargs or {}))
-        raise packed_error(alias.owner)
+        raise packed_error(alias.owner, is_divided(alias.words))
 
     def _moved(self, *args: Any, **kwargs: Any) -> Tensor:
         """The words on another device, for what moves modules parameter by parameter."""
@@ -52,7 +52,7 @@ class PackedWords(Tensor):
         if moved.device == self.device and dtype in (None, self.dtype):
             return self
         if dtype is not None:  # what asks for a dtype will compute
-            raise packed_error(self.owner)
+            raise packed_error(self.owner, is_divided(self.words))
         return moved
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -85,11 +85,21 @@ def _asks_who_moves() -> bool:
     return sys._getframe(2).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.fsdp."))
 
 
-def packed_error(owner: str) -> RuntimeError:
-    """For code that uses a packed parameter as if it were dense. `owner` is its class and name.
+def packed_error(owner: str, divided: bool = False) -> RuntimeError:
+    """For code that uses a packed parameter as if it were dense.
 
     Not a `TypeError`, which the operators of tensors replace by one that says nothing.
+
+    Args:
+        owner: its class and name.
+        divided: whether this process holds only a part of it. Adapters then ask for its shape, whichever they are.
     """
+    if divided:
+        return RuntimeError(
+            f"{owner} is packed and divided among processes, so other code cannot compute with it, change it or attach to it, "
+            "nor can adapters. To train them in several processes, load the model whole into each, without tp_size, attach "
+            "them, and use DDP (the Trainer under torchrun) or FSDP2"
+        )
     return RuntimeError(
         f"{owner} is packed, so other code cannot compute with it, change it or attach to it. Adapters that only call "
         "linear layers work (LoRA with target_modules=['q_proj', ...]). For others, for merging and for experts, call "

@@ -26,6 +26,7 @@ from ..evaluation.tasks import WIKITEXT2, WIKITEXT2_ON_HUB
 from ..files.provenance import Provenance, Recovered
 from ..files.size import FolderCount, layer_groups, readable_size
 from ..files.text import code_block, code_span, markdown
+from ..version import INSTALL
 from .architecture import architecture_name
 from .measurements import Measurements
 
@@ -91,6 +92,7 @@ def model_card(
         "adapter_targets": _adapter_targets(count),
         "method": f"[{count.config.describe()}]({count.config.paper})",
         "loader_stub": loader_stub,
+        "install": INSTALL,
         "has_report": (folder / "quantization_report.md").is_file(),
         "has_plot": (folder / "quantization_report.png").is_file(),
         "left_unpacked": {code_span(name): markdown(reason) for name, reason in count.left_unpacked.items()},

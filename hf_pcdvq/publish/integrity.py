@@ -21,7 +21,8 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightTransform, revert_weight_conversion
 from transformers.quantizers.auto import get_hf_quantizer
 
 from ..files.headers import INDEX, checkpoint_files, read_index
@@ -102,7 +103,7 @@ def _check_config(folder: Path, contents: PackedFiles) -> None:
 
 def _check_names(folder: Path, files: list[Path], contents: PackedFiles, trust_remote_code: bool) -> None:
     """Compare the files with those that `save_pretrained` would write for this model, and with their hashes."""
-    model = _empty_model(folder, files, trust_remote_code)
+    model = _empty_model(folder, files, contents, trust_remote_code)
     state = model.state_dict()
     expected = revert_weight_conversion(model, state)
     stored = contents.tensors
@@ -125,7 +126,7 @@ def _check_names(folder: Path, files: list[Path], contents: PackedFiles, trust_r
             )
 
 
-def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> Any:
+def _empty_model(folder: Path, files: list[Path], contents: PackedFiles, trust_remote_code: bool) -> Any:
     """The model on the meta device, with packed layers and no weights. Its quantizer checks the hashes of the files."""
     config = _model_config(folder, trust_remote_code)
     architecture = architecture_of(config, folder / "config.json")
@@ -140,8 +141,18 @@ def _empty_model(folder: Path, files: list[Path], trust_remote_code: bool) -> An
     quantizer, *_ = get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
     paths = [str(file) for file in files]
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=paths)
+    model._weight_conversions = [
+        entry for entry in get_model_conversion_mapping(model, add_legacy=False) if _applies(entry, contents)
+    ]
     quantizer._settle_conversions(model)  # as after loading: packed experts are saved as stacks
     return model
+
+
+def _applies(conversion: WeightTransform, contents: PackedFiles) -> bool:
+    """Whether a model loaded from files would be saved with a conversion: with a prefix only if that is in their names."""
+    if not isinstance(conversion, PrefixChange):
+        return True
+    return any(conversion.rename_source_key(name)[0] != name for name in contents.tensors)
 
 
 def _model_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -1,11 +1,12 @@
 """Files that let `from_pretrained(repo, trust_remote_code=True)` load a packed model without `import hf_pcdvq`.
 
 Transformers imports the module named in `auto_map` of config.json before it looks for the quantization method, early
-enough to register ours. If the package is missing, Transformers suggests `pip install hf_pcdvq`.
+enough to register ours. If the package is missing, the module says how to install it: Transformers, which looks for
+imports outside of `try`, would suggest to take from PyPI whatever has its name there.
 
 The classes in that module only delegate to the architecture's own. The config class serves whatever asks for the config
 first: every auto class, `transformers serve`, lm-eval; the config that it hands back is the architecture's, without
-`auto_map`, so that the model loads and is saved like any other. The model class serves those who bring a config that
+reference to the module, so that the model loads and is saved like any other. The model class serves those who bring a config that
 they loaded without trust. Loading a subclass itself would count as custom code, for which Transformers skips the
 renaming of mixture-of-experts weights.
 
@@ -23,8 +24,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..files.marks import MODULE, WEIGHTS, drop_marks, is_ours
+from ..files.marks import MODULE, add_weights_mark, drop_marks, foreign_code
 from ..files.records import read_object, write_text
+from ..version import INSTALL
 from .architecture import architecture_name
 
 _CONFIG = '''\
@@ -33,8 +35,14 @@ _CONFIG = '''\
 It does no more than `import hf_pcdvq`, which teaches Transformers the packed format.
 """
 
-import hf_pcdvq  # noqa: F401
 from transformers import {imported}
+
+try:
+    import hf_pcdvq  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"this model is packed with hf_pcdvq, which cannot be imported ({{error}}) and is not on PyPI: {install}"
+    ) from error
 
 
 class PackedConfig(PreTrainedConfig):
@@ -44,8 +52,11 @@ class PackedConfig(PreTrainedConfig):
     def from_pretrained(cls, *args, **kwargs):
         loaded = AutoConfig.from_pretrained(*args, **{{**kwargs, "trust_remote_code": False}})
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # return_unused_kwargs=True
-        # Or Transformers would look for the model's class in this file too.
-        vars(config).pop("auto_map", None)
+        # Without what names this file, or Transformers would look for the model's class here too.
+        auto_map = vars(config).pop("auto_map", {{}})
+        others = {{name: code for name, code in auto_map.items() if "{module}." not in str(code)}}
+        if others:
+            config.auto_map = others
         return loaded
 '''
 
@@ -64,8 +75,9 @@ class Packed{architecture}({architecture}):
 def add_loader_stub(folder: Path) -> str | None:
     """Write the module into the folder of a packed model, and refer to it in the config.json there.
 
-    A model whose class is not in Transformers, or that has code of its own, gets no module; its config.json still makes
-    loading without the plugin fail in one line.
+    A model whose class is not in Transformers, or whose `auto_map` names other code for the model or its config, gets no
+    module, and keeps its `auto_map`; its config.json still makes loading without the plugin fail in one line. Code for a
+    tokenizer or processor stays beside the module.
 
     Args:
         folder: contains the model as `save_pretrained` wrote it; links in it are replaced, not followed.
@@ -79,17 +91,23 @@ def add_loader_stub(folder: Path) -> str | None:
     """
     file = folder / "config.json"
     config = read_object(file)
-    config["transformers_weights"] = WEIGHTS
+    add_weights_mark(config)
     architecture = architecture_name(config, file)
-    obstacle = _obstacle(config, architecture)
+    auto_map = config.get("auto_map", {})
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{file}: auto_map must be an object, got {auto_map!r:.100}")
+    others = foreign_code(auto_map)
+    obstacle = _obstacle(others, architecture)
     if obstacle is None:
-        config["auto_map"] = {"AutoConfig": f"{MODULE}.PackedConfig"}
+        config["auto_map"] = {**others, "AutoConfig": f"{MODULE}.PackedConfig"}
         imported, source = ["AutoConfig", "PreTrainedConfig"], _CONFIG
         if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             config["auto_map"]["AutoModelForCausalLM"] = f"{MODULE}.Packed{architecture}"
             imported.append(architecture)
             source += _MODEL
-        text = source.format(architecture=architecture, imported=", ".join(sorted(imported)))
+        text = source.format(
+            architecture=architecture, imported=", ".join(sorted(imported)), module=MODULE, install=INSTALL
+        )
         write_text(folder / f"{MODULE}.py", text)
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return obstacle
@@ -98,18 +116,22 @@ def add_loader_stub(folder: Path) -> str | None:
 def remove_loader_stub(folder: Path) -> None:
     """Undo `add_loader_stub`, if it was called for this folder. Raises the same errors."""
     file = folder / "config.json"
-    config = read_object(file)
-    fields = len(config)
+    config, before = read_object(file), read_object(file)
     drop_marks(config)
-    if len(config) < fields:
+    if config != before:
         write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / f"{MODULE}.py").unlink(missing_ok=True)
 
 
-def _obstacle(config: dict[str, Any], architecture: str | None) -> str | None:
+def _obstacle(others: dict[str, Any], architecture: str | None) -> str | None:
+    """Why a model with this other code in its `auto_map` gets no module."""
     found = None if architecture is None else getattr(transformers, architecture, None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         return f"no loader stub: it is for models of Transformers, and this is {architecture}"
-    if config.get("auto_map") and not is_ours(config["auto_map"]):
-        return "no loader stub: the model has code of its own; add `import hf_pcdvq` to that"
+    for name, code in others.items():
+        if name == "AutoConfig" or name.startswith("AutoModel"):
+            return (
+                f"no loader stub: the model has code of its own ({name}: {code!s:.100}), which is kept; add `import hf_pcdvq` "
+                f"to that, or delete auto_map from config.json if {architecture} of Transformers is to load the model"
+            )
     return None

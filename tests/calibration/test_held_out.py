@@ -8,6 +8,9 @@ from conftest import tiny_llama
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    AutoModelForImageTextToText,
+    GitConfig,
+    GitForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PaliGemmaConfig,
@@ -18,14 +21,15 @@ from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration import held_out
 from hf_pcdvq.calibration.blocks import find_blocks, streamed
 from hf_pcdvq.evaluation.metrics import evaluate, window_logits
+from hf_pcdvq.modules import QuantLinear
 
 TOKENS = torch.randint(2, 90, (10, 16), generator=torch.Generator().manual_seed(0))
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2}
 
 
-def quantize(model):
+def quantize(model, **options):
     settings = Calibration(samples=7, length=16, holdout=3)
-    return quantize_model(model, None, PcdvqConfig(calibration=settings), TOKENS, progress=False)
+    return quantize_model(model, None, PcdvqConfig(calibration=settings, **options), TOKENS, progress=False)
 
 
 def opt():
@@ -100,9 +104,44 @@ def paligemma():
 def test_blocks_are_those_of_the_language_model_however_many_layers_another_tower_has():
     report = quantize(paligemma()).hf_quantizer.report
     assert [block.name for block in report.blocks] == ["model.language_model.layers.0"]
-    calibrated = [layer.name for layer in report.layers if layer.tokens]
-    assert len(calibrated) == 7 and all(name.startswith("model.language_model.") for name in calibrated)
-    assert all("no token reached it" in layer.note for layer in report.layers if not layer.tokens)
+    assert all(layer.tokens and layer.name.startswith("model.language_model.") for layer in report.layers)
+
+
+def git():
+    """A model that keeps what reads images beside its decoder blocks."""
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = GitConfig(**SIZES, vision_config=vision, num_hidden_layers=2, intermediate_size=64)
+    torch.manual_seed(0)
+    return GitForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "towers"),
+    [
+        (paligemma, ("model.vision_tower", "model.multi_modal_projector")),
+        (git, ("git.image_encoder",)),
+    ],
+)
+def test_what_the_text_never_runs_through_stays_as_it_is_and_is_named(make, towers):
+    model = make()
+    dense = {name: module.weight for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    quantize(model)
+    left = model.config.quantization_config.left_unpacked
+    inside = [name for name in dense if name.startswith(towers)]
+    assert inside and all(model.get_submodule(name).weight is dense[name] for name in inside)
+    for tower in towers:
+        reasons = [reason for name, reason in left.items() if name.startswith(f"{tower}.")]
+        assert any("calibration runs text, which does not reach it" in reason for reason in reasons)
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_without_calibration_or_when_it_is_asked_for_a_tower_is_packed(tmp_path):
+    model = quantize(paligemma(), modules_to_convert=["vision_tower", "language_model"])
+    assert isinstance(model.model.vision_tower.encoder.layers[0].mlp.fc1, QuantLinear)
+    paligemma().save_pretrained(tmp_path)
+    rounded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=PcdvqConfig())
+    assert isinstance(rounded.model.vision_tower.encoder.layers[0].mlp.fc1, QuantLinear)
 
 
 def test_blocks_computed_one_at_a_time_give_the_same_logits_and_go_back():

@@ -333,6 +333,18 @@ def test_a_useless_model_leaves_the_others_the_room_of_the_plot(tmp_path, monkey
     assert [text.get_text() for text in divergence.texts] == ["good", "bad"]
 
 
+def test_colours_of_the_plot_are_those_of_series_and_markers_those_of_groups(tmp_path, monkeypatch):
+    points = [
+        Point(f"{series} {group}", 2.0 + 0.1 * number, 30 + number, 0.5, 1, 0.6, series, group)
+        for number, (series, group) in enumerate([("calibrated", "a"), ("data-free", "a"), ("calibrated", "b")])
+    ]
+    axes = plotted(points, tmp_path, monkeypatch).axes[1]
+    lines = {line.get_label(): line for line in axes.lines}
+    first, second, third = (lines[label] for label in ("a: calibrated", "a: data-free", "b: calibrated"))
+    assert first.get_color() == third.get_color() != second.get_color()
+    assert first.get_marker() == second.get_marker() != third.get_marker()
+
+
 def test_labels_of_the_plot_lie_neither_on_one_another_nor_on_points(tmp_path, monkeypatch):
     from matplotlib.text import Text
 

@@ -9,9 +9,12 @@ import time
 import urllib.error
 import urllib.request
 
+import click
 import pytest
+import typer
 from command_line import fail, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli import transformers as transformers_cli
 from transformers.utils.import_utils import is_serve_available
 
 import hf_pcdvq
@@ -80,10 +83,29 @@ def test_served_completions_are_those_of_the_loaded_model(packed):
     assert completion([*TRANSFORMERS, str(packed), "--trust-remote-code"], packed) == expected
 
 
-def test_wrong_usage_is_reported_by_transformers():
-    result = run("serve", "--no-such-option")
-    assert result.exit_code == 2 and "--continuous-batching" in result.output  # its own list of options
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "--no-such-option"), "No such option '--no-such-option'"),
+        (("serve", "model", "--port", "abc"), "Invalid value for '--port': 'abc' is not a valid integer"),
+        (("serve", "one", "two"), "Got unexpected extra argument (two)"),
+        # Raised by Transformers itself while it runs.
+        (("chat", "model", "http://localhost:9", "x=1", "top_p"), "Invalid flag format, missing `=` after `top_p`"),
+    ],
+)
+def test_wrong_usage_is_one_line_of_transformers_and_its_exit_code(arguments, message):
+    result = fail(2, message, *arguments)
+    assert len(result.stderr.rstrip().splitlines()) == 1
+    assert f"see `transformers {arguments[0]} --help`" in result.stderr
 
 
-def test_chat_without_a_server_says_how_to_start_one():
-    fail(1, "hf-pcdvq serve", "chat", "model", "http://localhost:9")
+def test_an_exit_code_of_transformers_is_kept(monkeypatch):
+    """No command of Transformers ends with one today, except that of its help."""
+    for ended in (typer.Exit(3), click.exceptions.Exit(3)):
+        monkeypatch.setattr(transformers_cli.app, "invoke", lambda ctx, ended=ended: (_ for _ in ()).throw(ended))
+        assert run("serve").exit_code == 3
+
+
+@pytest.mark.parametrize("address", ["http://localhost:9", "localhost:9"])
+def test_chat_without_a_server_says_how_to_start_one(address):
+    fail(1, "hf-pcdvq serve", "chat", "model", address)

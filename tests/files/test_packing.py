@@ -19,6 +19,7 @@ from transformers import (
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
 )
+from vision_models import save_tiny_qwen3_5
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.codecs import SETTINGS, codec_of_setting
@@ -143,6 +144,23 @@ def test_without_a_record_several_settings_are_refused(folder):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_class_that_saves_under_other_names_opens_its_own_files(tmp_path):
+    """The language model of one that reads images, which Transformers saves under the names of the whole."""
+    save_tiny_qwen3_5(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=PcdvqConfig(overrides=RECIPE)
+    )
+    model.save_pretrained(tmp_path / "packed")
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "packed/model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert type(again).__name__ == "Qwen3_5ForCausalLM"
+    with torch.inference_mode():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    base = AutoModel.from_pretrained(tmp_path / "packed")
+    assert torch.equal(hidden(base), hidden(model.model))
+    assert {f"model.{name}" for name in packed_names(base)} == packed_names(model)
+
+
 def test_names_match_at_dots_and_ambiguity_is_refused():
     known = ["model.layers.1.up", "model.layers.11.up", "text.layers.2.up", "vision.layers.2.up"]
     assert matched_names(["layers.1.up", "x.model.layers.11.up"], known) == {
@@ -151,6 +169,8 @@ def test_names_match_at_dots_and_ambiguity_is_refused():
     }
     assert matched_names(["layers.2.up"], known, "text") == {"text.layers.2.up": "layers.2.up"}
     assert matched_names(["ayers.1.up", "head"], known) == {}
+    renamed = matched_names(["model.text.layers.1.up"], known, rename=lambda name: name.replace("text.", ""))
+    assert renamed == {"model.layers.1.up": "model.text.layers.1.up"}
     with pytest.raises(ValueError, match=r"layers.2.up may be text.layers.2.up or vision.layers.2.up of this model"):
         matched_names(["layers.2.up"], known)
     with pytest.raises(ValueError, match=r"may both be model.layers.1.up"):

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from command_line import run, succeed
 from conftest import byte_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
-from vision_models import IMAGES, PROCESSOR, VISION, save_tiny_gemma3
+from vision_models import IMAGES, PROCESSOR, VISION, save_tiny_gemma3, save_tiny_qwen3_5
 
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.publish.push import planned, push_to_hub
@@ -42,6 +44,20 @@ def test_quantize_keeps_processor_template_and_generation_config_and_push_sends_
     assert kept <= publication.files.keys()
     assert publication.card.data.pipeline_tag == "image-text-to-text"
     assert 'AutoModelForImageTextToText.from_pretrained("me/tiny-2bit"' in publication.card.text
+
+
+def test_calibrating_leaves_the_tower_alone_says_so_and_keeps_the_processor(gemma, text, tmp_path):
+    packed = tmp_path / "packed"
+    options = ["--dataset", text, "--samples", 4, "--length", 32]
+    result = succeed("quantize", gemma, "--out", packed, *options)
+    assert "vision_tower" in result.output
+    left = read(packed / "config.json")["quantization_config"]["left_unpacked"]
+    assert "does not reach it" in left["model.vision_tower.encoder.layers.*.mlp.fc1.weight"]
+    assert (read(packed / "processor_config.json"), read(packed / "preprocessor_config.json")) == (PROCESSOR, IMAGES)
+    stored, dense = (load_file(folder / "model.safetensors") for folder in (packed, gemma))
+    towers = [name for name in dense if "vision_tower" in name or "projector" in name]
+    assert towers and all(torch.equal(stored[name], dense[name]) for name in towers)
+    assert "is complete" in succeed("check", packed).stdout
 
 
 def test_what_is_missing_is_named(gemma, tmp_path):
@@ -83,3 +99,16 @@ def test_model_that_is_no_causal_language_model_by_name_is_quantized_too(tmp_pat
     assert "is complete" in succeed("check", tmp_path / "packed").stdout
     options = ["--prompt", "abc", "--max-new-tokens", 4, "--no-chat"]
     assert "4 tokens in" in succeed("generate", tmp_path / "packed", *options).stderr
+
+
+def test_model_whose_language_model_is_a_class_of_its_own_keeps_what_reads_images(tmp_path):
+    save_tiny_qwen3_5(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    succeed(*ROUND, tmp_path / "dense", "--out", tmp_path / "packed")
+    for folder in ("dense", "packed"):
+        assert read(tmp_path / folder / "config.json")["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert "is complete" in succeed("check", tmp_path / "packed").stdout
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    text.save_pretrained(tmp_path / "text")
+    byte_tokenizer().save_pretrained(tmp_path / "text")
+    assert "is complete" in succeed("check", tmp_path / "text").stdout

@@ -22,6 +22,7 @@ from transformers import (
 import hf_pcdvq
 from hf_pcdvq.publish.loader_stub import add_loader_stub
 from hf_pcdvq.publish.push import planned, push_folder
+from hf_pcdvq.version import INSTALL
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -122,7 +123,10 @@ def test_loader_stub_replaces_the_import_and_names_the_missing_package(tiny_mode
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "packed")
     push_folder(tmp_path / "packed", REPO)
     shown = run_with(hub, STUB, REPO, tmp_path / "logits.pt", tmp_path / "again")
-    assert re.search("missing: .*pip install hf_pcdvq", shown, re.DOTALL)
+    assert (
+        "missing: this model is packed with hf_pcdvq, which cannot be imported (No module named 'hf_pcdvq')" in shown
+    )
+    assert INSTALL in shown and "pip install hf_pcdvq" not in shown  # which Transformers would advise
     assert "class: MixtralForCausalLM" in shown
     assert "config: MixtralConfig False True" in shown and "base: MixtralModel" in shown
     assert "trust_remote_code=True" in hub.repos[REPO].files()["README.md"].decode()
@@ -164,9 +168,9 @@ def test_encoder_has_a_card_whose_code_runs_and_a_loader_stub(tiny_model_dir, hu
     (packed / "mine.py").touch()
     caplog.clear()
     push_folder(packed, REPO)
-    assert "the model has code of its own; add `import hf_pcdvq` to that" in caplog.text
+    assert "the model has code of its own (AutoModel: mine.Model), which is kept" in caplog.text
     sent = json.loads(hub.repos[REPO].files()["config.json"])
-    assert sent["auto_map"] == {"AutoModel": "mine.Model"} and "pip install hf_pcdvq" in sent["transformers_weights"]
+    assert sent["auto_map"] == {"AutoModel": "mine.Model"} and INSTALL in sent["transformers_weights"]
 
 
 BARE_LOAD = """
@@ -184,7 +188,7 @@ def test_without_the_plugin_the_last_line_says_what_is_missing(packed, options):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.rstrip().rpartition("\n")[2]
-    assert "`pip install hf_pcdvq`" in last and "`import hf_pcdvq`" in last
+    assert INSTALL in last and "`import hf_pcdvq`" in last
 
 
 def test_a_model_loaded_without_trust_is_saved_without_a_reference_to_the_stub(packed, hub, tmp_path):
