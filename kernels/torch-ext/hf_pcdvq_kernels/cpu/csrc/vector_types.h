@@ -9,6 +9,7 @@ typedef uint32_t UInt32 __attribute__((vector_size(BYTES)));
 typedef float Float32 __attribute__((vector_size(BYTES)));
 
 constexpr int LANES = BYTES / 4;  // of four bytes
+constexpr int STEP = 2 * BYTES;   // inputs that are decoded together: LANES vectors of eight
 
 template <class Vector>
 INLINE Vector load(const void* from) {
@@ -37,6 +38,34 @@ INLINE void store(void* to, Vector vector) {
 }
 
 INLINE Float32 broadcast(float value) { return value - Float32{}; }
+
+// --------------------------------------------------------------------------------------------------- vectors of eight
+
+// Which of a step's vectors of eight weights is in a lane, and the reverse: an order that shuffles within 16 bytes can make.
+constexpr int vector_in(int lane) { return lane % 4 / 2 * (LANES / 2) + lane / 4 * 2 + lane % 2; }
+constexpr int lane_of(int vector) {
+    const int within = vector % (LANES / 2);
+    return within / 2 * 4 + vector / (LANES / 2) * 2 + within % 2;
+}
+
+template <int HALF, size_t... LANE>
+INLINE Int8 half_of_each(Int8 first, Int8 second, std::index_sequence<LANE...>) {
+#if defined(__clang__)
+    return (Int8)__builtin_shufflevector((Int32)first, (Int32)second, (2 * vector_in(LANE) + HALF)...);
+#else
+    return (Int8)__builtin_shuffle((Int32)first, (Int32)second, Int32{(2 * vector_in(LANE) + HALF)...});
+#endif
+}
+
+// Of a step's weights, in lanes: elements 0 and 2 of each vector, then 1 and 3, 4 and 6, 5 and 7.
+INLINE void widen(Int8 first, Int8 second, Int16 (&pairs)[4]) {
+    typedef std::make_index_sequence<LANES> Lanes;
+    const Int16 low = (Int16)half_of_each<0>(first, second, Lanes()), high = (Int16)half_of_each<1>(first, second, Lanes());
+    pairs[0] = low << 8 >> 8;
+    pairs[1] = low >> 8;
+    pairs[2] = high << 8 >> 8;
+    pairs[3] = high >> 8;
+}
 
 // The factors of the elements from `i` on, of which every eight share one.
 INLINE Float32 every_eight(const float* factor, int i) {

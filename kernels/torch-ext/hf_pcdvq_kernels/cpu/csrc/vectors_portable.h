@@ -21,15 +21,6 @@ INLINE Int32 products(Int16 a, Int16 b) {
 #endif
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
 
-// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
-INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
-    typedef int8_t Half __attribute__((vector_size(BYTES / 2)));
-    typedef int32_t HalfInt32 __attribute__((vector_size(BYTES / 2)));
-    const Int32 x = (Int32)bytes;
-    first = __builtin_convertvector((Half)HalfInt32{x[0], x[2]}, Int16);
-    second = __builtin_convertvector((Half)HalfInt32{x[1], x[3]}, Int16);
-}
-
 // For every element the sum of its four signed bytes.
 INLINE Int32 sum_of_bytes(Int32 bytes) { return (bytes << 24 >> 24) + (bytes << 16 >> 24) + (bytes << 8 >> 24) + (bytes >> 24); }
 
@@ -45,6 +36,10 @@ INLINE Int16 narrow(Int32 first, Int32 second) {
 // The low 32 bits of (high:low) >> shift.
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
     return (Int32)((UInt32)low >> (UInt32{} + (uint32_t)shift) | (UInt32)high << 1 << (UInt32{} + (uint32_t)(31 - shift)));
+}
+template <int SHIFT>
+INLINE Int32 funnel(Int32 high, Int32 low) {
+    return (Int32)((UInt32)low >> SHIFT | (UInt32)high << (32 - SHIFT));
 }
 
 INLINE float sum(Float32 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
@@ -63,10 +58,12 @@ INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
     return (Int8)(weights * lookup(SIGN_TABLE.entries, seven));
 }
 
-// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
-INLINE Float32 levels_of(const float* levels, uint32_t index) {
-    const float first = levels[index & 3], second = levels[index >> 2 & 3];
-    return Float32{first, first, second, second};
+// Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
+INLINE Float32 levels_of(const float* levels, const uint8_t* bits) {
+    return Float32{levels[*bits & 3], levels[*bits >> 2 & 3], levels[*bits >> 4 & 3], levels[*bits >> 6]};
+}
+INLINE Float32 levels_in_words(const float* levels, const uint8_t* words) {
+    return Float32{levels[words[1] >> 6], levels[words[3] >> 6], levels[words[5] >> 6], levels[words[7] >> 6]};
 }
 
 // --------------------------------------------------------------------------------------------------------- ccq
