@@ -47,6 +47,10 @@ struct Ccq {
 
     INLINE Row row(int64_t n) const { return words + n * (columns / GROUP) * Layout::GROUP_BYTES; }
 
+    INLINE void prefetch(Row row, int64_t rows, int64_t step) const {
+        __builtin_prefetch(row + (rows * (columns / GROUP) + step * STEP / GROUP) * Layout::GROUP_BYTES, 0, 2);
+    }
+
     INLINE Row copy(Row row, int64_t step, Storage& storage) const {
         storage = {};
         __builtin_memcpy(storage.words, row + step * sizeof storage.words, Layout::GROUP_BYTES);
@@ -92,6 +96,10 @@ struct Clustered {  // 2.0625
     INLINE Row row(int64_t n) const {
         const int64_t groups = columns / GROUP;
         return {words + n * groups * GROUP_BYTES, scales + n * ((groups + 1) / 2), code_scale[n], code_zero[n]};
+    }
+
+    INLINE void prefetch(const Row& row, int64_t rows, int64_t step) const {
+        __builtin_prefetch(row.words + (rows * (columns / GROUP) + step * STEP / GROUP) * GROUP_BYTES, 0, 2);
     }
 
     INLINE Row copy(const Row& row, int64_t step, Storage& storage) const {

@@ -15,6 +15,10 @@ struct Bytes {
 
     INLINE Row row(int64_t n) const { return bytes + n * columns; }
 
+    INLINE void prefetch(Row row, int64_t rows, int64_t step) const {
+        for (int i = 0; i < STEP; i += 64) __builtin_prefetch(row + rows * columns + step * STEP + i, 0, 2);
+    }
+
     INLINE Row copy(Row row, int64_t step, Storage& storage) const {
         storage = {};
         __builtin_memcpy(storage.bytes, row + step * STEP, columns - step * STEP);

@@ -29,6 +29,11 @@ struct Pcdvq {
         return {words + n * (columns / 4), OWN_MAGNITUDES ? magnitude + n * (columns / 32) : nullptr};
     }
 
+    INLINE void prefetch(const Row& row, int64_t rows, int64_t step) const {
+        __builtin_prefetch(row.words + rows * (columns / 4) + step * (LANES * 2), 0, 2);
+        if (OWN_MAGNITUDES) __builtin_prefetch(row.magnitude + rows * (columns / 32) + step * (LANES / 4), 0, 2);
+    }
+
     INLINE Row copy(const Row& row, int64_t step, Storage& storage) const {
         storage = {};
         const int64_t left = columns / 8 - step * LANES;

@@ -66,11 +66,12 @@ INLINE Float32 as_float(Int32 x) { return to_float(x); }
 template <class Format>
 struct Rows {
     static constexpr int64_t UNITS = 1, ROWS = 1;
+    static constexpr int TILE_ROWS = 8;
 
     // Some rows are multiplied with a tile of all tokens' activations before the next tile, so that these stay in the nearest cache.
     template <int TOKENS>
     static void multiply(const HfpWeight& weight, int64_t start, int64_t stop, const Quantized<TOKENS>& x, const Output& y, int64_t token) {
-        constexpr int TILE_ROWS = 8, TILE_BLOCKS = 32 / TOKENS;
+        constexpr int TILE_BLOCKS = 32 / TOKENS;
         constexpr int COUNT = ROW_TOKENS >= 2 * TOKENS ? 2 : 1;  // rows that share what is loaded of tokens
         static_assert(TILE_ROWS % COUNT == 0, "");
         const Format format(weight);
@@ -109,6 +110,7 @@ struct Rows {
                 for (int r = 0; r < COUNT; r++) {
                     const Step current = AHEAD ? next[r] : decoded(format, rows[r], step - 1);
                     if (AHEAD && step < stop) next[r] = decoded(format, rows[r], step);
+                    format.prefetch(rows[r], TILE_ROWS, step - 1);
                     add_step<Format>(current, activations, sums[r]);
                 }
             }
