@@ -47,8 +47,9 @@ struct Ccq {
 
     INLINE Row row(int64_t n) const { return words + n * (columns / GROUP) * Layout::GROUP_BYTES; }
 
-    INLINE void prefetch(Row row, int64_t rows, int64_t step) const {
-        __builtin_prefetch(row + (rows * (columns / GROUP) + step * STEP / GROUP) * Layout::GROUP_BYTES, 0, 2);
+    INLINE void prefetch(Row row, int64_t rows, int64_t block) const {
+        constexpr int GROUPS = BLOCK / GROUP;
+        fetch(row + (rows * (columns / GROUP) + block * GROUPS) * Layout::GROUP_BYTES, GROUPS * Layout::GROUP_BYTES);
     }
 
     INLINE Row copy(Row row, int64_t step, Storage& storage) const {
@@ -57,8 +58,13 @@ struct Ccq {
         return storage.words;
     }
 
-    INLINE Int8 integers(Row row, int64_t part) const {
-        return (Int8)Layout::windows(row + part / PARTS * Layout::GROUP_BYTES, part % PARTS) - Layout::OFFSET;
+    INLINE void integers(Row row, int64_t step, Int8& a, Int8& b) const {
+        a = part(row, 2 * step);
+        b = part(row, 2 * step + 1);
+    }
+
+    static INLINE Int8 part(Row row, int64_t number) {
+        return (Int8)Layout::windows(row + number / PARTS * Layout::GROUP_BYTES, number % PARTS) - Layout::OFFSET;
     }
 
     INLINE Float32 factor(Row row, int64_t step) const {
@@ -98,8 +104,9 @@ struct Clustered {  // 2.0625
         return {words + n * groups * GROUP_BYTES, scales + n * ((groups + 1) / 2), code_scale[n], code_zero[n]};
     }
 
-    INLINE void prefetch(const Row& row, int64_t rows, int64_t step) const {
-        __builtin_prefetch(row.words + (rows * (columns / GROUP) + step * STEP / GROUP) * GROUP_BYTES, 0, 2);
+    INLINE void prefetch(const Row& row, int64_t rows, int64_t block) const {
+        constexpr int GROUPS = BLOCK / GROUP;
+        fetch(row.words + (rows * (columns / GROUP) + block * GROUPS) * GROUP_BYTES, GROUPS * GROUP_BYTES);
     }
 
     INLINE Row copy(const Row& row, int64_t step, Storage& storage) const {
@@ -113,8 +120,14 @@ struct Clustered {  // 2.0625
         return group % 2 ? row.scales[group / 2] & 15 : row.scales[group / 2] >> 4;
     }
 
-    INLINE Int8 integers(const Row& row, int64_t part) const {
-        return (Int8)windows_2_0625(row.words + part / PARTS * GROUP_BYTES, part % PARTS, row.code_scale, row.code_zero) - OFFSET;
+    INLINE void integers(const Row& row, int64_t step, Int8& a, Int8& b) const {
+        a = part(row, 2 * step);
+        b = part(row, 2 * step + 1);
+    }
+
+    static INLINE Int8 part(const Row& row, int64_t number) {
+        const uint8_t* group = row.words + number / PARTS * GROUP_BYTES;
+        return (Int8)windows_2_0625(group, number % PARTS, row.code_scale, row.code_zero) - OFFSET;
     }
 
     INLINE Float32 factor(const Row& row, int64_t step) const {

@@ -15,9 +15,7 @@ struct Bytes {
 
     INLINE Row row(int64_t n) const { return bytes + n * columns; }
 
-    INLINE void prefetch(Row row, int64_t rows, int64_t step) const {
-        for (int i = 0; i < STEP; i += 64) __builtin_prefetch(row + rows * columns + step * STEP + i, 0, 2);
-    }
+    INLINE void prefetch(Row row, int64_t rows, int64_t block) const { fetch(row + rows * columns + block * BLOCK, BLOCK); }
 
     INLINE Row copy(Row row, int64_t step, Storage& storage) const {
         storage = {};
@@ -25,7 +23,10 @@ struct Bytes {
         return storage.bytes;
     }
 
-    INLINE Int8 integers(Row row, int64_t part) const { return load<Int8>(row + part * BYTES); }
+    INLINE void integers(Row row, int64_t step, Int8& a, Int8& b) const {
+        a = load<Int8>(row + step * STEP);
+        b = load<Int8>(row + step * STEP + BYTES);
+    }
 
     INLINE void factors(Row, int64_t, float scale, float factor[LANES]) const {
         for (int v = 0; v < LANES; v++) factor[v] = scale;

@@ -29,9 +29,9 @@ struct Pcdvq {
         return {words + n * (columns / 4), OWN_MAGNITUDES ? magnitude + n * (columns / 32) : nullptr};
     }
 
-    INLINE void prefetch(const Row& row, int64_t rows, int64_t step) const {
-        __builtin_prefetch(row.words + rows * (columns / 4) + step * (LANES * 2), 0, 2);
-        if (OWN_MAGNITUDES) __builtin_prefetch(row.magnitude + rows * (columns / 32) + step * (LANES / 4), 0, 2);
+    INLINE void prefetch(const Row& row, int64_t rows, int64_t block) const {
+        fetch(row.words + rows * (columns / 4) + block * (BLOCK / 4), BLOCK / 4);
+        if (OWN_MAGNITUDES) fetch(row.magnitude + rows * (columns / 32) + block * (BLOCK / 32), BLOCK / 32);
     }
 
     INLINE Row copy(const Row& row, int64_t step, Storage& storage) const {
@@ -42,15 +42,16 @@ struct Pcdvq {
         return {storage.words, storage.magnitude};
     }
 
-    INLINE Int8 integers(const Row& row, int64_t part) const {
-        constexpr int VECTORS = BYTES / 8;
-        const uint8_t* words_of_part = row.words + 2 * VECTORS * part;
-        uint16_t vectors[VECTORS];
-        __builtin_memcpy(vectors, words_of_part, sizeof vectors);
-        uint32_t index[VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) index[v] = (vectors[v] >> 7) & ((1 << PATTERN_BITS) - 1);
-        return with_signs(lookup(patterns, index), words_of_part);
+    INLINE void integers(const Row& row, int64_t step, Int8& a, Int8& b) const {
+        const uint8_t* words_of_step = row.words + step * (LANES * 2);
+        uint16_t vectors[LANES];
+        __builtin_memcpy(vectors, words_of_step, sizeof vectors);
+        uint32_t index[LANES];
+#pragma GCC unroll 16
+        for (int v = 0; v < LANES; v++) index[v] = (vectors[v] >> 7) & ((1 << PATTERN_BITS) - 1);
+        a = (Int8)lookup(patterns, index);
+        b = (Int8)lookup(patterns, index + LANES / 2);
+        give_signs(words_of_step, a, b);
     }
 
     INLINE Float32 factor(const Row& row, int64_t step) const {

@@ -3,19 +3,30 @@
 // A format is a class with
 //   Row              where a row's packed tensors are
 //   row(n)
-//   integers(row, part)
-//                    the weights of BYTES inputs, in their order, without factors
+//   integers(row, step, a, b)
+//                    a step's weights in their order, without factors
 //   FACTORS, factor(row, step)
 //                    whether there are factors other than 1; for each lane of a step what to multiply the integers with
 //   DECODES_AHEAD    whether decoding leaves enough registers for the weights of another step
 //   factors(row, step, scale, factor)
 //                    the same for each vector of eight in its order, and with the row's scale, computed as the reference does
+//   prefetch(row, rows, block)
+//                    fetch what a block of inputs needs, so many rows further on, into the second cache
 //   copy(row, step, storage)
 //                    the row's last step, if it has fewer than STEP inputs, padded with zeros in `storage`
 //   Storage
 #pragma once
 
 constexpr int STEPS = BLOCK / STEP;
+
+// Of a step's weights, in lanes: elements 0 and 2 of each vector, then 1 and 3, 4 and 6, 5 and 7.
+INLINE void widen(Int8 a, Int8 b, Int16 (&pairs)[4]) {
+    const Int16 first = (Int16)first_fours(a, b), last = (Int16)last_fours(a, b);
+    pairs[0] = first << 8 >> 8;
+    pairs[1] = first >> 8;
+    pairs[2] = last << 8 >> 8;
+    pairs[3] = last >> 8;
+}
 
 // The weights of one step of a row.
 struct Step {
@@ -26,7 +37,9 @@ struct Step {
 template <class Format>
 INLINE Step decode_whole(const Format& format, const typename Format::Row& row, int64_t step) {
     Step result;
-    widen(format.integers(row, 2 * step), format.integers(row, 2 * step + 1), result.weights);
+    Int8 a, b;
+    format.integers(row, step, a, b);
+    widen(a, b, result.weights);
     if constexpr (Format::FACTORS) result.factor = format.factor(row, step);
     return result;
 }
@@ -103,6 +116,7 @@ struct Rows {
 #pragma GCC unroll 2
         for (int r = 0; AHEAD && r < COUNT; r++) next[r] = decoded(format, rows[r], step);
         for (int64_t block = first; block < last; block++) {
+            for (int r = 0; r < COUNT; r++) format.prefetch(rows[r], TILE_ROWS, block);
             std::conditional_t<Format::FACTORS, Float32, Int32> sums[COUNT][TOKENS] = {};
             for (const int16_t* activations = x.of(block, 0); step < stop && activations < x.of(block, 1); activations += STEP) {
                 step++;
@@ -110,7 +124,6 @@ struct Rows {
                 for (int r = 0; r < COUNT; r++) {
                     const Step current = AHEAD ? next[r] : decoded(format, rows[r], step - 1);
                     if (AHEAD && step < stop) next[r] = decoded(format, rows[r], step);
-                    format.prefetch(rows[r], TILE_ROWS, step - 1);
                     add_step<Format>(current, activations, sums[r]);
                 }
             }
@@ -140,8 +153,9 @@ struct Rows {
     static INLINE void decode_step(const Format& format, const typename Format::Row& row, int64_t step, float scale, void* out,
                                    int32_t dtype, int64_t index, int64_t count) {
         typedef int8_t LaneBytes __attribute__((vector_size(LANES)));
-        int8_t integers[STEP];
-        for (int part = 0; part < 2; part++) store(integers + part * BYTES, format.integers(row, 2 * step + part));
+        Int8 halves[2];
+        format.integers(row, step, halves[0], halves[1]);
+        const int8_t* integers = (const int8_t*)halves;
         float factor[STEP / 8];
         format.factors(row, step, scale, factor);
 #pragma GCC unroll 16

@@ -77,7 +77,7 @@ struct Words {
     // Fetch the words of 2 * LANES inputs some time before they are needed, into the second cache.
     INLINE void prefetch(int64_t k) const {
         constexpr int64_t AHEAD = 2048;
-        for (int i = 0; i < 2 * LANES; i += 16) __builtin_prefetch(words + k + AHEAD + i, 0, 2);
+        fetch(words + k + AHEAD, 2 * LANES * 4);
     }
 
     // The words of inputs from k on; zeros beyond the last.

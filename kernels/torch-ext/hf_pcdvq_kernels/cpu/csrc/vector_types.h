@@ -32,6 +32,12 @@ INLINE To same_bits(From from) {
     return number_at<To>(&from, 0);
 }
 
+// Fetch memory into the second cache.
+INLINE void fetch(const void* from, int64_t bytes) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
 template <class Vector>
 INLINE void store(void* to, Vector vector) {
     __builtin_memcpy(to, &vector, sizeof vector);
@@ -46,25 +52,6 @@ constexpr int vector_in(int lane) { return lane % 4 / 2 * (LANES / 2) + lane / 4
 constexpr int lane_of(int vector) {
     const int within = vector % (LANES / 2);
     return within / 2 * 4 + vector / (LANES / 2) * 2 + within % 2;
-}
-
-template <int HALF, size_t... LANE>
-INLINE Int8 half_of_each(Int8 first, Int8 second, std::index_sequence<LANE...>) {
-#if defined(__clang__)
-    return (Int8)__builtin_shufflevector((Int32)first, (Int32)second, (2 * vector_in(LANE) + HALF)...);
-#else
-    return (Int8)__builtin_shuffle((Int32)first, (Int32)second, Int32{(2 * vector_in(LANE) + HALF)...});
-#endif
-}
-
-// Of a step's weights, in lanes: elements 0 and 2 of each vector, then 1 and 3, 4 and 6, 5 and 7.
-INLINE void widen(Int8 first, Int8 second, Int16 (&pairs)[4]) {
-    typedef std::make_index_sequence<LANES> Lanes;
-    const Int16 low = (Int16)half_of_each<0>(first, second, Lanes()), high = (Int16)half_of_each<1>(first, second, Lanes());
-    pairs[0] = low << 8 >> 8;
-    pairs[1] = low >> 8;
-    pairs[2] = high << 8 >> 8;
-    pairs[3] = high >> 8;
 }
 
 // The factors of the elements from `i` on, of which every eight share one.

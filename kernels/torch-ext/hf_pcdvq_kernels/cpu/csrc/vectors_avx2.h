@@ -11,6 +11,14 @@ INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return (Float32
 INLINE Int32 products(Int16 a, Int16 b) { return (Int32)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
 
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
+}
+
 // For every element the sum of its four signed bytes.
 INLINE Int32 sum_of_bytes(Int32 bytes) {
     return (Int32)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)bytes), _mm256_set1_epi16(1));
@@ -45,10 +53,13 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return (UInt8)_mm256_set_epi64x(number_at<uint64_t>(table, index[3]), number_at<uint64_t>(table, index[2]), number_at<uint64_t>(table, index[1]), number_at<uint64_t>(table, index[0]));
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    const uint32_t seven[4] = {words[2 * 0] & 127u, words[2 * 1] & 127u, words[2 * 2] & 127u, words[2 * 3] & 127u};
-    return (Int8)_mm256_sign_epi8((__m256i)weights, (__m256i)lookup(SIGN_TABLE.entries, seven));
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    uint32_t seven[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) seven[v] = words[2 * v] & 127u;
+    a = (Int8)_mm256_sign_epi8((__m256i)a, (__m256i)lookup(SIGN_TABLE.entries, seven));
+    b = (Int8)_mm256_sign_epi8((__m256i)b, (__m256i)lookup(SIGN_TABLE.entries, seven + 4));
 }
 
 // Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.

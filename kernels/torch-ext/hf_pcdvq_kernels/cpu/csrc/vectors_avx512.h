@@ -10,6 +10,14 @@ INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return (Float32
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return (Int32)_mm512_dpwssd_epi32((__m512i)first, (__m512i)a, (__m512i)b); }
 INLINE Int32 products(Int16 a, Int16 b) { return (Int32)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
+}
+
 // For every element the sum of its four signed bytes.
 INLINE Int32 sum_of_bytes(Int32 bytes) {
     return (Int32)_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), (__m512i)bytes);
@@ -38,13 +46,13 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return (UInt8)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    __m128i seven = _mm_and_si128(_mm_loadu_si128((const __m128i*)words), _mm_set1_epi16(127));
-    __m128i parity = _mm_slli_epi16(_mm_popcnt_epi16(seven), 7);
-    __m128i eight = _mm_and_si128(_mm_or_si128(seven, parity), _mm_set1_epi16(255));
-    const __mmask64 negative = (__mmask64)_mm_cvtsi128_si64(_mm_packus_epi16(eight, eight));
-    return (Int8)_mm512_mask_sub_epi8((__m512i)weights, negative, _mm512_setzero_si512(), (__m512i)weights);
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    const __m256i seven = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)words), _mm256_set1_epi16(127));
+    const __m128i eight = _mm256_cvtepi16_epi8(_mm256_or_si256(seven, _mm256_slli_epi16(_mm256_popcnt_epi16(seven), 7)));
+    const __mmask64 of_a = (__mmask64)_mm_cvtsi128_si64(eight), of_b = (__mmask64)_mm_extract_epi64(eight, 1);
+    a = (Int8)_mm512_mask_sub_epi8((__m512i)a, of_a, _mm512_setzero_si512(), (__m512i)a);
+    b = (Int8)_mm512_mask_sub_epi8((__m512i)b, of_b, _mm512_setzero_si512(), (__m512i)b);
 }
 
 // Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.

@@ -21,6 +21,14 @@ INLINE Int32 products(Int16 a, Int16 b) {
 #endif
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
 
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)Int32{((Int32)a)[0], ((Int32)a)[2], ((Int32)b)[0], ((Int32)b)[2]};
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)Int32{((Int32)a)[1], ((Int32)a)[3], ((Int32)b)[1], ((Int32)b)[3]};
+}
+
 // For every element the sum of its four signed bytes.
 INLINE Int32 sum_of_bytes(Int32 bytes) { return (bytes << 24 >> 24) + (bytes << 16 >> 24) + (bytes << 8 >> 24) + (bytes >> 24); }
 
@@ -52,10 +60,11 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return load<UInt8>(entries);
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    const uint32_t seven[2] = {words[2 * 0] & 127u, words[2 * 1] & 127u};
-    return (Int8)(weights * lookup(SIGN_TABLE.entries, seven));
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    const uint32_t seven[4] = {words[0] & 127u, words[2] & 127u, words[4] & 127u, words[6] & 127u};
+    a *= (Int8)lookup(SIGN_TABLE.entries, seven);
+    b *= (Int8)lookup(SIGN_TABLE.entries, seven + 2);
 }
 
 // Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
