@@ -44,14 +44,18 @@ struct Pcdvq {
 
     INLINE void integers(const Row& row, int64_t step, Int8& a, Int8& b) const {
         const uint8_t* words_of_step = row.words + step * (LANES * 2);
-        uint16_t vectors[LANES];
-        __builtin_memcpy(vectors, words_of_step, sizeof vectors);
-        uint32_t index[LANES];
-#pragma GCC unroll 16
-        for (int v = 0; v < LANES; v++) index[v] = (vectors[v] >> 7) & ((1 << PATTERN_BITS) - 1);
-        a = (Int8)lookup(patterns, index);
-        b = (Int8)lookup(patterns, index + LANES / 2);
+        a = magnitudes(words_of_step);
+        b = magnitudes(words_of_step + LANES);
         give_signs(words_of_step, a, b);
+    }
+
+    INLINE Int8 magnitudes(const uint8_t* words_of_half) const {
+        uint16_t vectors[LANES / 2];
+        __builtin_memcpy(vectors, words_of_half, sizeof vectors);
+        uint32_t index[LANES / 2];
+#pragma GCC unroll 8
+        for (int v = 0; v < LANES / 2; v++) index[v] = (vectors[v] >> 7) & ((1 << PATTERN_BITS) - 1);
+        return (Int8)lookup(patterns, index);
     }
 
     INLINE Float32 factor(const Row& row, int64_t step) const {

@@ -55,11 +55,10 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
 
 // Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
 INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
-    uint32_t seven[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) seven[v] = words[2 * v] & 127u;
-    a = (Int8)_mm256_sign_epi8((__m256i)a, (__m256i)lookup(SIGN_TABLE.entries, seven));
-    b = (Int8)_mm256_sign_epi8((__m256i)b, (__m256i)lookup(SIGN_TABLE.entries, seven + 4));
+    const uint32_t of_a[4] = {words[0] & 127u, words[2] & 127u, words[4] & 127u, words[6] & 127u};
+    a = (Int8)_mm256_sign_epi8((__m256i)a, (__m256i)lookup(SIGN_TABLE.entries, of_a));
+    const uint32_t of_b[4] = {words[8] & 127u, words[10] & 127u, words[12] & 127u, words[14] & 127u};
+    b = (Int8)_mm256_sign_epi8((__m256i)b, (__m256i)lookup(SIGN_TABLE.entries, of_b));
 }
 
 // Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
