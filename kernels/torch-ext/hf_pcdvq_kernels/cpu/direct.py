@@ -55,7 +55,9 @@ class DirectProduct:
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x` can be multiplied in this way; if not, call the op, which also names what may be wrong with it."""
-        return x.ndim > 0 and x.shape[-1] == self._columns and 0 < x.numel() <= launch.MOST_TOKENS * self._columns
+        if x.ndim == 0 or x.shape[-1] != self._columns or not x.numel():
+            return False
+        return launch.takes(x.numel() // self._columns, x.dtype)
 
     def __call__(self, x: Tensor, prepared: Tensor | None) -> Tensor:
         """`x @ W.T` for `x` `[..., K]` that `takes` accepts, and what `prepare` returned for it, or None."""
