@@ -191,6 +191,4 @@ def activation_quality(work: Path, setting: str, texts: Texts, count: int, lengt
 
 def _logits_in_pieces(model: PreTrainedModel, window: Tensor) -> Tensor:
     cache = DynamicCache(config=model.config)
-    return torch.cat(
-        [model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in window.split(PIECE)]
-    )
+    return torch.cat([model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in window.split(PIECE)])
