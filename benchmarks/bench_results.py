@@ -23,7 +23,10 @@ def check_setup(file: Path, recorded: dict[str, Any], here: dict[str, Any]) -> N
     """
     other = [f"{name} {recorded.get(name)}, here {here[name]}" for name in here if recorded.get(name) != here[name]]
     if other:
-        raise ValueError(f"{file} was measured with {'; '.join(other)}. Delete it, or give another --out")
+        raise ValueError(
+            f"{file} was measured with {'; '.join(other)}, and rows of both do not mix. Give another --out to start a new "
+            "file, or delete this one"
+        )
 
 
 class Layer(NamedTuple):

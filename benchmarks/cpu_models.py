@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from cpu_results import SMALL
 from cpu_timing import Call
-from hf_pcdvq_kernels.cpu.launch import MOST_TOKENS
 from random_models import dense_model, packed_copy, random_codes
 from smollm2 import save_smollm2
 from texts import Texts
@@ -27,6 +26,7 @@ from hf_pcdvq.quantizer import PackedHfQuantizer
 
 CPU = torch.device("cpu")
 PROMPT = 16  # tokens before generation
+PIECE = 16  # tokens that are multiplied straight from the codes on every CPU
 CACHE = 96 << 20  # bytes of weights between two uses of the same one
 
 
@@ -191,6 +191,4 @@ def activation_quality(work: Path, setting: str, texts: Texts, count: int, lengt
 
 def _logits_in_pieces(model: PreTrainedModel, window: Tensor) -> Tensor:
     cache = DynamicCache(config=model.config)
-    return torch.cat(
-        [model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in window.split(MOST_TOKENS)]
-    )
+    return torch.cat([model(input_ids=piece[None], past_key_values=cache).logits[0] for piece in window.split(PIECE)])

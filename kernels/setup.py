@@ -14,6 +14,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("torch-ext/hf_pcdvq_kernels/cpu/csrc")
 # Results must not depend on whether a compiler fuses multiplications and additions.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+# GCC would load the activations of the next step ahead of time, for which registers do not suffice.
+FLAGS += ["-fno-predictive-commoning"]
 # Nothing of the C++ runtime is used.
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi"]
 

@@ -93,7 +93,9 @@ def test_rows_of_another_machine_are_not_mixed(smoke, modules, tmp_path):
     content = json.loads(smoke[0].read_text())
     content["setup"]["machine"] = "another"
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="was measured with machine another, here one; .*Delete it"):
+    with pytest.raises(
+        ValueError, match="was measured with machine another, here one; .*Give another --out to start a new file"
+    ):
         modules["results"].Results.opened(file, {"machine": "one", "run": "full"})
     file.write_text("{}")
     with pytest.raises(ValueError, match="does not hold results of bench_cpu.py"):

@@ -109,7 +109,10 @@ def test_results_of_another_device_are_refused(copied, main):
     content["setup"]["device"] = "NVIDIA H200"
     copied.write_text(json.dumps(content))
     before = copied.read_text()
-    with pytest.raises(SystemExit, match="results.json was measured with device NVIDIA H200, here cpu. Delete it"):
+    with pytest.raises(
+        SystemExit,
+        match="results.json was measured with device NVIDIA H200, here cpu, and rows of both do not mix. Give another --out",
+    ):
         main("--smoke", "--out", copied)
     assert copied.read_text() == before
 

@@ -111,7 +111,7 @@ def test_rotation_is_part_of_the_product(block):
     signs = 1 - 2.0 * torch.randint(2, (block,), generator=torch.Generator().manual_seed(0))
     x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
     expected = ops.hadamard(x.double(), signs) @ products.dequantize(weight, torch.float64).T
-    for tokens in (x, x.repeat(20, 1)):  # from the codes, and from decoded slices
+    for tokens in (x, x.repeat(50, 1)):  # from the codes, and from decoded slices
         out = ops.matmul("pcdvq", tokens, arguments(weight), signs=signs)
         assert relative_error(out[:3], expected) < TOLERANCE[torch.float32]
     grad = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
@@ -181,7 +181,7 @@ def test_prepared_activations_give_the_same_product():
     assert torch.equal(torch.ops.hf_pcdvq_kernels.prepare(x, signs, "pcdvq-2.25"), prepared)
     with pytest.raises(ValueError, match="prepared must have shape"):
         ops.matmul("pcdvq", x[:2], packed, signs=signs, prepared=prepared)
-    assert ops.prepare(x.repeat(8, 1), signs, "pcdvq-2.25") is None  # so many tokens are multiplied otherwise
+    assert ops.prepare(x.repeat(50, 1), signs, "pcdvq-2.25") is None  # so many tokens are multiplied otherwise
 
 
 def test_opcheck_of_prepare():
@@ -245,7 +245,7 @@ def test_a_layer_computes_what_its_op_does():
             torch.randn(64),
             torch.randn(2, 3, 64),
             torch.randn(64, 5).T,
-            torch.randn(40, 64),
+            torch.randn(140, 64),
             torch.empty(0, 64),
         ):
             expected = packed.codec.matmul(x, packed.packed, packed.tables) + packed.bias
@@ -359,4 +359,13 @@ def test_what_the_library_cannot_compute_is_refused_by_name():
 
 def test_all_formats_have_kernels_or_say_that_they_have_none():
     assert {name for name, family in FORMATS.items() if family.on_cpu} == set(library.FORMAT_NAMES)
-    assert launch.MOST_TOKENS >= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_tokens_hardly_changes_their_products(dtype):
+    """Whatever groups they are multiplied in, from the codes or with decoded weights."""
+    packed, x = random_weights.random_packed("ccq-2.5", 24, 512), torch.randn(150, 512).to(dtype)
+    weight = ops.dequantize("ccq", packed, torch.float64)
+    for tokens in (3, 5, 13, 16, 17, 32, 33, 128, 129):
+        out = ops.matmul("ccq", x[:tokens], packed)
+        assert relative_error(out, x[:tokens].double() @ weight.T) < 2 * TOLERANCE[dtype]

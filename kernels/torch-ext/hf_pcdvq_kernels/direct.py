@@ -51,10 +51,12 @@ class DirectProduct(ABC):
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x` can be multiplied in this way; if not, call the op, which also names what may be wrong with it."""
-        most = self._most_tokens * self._columns
-        return x.ndim > 0 and x.shape[-1] == self._columns and 0 < x.numel() <= most and x.device == self._device
+        fits = x.ndim > 0 and x.shape[-1] == self._columns and x.numel() > 0 and x.device == self._device
+        return fits and self._takes(x.numel() // self._columns, x.dtype)
 
-    _most_tokens: int
+    @abstractmethod
+    def _takes(self, tokens: int, dtype: torch.dtype) -> bool:
+        """Whether kernels multiply so many tokens straight from the codes."""
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _prepare_on_cpu(x: Tensor, signs: Tensor | None, format: str) -> Tensor | No
     if not x.numel():
         return None
     check_prepare(x, signs)
-    if x.numel() // x.shape[-1] > launch.MOST_TOKENS:
+    if not launch.takes(x.numel() // x.shape[-1], x.dtype):
         return None
     return OPS.prepare(x, signs, format)
 
@@ -130,7 +130,8 @@ def grouped_matmul(
     """`x[g] @ W[experts[g]].T` for every group `g` of tokens and a stack of weights `W`. Not differentiable.
 
     On a GPU it runs as one Triton kernel if there is one: 16-bit `x`, at most 64 tokens per group. The host then never
-    synchronizes with the device. On a CPU it is one call of the compiled library, with at most 16 tokens per group.
+    synchronizes with the device. On a CPU it is one call of the compiled library, up to some tokens per
+    group (`cpu.launch.MOST_TOKENS`).
 
     Args:
         family: family of the weights' format.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..direct import DirectProduct
@@ -15,11 +16,12 @@ from .library import describe
 class CpuProduct(DirectProduct):
     """See `DirectProduct`."""
 
-    _most_tokens = launch.MOST_TOKENS
-
     def __init__(self, weight: PackedWeight, signs: Tensor | None, watched: Sequence[Tensor]):
         super().__init__(weight, signs, watched)
         self._weight = describe(weight)
+
+    def _takes(self, tokens: int, dtype: torch.dtype) -> bool:
+        return launch.takes(tokens, dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         return launch.prepare(x, self.signs, self._format)

@@ -14,8 +14,12 @@ from ..reference.sliced import sliced_matmul
 from .library import DTYPE_CODES, FORMAT_CODES, Library, Weight, describe, load
 
 # Up to this many tokens are multiplied straight from the codes; for more, decoding a slice of rows and leaving the product to
-# PyTorch is faster. Measured by `benchmarks/bench_cpu.py`.
-MOST_TOKENS = 16
+# PyTorch is faster. Measured, see docs/cpu.md; with AVX2 PyTorch multiplies 16-bit numbers so slowly that there is no such limit.
+MOST_TOKENS = {
+    "avx512": {2: 32, 4: 128},
+    "avx2": {2: 1 << 30, 4: 128},
+    "portable": {2: 16, 4: 16},
+}  # by size of an element
 # Fewer rows than this at a time, as there would be in layers with many inputs, PyTorch multiplies less efficiently.
 SLICE_ROWS = 256
 
@@ -27,6 +31,11 @@ def library() -> Library:
     if not isinstance(found, Library):
         raise found
     return found
+
+
+def takes(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether so many tokens are multiplied straight from the codes."""
+    return tokens <= MOST_TOKENS[library().used][dtype.itemsize]
 
 
 def enough_memory(ok: int, what: str) -> None:
@@ -88,7 +97,7 @@ def matmul(
 ) -> Tensor:
     """See `hf_pcdvq_kernels.matmul`."""
     tokens = x.numel() // x.shape[-1]
-    if transposed or tokens > MOST_TOKENS:
+    if transposed or not takes(tokens, x.dtype):
         return _decoded_matmul(x, weight, transposed, signs)
     if prepared is not None:
         checks.check_prepared("matmul", prepared, prepared_words(tokens, weight.columns), x.device)
@@ -142,7 +151,7 @@ def grouped_matmul(
         stack: all stacked tensors, by argument name; None for those that the format lacks.
     """
     groups, tokens, columns = x.shape
-    if tokens > MOST_TOKENS:
+    if not takes(tokens, x.dtype):
         return None
     x = x.contiguous()
     out = x.new_empty(groups, tokens, first.rows)

@@ -77,6 +77,7 @@ class Library:
     Attributes:
         prepare, matmul, linear, grouped_linear, dequantize, hadamard: foreign functions, which release the GIL. All but
             `matmul` and `dequantize` return 0 if memory is lacking, see `csrc/interface.h`.
+        used: the name of the instruction set in use.
     """
 
     def __init__(self, path: Path):
@@ -109,6 +110,7 @@ class Library:
         self.prepared_words = self._function("prepared_words", size, [size, size])
         self._instructions = self._function("instructions", c_char_p, [])
         self._set_instructions = self._function("set_instructions", number, [c_char_p])
+        self.used = self.instructions[0]
         self._share_threads()
 
     def _function(self, name: str, result: Any, arguments: list[Any]) -> Callable[..., Any]:
@@ -145,6 +147,7 @@ class Library:
         """
         if not self._set_instructions(name.encode()):
             raise ValueError(f"instructions must be one of {', '.join(self.instructions)}, got {name!r}")
+        self.used = name
 
 
 @cache

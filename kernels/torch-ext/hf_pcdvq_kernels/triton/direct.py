@@ -23,12 +23,15 @@ class TritonProduct(DirectProduct):
         super().__init__(weight, signs, watched)
         operands = kernels_of(weight.name).operands(weight).values()
         # A copy that was made for its alignment belongs to nobody, so its address would not stay valid.
-        kept = product.has_kernel(weight, 1, torch.float16) and all(o.data_ptr() in self._addresses for o in operands)
-        self._most_tokens = DOT_TOKENS if kept else 0
+        kept = all(operand.data_ptr() in self._addresses for operand in operands)
+        self._has_kernel = kept and product.has_kernel(weight, 1, torch.float16)
         self._operands = tuple(Address(operand) for operand in operands)
         self._kind = _without_memory(weight)
         self._products: dict[tuple[Any, ...], product.Product] = {}
         self._configs = tuned.load(self._device)
+
+    def _takes(self, tokens: int, dtype: torch.dtype) -> bool:
+        return self._has_kernel and tokens <= DOT_TOKENS
 
     def prepare(self, x: Tensor) -> Tensor:
         return product.prepare(x, self.signs, self._format)

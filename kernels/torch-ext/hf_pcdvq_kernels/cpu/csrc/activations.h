@@ -1,28 +1,33 @@
 // Activations: rotated in blocks, then quantized to 15 bits in blocks of BLOCK, each with a scale.
 //
-// What is prepared for one token: int16 [padded], then float32 scales [blocks]. The values are in the order in which the kernels
-// multiply them, which depends on the instruction set, see `place`.
+// Tokens are prepared in groups, which are multiplied together: for every block the int16 values of all tokens of the group, one
+// token after the other, and behind the last block the float32 scales in the same order. The values of a block are in the order in
+// which the kernels multiply them, which depends on the instruction set, see `place`.
 #pragma once
 
 constexpr int LARGEST = 127 * 128;  // sums of products with any block of weights fit in 32 bits
 
+template <int TOKENS>
 struct Quantized {
     const int16_t* values;
-    const float* scale;
-};
+    const float* scales;
 
-INLINE Quantized view(const int32_t* prepared, int64_t token, int64_t columns) {
-    const int32_t* start = prepared + token * prepared_words(columns);
-    return {(const int16_t*)start, (const float*)(start + padded(columns) / 2)};
-}
+    Quantized(const int32_t* prepared, int64_t first, int64_t columns)
+        : values((const int16_t*)(prepared + first * prepared_words(columns))),
+          scales((const float*)(values + blocks_of(columns) * TOKENS * BLOCK)) {}
+
+    INLINE const int16_t* of(int64_t block, int token) const { return values + (block * TOKENS + token) * BLOCK; }
+    INLINE Float32 scale(int64_t block, int token) const { return broadcast(scales[block * TOKENS + token]); }
+};
 
 INLINE bool is_stream(int32_t format) { return format >= HFP_STREAM_2_0 && format <= HFP_STREAM_4_0; }
 
-// Where the value of input `i` of a group is. Formats stored by rows: in every BYTES inputs, the first four of every eight come
-// before all others, see `widen`. `stream`: in every 2 * LANES, four of the first half and four of the second alternate, see `narrow`.
+// Where the value of input `i` of a step is. Formats stored by rows: in the order of `widen`. `stream`: in every 2 * LANES, four of
+// the first half and four of the second alternate, see `narrow`.
 INLINE int place(bool stream, int i) {
-    const int run = stream ? 2 * LANES : BYTES, j = i % run;
-    return i - j + (stream ? j % LANES / 4 * 8 + j / LANES * 4 + j % 4 : j / 8 * 4 + j % 4 + (j % 8 < 4 ? 0 : BYTES / 2));
+    if (!stream) return ((i % 8 / 4 * 2 + i % 2) * LANES + lane_of(i / 8)) * 2 + i % 4 / 2;
+    const int j = i % (2 * LANES);
+    return i - j + j % LANES / 4 * 8 + j / LANES * 4 + j % 4;
 }
 
 // ------------------------------------------------------------------------------------------------------ rotation
@@ -91,7 +96,7 @@ void rotate_row(const void* x, int32_t dtype, int64_t columns, const float* sign
 
 // ---------------------------------------------------------------------------------------------------- quantizing
 
-// Quantize `BLOCK` values, or what is left of them, with padding of zeros up to a multiple of GROUP.
+// Quantize `BLOCK` values, or what is left of them, with padding of zeros up to a multiple of PADDING.
 // Returns the scale. Values that are not finite make it NaN, and with it every product.
 INLINE float quantize_block(const float* x, int64_t count, int32_t* out) {
     Int32 bits = {};
@@ -114,28 +119,43 @@ INLINE float quantize_block(const float* x, int64_t count, int32_t* out) {
     return finite ? factor ? largest / LARGEST : 0 : __builtin_nanf("");
 }
 
+// Where a token's blocks go: to `values`, one every `tokens` blocks, and scales likewise.
+struct Place {
+    int16_t* values;
+    float* scales;
+    int64_t tokens;
+
+    Place(int64_t token, int64_t tokens_of_all, int64_t columns, int32_t* prepared) {
+        int64_t first = 0;
+        while (tokens = group_size(tokens_of_all - first), first + tokens <= token) first += tokens;
+        int16_t* start = (int16_t*)(prepared + first * prepared_words(columns));
+        values = start + (token - first) * BLOCK;
+        scales = (float*)(start + blocks_of(columns) * tokens * BLOCK) + (token - first);
+    }
+};
+
 // Quantize a token's activations, padded with zeros to `padded(columns)`.
 template <bool STREAM>
-INLINE void quantize(const float* x, int64_t columns, int32_t* prepared) {
-    const Quantized out = view(prepared, 0, columns);
-    int16_t* values = (int16_t*)out.values;
+INLINE void quantize(const float* x, int64_t columns, const Place& out) {
     int32_t integers[BLOCK];
-    for (int64_t start = 0; start < padded(columns); start += BLOCK) {
-        const int64_t count = padded(columns) - start < BLOCK ? padded(columns) - start : BLOCK;
-        ((float*)out.scale)[start / BLOCK] = quantize_block(x + start, count, integers);
-        for (int64_t group = 0; group < count; group += GROUP)
-#pragma GCC unroll 64
-            for (int i = 0; i < GROUP; i++) values[start + group + place(STREAM, i)] = (int16_t)integers[group + i];
+    for (int64_t block = 0; block < blocks_of(columns); block++) {
+        const int64_t start = block * BLOCK, count = padded(columns) - start < BLOCK ? padded(columns) - start : BLOCK;
+        out.scales[block * out.tokens] = quantize_block(x + start, count, integers);
+        int16_t* values = out.values + block * out.tokens * BLOCK;
+        for (int64_t step = 0; step < count; step += STEP)
+#pragma GCC unroll 128
+            for (int i = 0; i < STEP; i++) values[step + place(STREAM, i)] = (int16_t)integers[step + i];
     }
 }
 
-void prepare_token(int32_t format, const void* x, int32_t dtype, int64_t columns, const float* signs, int64_t block, int32_t* prepared,
-                   float* scratch) {
+void prepare_token(int32_t format, const void* x, int32_t dtype, int64_t columns, const float* signs, int64_t block, int64_t token,
+                   int64_t tokens, int32_t* prepared, float* scratch) {
     for (int64_t k = 0; k < columns; k += LANES) store(scratch + k, read(x, dtype, k, columns - k));
     if (signs) rotate(scratch, columns, signs, block, false);
     for (int64_t k = (columns + LANES - 1) / LANES * LANES; k < padded(columns); k++) scratch[k] = 0;
+    const Place out(token, tokens, columns, prepared);
     if (is_stream(format))
-        quantize<true>(scratch, columns, prepared);
+        quantize<true>(scratch, columns, out);
     else
-        quantize<false>(scratch, columns, prepared);
+        quantize<false>(scratch, columns, out);
 }

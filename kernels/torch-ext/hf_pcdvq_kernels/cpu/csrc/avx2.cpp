@@ -15,8 +15,8 @@
 namespace {
 #define INLINE inline __attribute__((always_inline))
 constexpr int BYTES = 32;
-constexpr int ROWS_AT_ONCE = 2;
-constexpr int TOKENS_AT_ONCE = 4;
+constexpr int ROW_TOKENS = 4;  // sums of the other formats that are kept in registers, where that leaves more than one row
+constexpr bool DECODES_AHEAD = false;  // whether weights are decoded one step before they are multiplied
 constexpr int CHANNEL_TOKENS = 8;  // sums of `stream` that are kept in registers
 #include "vectors_avx2.h"
 #include "kernels.h"

@@ -4,8 +4,9 @@
 struct Bytes {
     typedef const int8_t* Row;
     struct Storage {
-        int8_t bytes[GROUP];
+        int8_t bytes[STEP];
     };
+    static constexpr bool FACTORS = false, DECODES_AHEAD = true;
 
     int64_t columns;
     const int8_t* bytes;
@@ -14,18 +15,20 @@ struct Bytes {
 
     INLINE Row row(int64_t n) const { return bytes + n * columns; }
 
-    INLINE Row copy(Row row, int64_t group, Storage& storage) const {
+    INLINE void prefetch(Row row, int64_t rows, int64_t block) const { fetch(row + rows * columns + block * BLOCK, BLOCK); }
+
+    INLINE Row copy(Row row, int64_t step, Storage& storage) const {
         storage = {};
-        __builtin_memcpy(storage.bytes, row + group * GROUP, columns - group * GROUP);
+        __builtin_memcpy(storage.bytes, row + step * STEP, columns - step * STEP);
         return storage.bytes;
     }
 
-    INLINE void decode(Row row, int64_t group, int part, Int8& weight, Float32& factor) const {
-        weight = load<Int8>(row + group * GROUP + part * BYTES);
-        factor = broadcast(1.0f);
+    INLINE void integers(Row row, int64_t step, Int8& a, Int8& b) const {
+        a = load<Int8>(row + step * STEP);
+        b = load<Int8>(row + step * STEP + BYTES);
     }
 
-    INLINE void factors(Row, int64_t, float scale, float factor[GROUP / 8]) const {
-        for (int v = 0; v < GROUP / 8; v++) factor[v] = scale;
+    INLINE void factors(Row, int64_t, float scale, float factor[LANES]) const {
+        for (int v = 0; v < LANES; v++) factor[v] = scale;
     }
 };

@@ -7,9 +7,14 @@
 struct Output {
     void* y;
     int32_t dtype;
-    int64_t rows;  // N
+    int64_t tokens, rows;  // T, N
 
-    INLINE void put(int64_t token, int64_t n, float value) const { write(y, dtype, token * rows + n, broadcast(value), 1); }
+    // The products of a row with some tokens, of which those beyond the last are padding.
+    template <int TOKENS>
+    INLINE void put(int64_t token, int64_t n, float scale, const Float32 (&products)[TOKENS]) const {
+        for (int t = 0; t < TOKENS && token + t < tokens; t++)
+            write(y, dtype, (token + t) * rows + n, broadcast(scale * sum(products[t])), 1);
+    }
 };
 
 #include "rows.h"
@@ -18,25 +23,21 @@ struct Output {
 #include "int8.h"
 #include "stream.h"
 
-template <class Product, int TOKENS>
-INLINE void multiply_tokens(const HfpWeight& weight, int64_t start, int64_t stop, const int32_t* prepared, int64_t token, const Output& y) {
-    Quantized x[TOKENS];
-    for (int t = 0; t < TOKENS; t++) x[t] = view(prepared, token + t, weight.columns);
-    Product::template multiply<TOKENS>(weight, start, stop, x, y, token);
+// Products with the first group of tokens that are left, of `SIZE` or fewer. Returns the size of the group.
+template <class Product, int SIZE>
+INLINE int64_t multiply_group(const HfpWeight& weight, int64_t start, int64_t stop, const int32_t* prepared, const Output& y, int64_t token) {
+    if constexpr (SIZE > 1)
+        if (group_size(y.tokens - token) < SIZE)
+            return multiply_group<Product, SIZE / 2>(weight, start, stop, prepared, y, token);
+    Product::template multiply<SIZE>(weight, start, stop, Quantized<SIZE>(prepared, token, weight.columns), y, token);
+    return SIZE;
 }
 
-// Products with tokens, as many at a time as registers hold.
 template <class Product>
 void multiply(const HfpWeight& weight, int64_t start, int64_t stop, const int32_t* prepared, int64_t tokens, void* y, int32_t dtype) {
-    const Output out = {y, dtype, weight.rows};
-    int64_t token = 0;
-    if constexpr (TOKENS_AT_ONCE >= 8)
-        for (; token + 8 <= tokens; token += 8) multiply_tokens<Product, 8>(weight, start, stop, prepared, token, out);
-    if constexpr (TOKENS_AT_ONCE >= 4)
-        for (; token + 4 <= tokens; token += 4) multiply_tokens<Product, 4>(weight, start, stop, prepared, token, out);
-    if constexpr (TOKENS_AT_ONCE >= 2)
-        for (; token + 2 <= tokens; token += 2) multiply_tokens<Product, 2>(weight, start, stop, prepared, token, out);
-    for (; token < tokens; token++) multiply_tokens<Product, 1>(weight, start, stop, prepared, token, out);
+    const Output out = {y, dtype, tokens, weight.rows};
+    for (int64_t token = 0; token < tokens;)
+        token += multiply_group<Product, TOKENS_AT_ONCE>(weight, start, stop, prepared, out, token);
 }
 
 template <class Product>

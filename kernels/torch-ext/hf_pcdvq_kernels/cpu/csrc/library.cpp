@@ -71,16 +71,26 @@ int64_t units_of(const HfpWeight& weight, int64_t rows) {
 
 int64_t size_of(int32_t dtype) { return dtype == HFP_FLOAT32 ? 4 : 2; }
 
-bool prepare(int32_t format, const void* x, int32_t dtype, int64_t tokens, int64_t columns, const float* signs, int64_t block,
-             int32_t* prepared, int32_t threads) {
-    const int64_t words = prepared_words(columns), size = size_of(dtype);
+// Room for prepared activations, at a multiple of 64 bytes: vectors that cross such a line are read more slowly.
+struct PreparedMemory {
+    Memory memory;
+    int32_t* start;
+    explicit PreparedMemory(int64_t words)
+        : memory(4 * words + 64), start(memory.start ? (int32_t*)(((uintptr_t)memory.start + 63) / 64 * 64) : nullptr) {}
+};
+
+// `groups` times so many tokens.
+bool prepare(int32_t format, const void* x, int32_t dtype, int64_t groups, int64_t tokens, int64_t columns, const float* signs,
+             int64_t block, int32_t* prepared, int32_t threads) {
+    const int64_t words = hfp_prepared_words(tokens, columns), size = size_of(dtype);
+    memset(prepared, 0, groups * words * 4);  // padding
     std::atomic<bool> enough{true};
-    parallel(tokens, columns, threads, [&](int64_t start, int64_t stop) {
+    parallel(groups * tokens, columns, threads, [&](int64_t start, int64_t stop) {
         Memory scratch(padded(columns) * 4);
         if (!scratch.start) return enough.store(false);
-        for (int64_t token = start; token < stop; token++)
-            chosen->prepare_token(format, (const char*)x + token * columns * size, dtype, columns, signs, block,
-                                         prepared + token * words, (float*)scratch.start);
+        for (int64_t i = start; i < stop; i++)
+            chosen->prepare_token(format, (const char*)x + i * columns * size, dtype, columns, signs, block, i % tokens, tokens,
+                                  prepared + i / tokens * words, (float*)scratch.start);
     });
     return enough;
 }
@@ -128,11 +138,11 @@ int32_t hfp_set_instructions(const char* name) {
     return 0;
 }
 
-int64_t hfp_prepared_words(int64_t tokens, int64_t columns) { return tokens * prepared_words(columns); }
+int64_t hfp_prepared_words(int64_t tokens, int64_t columns) { return padded_tokens(tokens) * prepared_words(columns); }
 
 int32_t hfp_prepare(int32_t format, const void* x, int32_t dtype, int64_t tokens, int64_t columns, const float* signs, int64_t block,
                     int32_t* prepared, int32_t threads) {
-    return prepare(format, x, dtype, tokens, columns, signs, block, prepared, threads);
+    return prepare(format, x, dtype, 1, tokens, columns, signs, block, prepared, threads);
 }
 
 void hfp_matmul(const HfpWeight* weight, const int32_t* prepared, int64_t tokens, void* y, int32_t dtype, int32_t threads) {
@@ -145,20 +155,19 @@ void hfp_matmul(const HfpWeight* weight, const int32_t* prepared, int64_t tokens
 
 int32_t hfp_linear(const HfpWeight* weight, const void* x, int32_t dtype, int64_t tokens, const float* signs, int64_t block, void* y,
                    int32_t threads) {
-    Memory prepared(4 * hfp_prepared_words(tokens, weight->columns));
+    const PreparedMemory prepared(hfp_prepared_words(tokens, weight->columns));
     if (!prepared.start) return 0;
-    if (!prepare(weight->format, x, dtype, tokens, weight->columns, signs, block, (int32_t*)prepared.start, threads)) return 0;
-    hfp_matmul(weight, (const int32_t*)prepared.start, tokens, y, dtype, threads);
+    if (!prepare(weight->format, x, dtype, 1, tokens, weight->columns, signs, block, prepared.start, threads)) return 0;
+    hfp_matmul(weight, prepared.start, tokens, y, dtype, threads);
     return 1;
 }
 
 int32_t hfp_grouped_linear(const HfpWeight* stack, const int32_t* experts, int64_t groups, const void* x, int32_t dtype, int64_t tokens,
                            const float* signs, int64_t block, void* y, int32_t threads) {
-    const int64_t size = size_of(dtype), all = groups * tokens;
-    const int64_t words = hfp_prepared_words(tokens, stack->columns), result = tokens * stack->rows * size;
-    Memory prepared(4 * groups * words);
+    const int64_t words = hfp_prepared_words(tokens, stack->columns), result = tokens * stack->rows * size_of(dtype);
+    const PreparedMemory prepared(groups * words);
     if (!prepared.start) return 0;
-    if (!prepare(stack->format, x, dtype, all, stack->columns, signs, block, (int32_t*)prepared.start, threads)) return 0;
+    if (!prepare(stack->format, x, dtype, groups, tokens, stack->columns, signs, block, prepared.start, threads)) return 0;
 
     const FormatKernels& kernels = chosen->formats[stack->format];
     const int64_t units = units_of(*stack, stack->rows), cost = stack->columns * tokens * kernels.rows / kernels.units;
@@ -168,8 +177,7 @@ int32_t hfp_grouped_linear(const HfpWeight* stack, const int32_t* experts, int64
             const int64_t first = start > group * units ? start - group * units : 0;
             const int64_t last = stop < (group + 1) * units ? stop - group * units : units;
             if (experts[group] >= 0)
-                kernels.multiply(one_of(*stack, experts[group]), first, last, (const int32_t*)prepared.start + group * words, tokens, out,
-                                 dtype);
+                kernels.multiply(one_of(*stack, experts[group]), first, last, prepared.start + group * words, tokens, out, dtype);
             else if (first == 0)
                 memset(out, 0, result);
         }

@@ -44,6 +44,12 @@ struct StreamLayout {
     }
     static constexpr int MOST_CHANNELS = most_channels();  // that end in one word
 
+    // Bits below the window of a channel of a word; beyond its last channel, those of this one.
+    static constexpr int shift(int word, int channel) {
+        const int number = channels.first[word] + channel, last = channels.first[word + 1] - 1;
+        return channels.shift[number < last ? number : last];
+    }
+
     static int64_t words(int64_t rows) { return (rows + PERIOD - 1) / PERIOD * WORDS; }
 
     // The row of words before `row` in its ring.
@@ -68,6 +74,12 @@ struct Words {
                 Int32{} + ((1 << weight.window_bits) - 1)};
     }
 
+    // Fetch the words of 2 * LANES inputs some time before they are needed, into the second cache.
+    INLINE void prefetch(int64_t k) const {
+        constexpr int64_t AHEAD = 2048;
+        fetch(words + k + AHEAD, 2 * LANES * 4);
+    }
+
     // The words of inputs from k on; zeros beyond the last.
     INLINE void at(int64_t k, Int32& word, Int32& previous) const {
         if (__builtin_expect(k + LANES <= columns, 1)) {
@@ -82,77 +94,117 @@ struct Words {
     }
 };
 
-// The integer weights of the channel with `shift` bits below its window.
-template <bool CROSSING>
-INLINE Int32 decoded(Int32 word, Int32 previous, Int32 mask, int shift) {
-    const Int32 window = CROSSING ? funnel(previous, word, shift) : (Int32)((UInt32)word >> (UInt32{} + (uint32_t)shift));
-    return sum_of_bytes((Int32)((UInt32)(window & mask) * MULTIPLIER));
+// How windows of some channels, which end in the same word, are taken from it and from the word before: `shift` bits are below them.
+// CROSSING: whether some of the windows begin in the word before.
+template <int COUNT, bool CROSSING>
+struct Shifts {
+    int shift[COUNT];
+
+    template <class Layout>
+    Shifts(Layout, int word, int first) {
+        for (int i = 0; i < COUNT; i++) shift[i] = Layout::shift(word, first + i);
+    }
+
+    template <int CHANNEL>
+    INLINE Int32 window(Int32 word, Int32 previous) const {
+        if constexpr (CROSSING) return funnel(previous, word, shift[CHANNEL]);
+        return (Int32)((UInt32)word >> (UInt32{} + (uint32_t)shift[CHANNEL]));
+    }
+};
+
+// The same, compiled for the channels of a word from the FIRST on; beyond the last, this one again. Windows have up to 16 bits.
+template <class Layout, int WORD, int FIRST>
+struct FixedShifts {
+    template <int CHANNEL>
+    INLINE Int32 window(Int32 word, Int32 previous) const {
+        constexpr int SHIFT = Layout::shift(WORD, FIRST + CHANNEL);
+        if constexpr (SHIFT > 16) return funnel<SHIFT>(previous, word);
+        return (Int32)((UInt32)word >> (SHIFT > 16 ? 0 : SHIFT));
+    }
+};
+
+INLINE Int32 decoded(Int32 window, Int32 mask) { return sum_of_bytes((Int32)((UInt32)(window & mask) * MULTIPLIER)); }
+
+template <int TOKENS>
+INLINE void add_channel(Int16 weights, const int16_t* activations, Int32 (&sums)[TOKENS]) {
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; t++) sums[t] = add_products(sums[t], weights, load<Int16>(activations + t * BLOCK));
 }
 
-// Consecutive channels whose windows end in the same word, with `shift` bits below them, times tokens; before scaling.
-// CROSSING: whether some of the windows begin in the word before.
-template <int COUNT, int TOKENS, bool CROSSING>
-INLINE void multiply_channels(const Words& row, const int* shift, const Quantized* x, float (&out)[COUNT][TOKENS]) {
-    Float32 total[COUNT][TOKENS] = {};
-    for (int64_t start = 0, block = 0; start < row.columns; start += BLOCK, block++) {
-        Int32 sums[COUNT][TOKENS] = {};
-        const int64_t stop = start + BLOCK < row.columns ? start + BLOCK : row.columns;
-        for (int64_t k = start; k < stop; k += 2 * LANES) {
-            Int32 word[2], previous[2];
-            row.at(k, word[0], previous[0]);
-            row.at(k + LANES, word[1], previous[1]);
-            Int16 activations[TOKENS];
-#pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; t++) activations[t] = load<Int16>(x[t].values + k);
-#pragma GCC unroll 16
-            for (int i = 0; i < COUNT; i++) {
-                const Int16 weights = narrow(decoded<CROSSING>(word[0], previous[0], row.mask, shift[i]),
-                                             decoded<CROSSING>(word[1], previous[1], row.mask, shift[i]));
-#pragma GCC unroll 8
-                for (int t = 0; t < TOKENS; t++) sums[i][t] = add_products(sums[i][t], weights, activations[t]);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < COUNT; i++)
-#pragma GCC unroll 8
-            for (int t = 0; t < TOKENS; t++)
-                total[i][t] = multiply_add(to_float(sums[i][t]), broadcast(x[t].scale[block]), total[i][t]);
+// Add the products of consecutive channels with a block of activations.
+template <class Shifts, int COUNT, int TOKENS, size_t... CHANNEL>
+INLINE void add_channels(const Words& row, const Shifts& shifts, int64_t block, const Quantized<TOKENS>& x,
+                         Float32 (&total)[COUNT][TOKENS], std::index_sequence<CHANNEL...>) {
+    Int32 sums[COUNT][TOKENS] = {};
+    const int64_t start = block * BLOCK, count = row.columns - start < BLOCK ? row.columns - start : BLOCK;
+    const int16_t* activations = x.of(block, 0);
+    for (int64_t k = 0; k < count; k += 2 * LANES) {
+        Int32 word[2], previous[2];
+        row.at(start + k, word[0], previous[0]);
+        row.at(start + k + LANES, word[1], previous[1]);
+        row.prefetch(start + k);
+        (add_channel(narrow(decoded(shifts.template window<CHANNEL>(word[0], previous[0]), row.mask),
+                            decoded(shifts.template window<CHANNEL>(word[1], previous[1]), row.mask)),
+                     activations + k, sums[CHANNEL]),
+         ...);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; t++) out[i][t] = sum(total[i][t]);
+        for (int t = 0; t < TOKENS; t++) total[i][t] = multiply_add(to_float(sums[i][t]), x.scale(block, t), total[i][t]);
 }
 
 template <class Layout>
 struct Stream {
     static constexpr int64_t UNITS = Layout::WORDS, ROWS = Layout::PERIOD;
 
-    // All channels of a row of words, in equal parts of as many as registers hold; the last may compute some in vain.
+    // Channels are multiplied in equal parts of as many as registers hold; the last may compute some in vain.
     template <int TOKENS>
-    static void multiply(const HfpWeight& weight, int64_t start, int64_t stop, const Quantized* x, const Output& y, int64_t token) {
-        constexpr int MOST = CHANNEL_TOKENS / TOKENS, PASSES = (Layout::MOST_CHANNELS + MOST - 1) / MOST;
-        constexpr int COUNT = (Layout::MOST_CHANNELS + PASSES - 1) / PASSES;
+    struct Parts {
+        static constexpr int MOST = TOKENS == 1 ? 8 : CHANNEL_TOKENS / TOKENS, NUMBER = (Layout::MOST_CHANNELS + MOST - 1) / MOST;
+        static constexpr int COUNT = (Layout::MOST_CHANNELS + NUMBER - 1) / NUMBER;
+    };
+
+    // As in `Rows`, all channels are multiplied with a tile of activations before the next tile.
+    template <int TOKENS>
+    static void multiply(const HfpWeight& weight, int64_t start, int64_t stop, const Quantized<TOKENS>& x, const Output& y, int64_t token) {
+        constexpr int PARTS = Parts<TOKENS>::NUMBER, COUNT = Parts<TOKENS>::COUNT, TILE_BLOCKS = TOKENS > 4 ? 32 / TOKENS : 8;
+        const int64_t blocks = blocks_of(weight.columns);
         for (int64_t row = start; row < stop; row++) {
             const Words words = Words::of(weight, row, Layout());
-            const int word = row % Layout::WORDS, last = Layout::channels.first[word + 1];
-            for (int first = Layout::channels.first[word]; first < last; first += COUNT) {
-                int shift[COUNT];
-                for (int i = 0; i < COUNT; i++) shift[i] = Layout::channels.shift[first + i < last ? first + i : last - 1];
-                float out[COUNT][TOKENS];
-                // Windows have up to 16 bits, and the first of these channels has most bits below its own: if that window lies
-                // within the word, so do all.
-                if (shift[0] > 16)
-                    multiply_channels<COUNT, TOKENS, true>(words, shift, x, out);
-                else
-                    multiply_channels<COUNT, TOKENS, false>(words, shift, x, out);
-                for (int i = 0; i < COUNT && first + i < last; i++) {
-                    const int64_t n = row / Layout::WORDS * Layout::PERIOD + first + i;
-                    if (n >= weight.rows) break;  // padding
-                    for (int t = 0; t < TOKENS; t++) y.put(token + t, n, weight.scale[n] * out[i][t]);
-                }
+            const int word = row % Layout::WORDS, begin = Layout::channels.first[word], end = Layout::channels.first[word + 1];
+            Float32 total[PARTS][COUNT][TOKENS] = {};
+            for (int64_t first = 0; first < blocks; first += TILE_BLOCKS) {
+                const int64_t last = first + TILE_BLOCKS < blocks ? first + TILE_BLOCKS : blocks;
+                for (int part = 0; part < PARTS; part++) multiply_tile(words, word, part, first, last, x, total[part]);
             }
+            const int64_t n = row / Layout::WORDS * Layout::PERIOD;
+            for (int channel = begin; channel < end && n + channel < weight.rows; channel++)  // there may be padding
+                y.put(token, n + channel, weight.scale[n + channel], total[(channel - begin) / COUNT][(channel - begin) % COUNT]);
         }
+    }
+
+    template <int COUNT, int TOKENS>
+    static INLINE void multiply_tile(const Words& words, int word, int part, int64_t first, int64_t last, const Quantized<TOKENS>& x,
+                                     Float32 (&total)[COUNT][TOKENS]) {
+        const auto with = [&](const auto& shifts) __attribute__((always_inline)) {
+            for (int64_t block = first; block < last; block++)
+                add_channels(words, shifts, block, x, total, std::make_index_sequence<COUNT>());
+        };
+        if constexpr (TOKENS == 1) {  // most time goes into taking windows, which is worth code for every word of the layout
+            constexpr int PARTS = Parts<TOKENS>::NUMBER;
+            with_fixed<COUNT, PARTS>(word * PARTS + part, with, std::make_index_sequence<Layout::WORDS * PARTS>());
+        } else if (Layout::shift(word, part * COUNT) > 16) {
+            with(Shifts<COUNT, true>(Layout(), word, part * COUNT));
+        } else {  // the first of these channels has most bits below its window: if that lies within the word, so do all
+            with(Shifts<COUNT, false>(Layout(), word, part * COUNT));
+        }
+    }
+
+    // `work` with the shifts of the part with a number, counted through all words.
+    template <int COUNT, int PARTS, class Work, size_t... PART>
+    static INLINE void with_fixed(int number, const Work& work, std::index_sequence<PART...>) {
+        ((number == PART ? work(FixedShifts<Layout, PART / PARTS, PART % PARTS * COUNT>()) : void()), ...);
     }
 
     static void decode(const HfpWeight& weight, int64_t first, int64_t last, int64_t start, int64_t stop, void* out, int32_t dtype) {
@@ -171,7 +223,7 @@ struct Stream {
         for (int64_t k = 0; k < words.columns; k += LANES) {
             Int32 word, previous;
             words.at(k, word, previous);
-            const Int32 value = decoded<true>(word, previous, words.mask, shift);
+            const Int32 value = decoded(funnel(previous, word, shift), words.mask);
             write(out, dtype, index + k, to_float(value) * scale, words.columns - k);
         }
     }

@@ -9,6 +9,7 @@ typedef uint32_t UInt32 __attribute__((vector_size(BYTES)));
 typedef float Float32 __attribute__((vector_size(BYTES)));
 
 constexpr int LANES = BYTES / 4;  // of four bytes
+constexpr int STEP = 2 * BYTES;   // inputs that are decoded together: LANES vectors of eight
 
 template <class Vector>
 INLINE Vector load(const void* from) {
@@ -31,12 +32,27 @@ INLINE To same_bits(From from) {
     return number_at<To>(&from, 0);
 }
 
+// Fetch memory into the second cache.
+INLINE void fetch(const void* from, int64_t bytes) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
 template <class Vector>
 INLINE void store(void* to, Vector vector) {
     __builtin_memcpy(to, &vector, sizeof vector);
 }
 
 INLINE Float32 broadcast(float value) { return value - Float32{}; }
+
+// --------------------------------------------------------------------------------------------------- vectors of eight
+
+// Which of a step's vectors of eight weights is in a lane, and the reverse: an order that shuffles within 16 bytes can make.
+constexpr int vector_in(int lane) { return lane % 4 / 2 * (LANES / 2) + lane / 4 * 2 + lane % 2; }
+constexpr int lane_of(int vector) {
+    const int within = vector % (LANES / 2);
+    return within / 2 * 4 + vector / (LANES / 2) * 2 + within % 2;
+}
 
 // The factors of the elements from `i` on, of which every eight share one.
 INLINE Float32 every_eight(const float* factor, int i) {

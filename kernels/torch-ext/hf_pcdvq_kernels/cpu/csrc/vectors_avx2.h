@@ -11,11 +11,12 @@ INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return (Float32
 INLINE Int32 products(Int16 a, Int16 b) { return (Int32)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
 
-// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
-INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
-    const __m256i apart = _mm256_permutevar8x32_epi32((__m256i)bytes, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
-    first = (Int16)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(apart));
-    second = (Int16)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(apart, 1));
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
 }
 
 // For every element the sum of its four signed bytes.
@@ -31,12 +32,19 @@ INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
     return (Int32)_mm256_or_si256(_mm256_srlv_epi32((__m256i)low, _mm256_set1_epi32(shift)),
                                   _mm256_sllv_epi32((__m256i)high, _mm256_set1_epi32(32 - shift)));
 }
+template <int SHIFT>
+INLINE Int32 funnel(Int32 high, Int32 low) {
+    return (Int32)((UInt32)low >> SHIFT | (UInt32)high << (32 - SHIFT));
+}
 
 INLINE float sum(Float32 x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+
+// 16 bytes, in both halves of the register.
+INLINE __m256i twice(const uint8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
 
 // ------------------------------------------------------------------------------------------------------- pcdvq
 
@@ -45,23 +53,29 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return (UInt8)_mm256_set_epi64x(number_at<uint64_t>(table, index[3]), number_at<uint64_t>(table, index[2]), number_at<uint64_t>(table, index[1]), number_at<uint64_t>(table, index[0]));
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    const uint32_t seven[4] = {words[2 * 0] & 127u, words[2 * 1] & 127u, words[2 * 2] & 127u, words[2 * 3] & 127u};
-    return (Int8)_mm256_sign_epi8((__m256i)weights, (__m256i)lookup(SIGN_TABLE.entries, seven));
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    const uint32_t of_a[4] = {words[0] & 127u, words[2] & 127u, words[4] & 127u, words[6] & 127u};
+    a = (Int8)_mm256_sign_epi8((__m256i)a, (__m256i)lookup(SIGN_TABLE.entries, of_a));
+    const uint32_t of_b[4] = {words[8] & 127u, words[10] & 127u, words[12] & 127u, words[14] & 127u};
+    b = (Int8)_mm256_sign_epi8((__m256i)b, (__m256i)lookup(SIGN_TABLE.entries, of_b));
 }
 
-// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
-INLINE Float32 levels_of(const float* levels, uint32_t index) {
-    const __m256i shifts = _mm256_set_epi32(6, 6, 4, 4, 2, 2, 0, 0);
-    __m256i chosen = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(index), shifts), _mm256_set1_epi32(3));
-    return (Float32)_mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(levels)), chosen);
+// Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
+INLINE Float32 choose(const float* levels, __m256i index) {
+    return (Float32)_mm256_permutevar8x32_ps(_mm256_broadcast_ps((const __m128*)levels), index);  // by the lowest bits
+}
+INLINE Float32 levels_of(const float* levels, const uint8_t* bits) {
+    const __m256i shifts = _mm256_set_epi32(14, 12, 6, 4, 10, 8, 2, 0);
+    return choose(levels, _mm256_srlv_epi32(_mm256_set1_epi32(number_at<uint16_t>(bits, 0)), shifts));
+}
+INLINE Float32 levels_in_words(const float* levels, const uint8_t* words) {
+    // Each word to the upper half of its lane.
+    const __m256i places = _mm256_set_epi32(0x0F0E0000, 0x0D0C0000, 0x07060000, 0x05040000, 0x0B0A0000, 0x09080000, 0x03020000, 0x01000000);
+    return choose(levels, _mm256_srli_epi32(_mm256_shuffle_epi8(twice(words), places), 30));
 }
 
 // --------------------------------------------------------------------------------------------------------- ccq
-
-// The 16 bytes from which a vector's windows are taken, in both halves of the register.
-INLINE __m256i twice(const uint8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
 
 // Windows of four bits; three per byte, at bits 4, 2 and 0.
 INLINE UInt8 windows_2_75(const uint8_t* group, int part) {

@@ -10,12 +10,12 @@ INLINE Float32 multiply_add(Float32 a, Float32 b, Float32 sum) { return (Float32
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return (Int32)_mm512_dpwssd_epi32((__m512i)first, (__m512i)a, (__m512i)b); }
 INLINE Int32 products(Int16 a, Int16 b) { return (Int32)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 
-// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
-INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
-    const __m512i order = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i apart = _mm512_permutexvar_epi32(order, (__m512i)bytes);
-    first = (Int16)_mm512_cvtepi8_epi16(_mm512_castsi512_si256(apart));
-    second = (Int16)_mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(apart, 1));
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
 }
 
 // For every element the sum of its four signed bytes.
@@ -30,6 +30,10 @@ INLINE Int16 narrow(Int32 first, Int32 second) { return (Int16)_mm512_packs_epi3
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
     return (Int32)_mm512_shrdv_epi32((__m512i)low, (__m512i)high, _mm512_set1_epi32(shift));
 }
+template <int SHIFT>
+INLINE Int32 funnel(Int32 high, Int32 low) {
+    return (Int32)_mm512_shrdi_epi32((__m512i)low, (__m512i)high, SHIFT);
+}
 
 INLINE float sum(Float32 x) { return _mm512_reduce_add_ps((__m512)x); }
 
@@ -42,20 +46,28 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return (UInt8)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    __m128i seven = _mm_and_si128(_mm_loadu_si128((const __m128i*)words), _mm_set1_epi16(127));
-    __m128i parity = _mm_slli_epi16(_mm_popcnt_epi16(seven), 7);
-    __m128i eight = _mm_and_si128(_mm_or_si128(seven, parity), _mm_set1_epi16(255));
-    const __mmask64 negative = (__mmask64)_mm_cvtsi128_si64(_mm_packus_epi16(eight, eight));
-    return (Int8)_mm512_mask_sub_epi8((__m512i)weights, negative, _mm512_setzero_si512(), (__m512i)weights);
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    const __m256i seven = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)words), _mm256_set1_epi16(127));
+    const __m128i eight = _mm256_cvtepi16_epi8(_mm256_or_si256(seven, _mm256_slli_epi16(_mm256_popcnt_epi16(seven), 7)));
+    const __mmask64 of_a = (__mmask64)_mm_cvtsi128_si64(eight), of_b = (__mmask64)_mm_extract_epi64(eight, 1);
+    a = (Int8)_mm512_mask_sub_epi8((__m512i)a, of_a, _mm512_setzero_si512(), (__m512i)a);
+    b = (Int8)_mm512_mask_sub_epi8((__m512i)b, of_b, _mm512_setzero_si512(), (__m512i)b);
 }
 
-// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
-INLINE Float32 levels_of(const float* levels, uint32_t index) {
-    const __m512i shifts = _mm512_set_epi32(14, 14, 12, 12, 10, 10, 8, 8, 6, 6, 4, 4, 2, 2, 0, 0);
-    __m512i chosen = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(index), shifts), _mm512_set1_epi32(3));
-    return (Float32)_mm512_permutexvar_ps(chosen, _mm512_castps128_ps512(_mm_loadu_ps(levels)));
+// Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
+INLINE Float32 choose(const float* levels, __m512i index) {
+    return (Float32)_mm512_permutexvar_ps(index, _mm512_broadcast_f32x4(_mm_loadu_ps(levels)));  // by the lowest bits
+}
+INLINE Float32 levels_of(const float* levels, const uint8_t* bits) {
+    const __m512i shifts = _mm512_set_epi32(30, 28, 14, 12, 26, 24, 10, 8, 22, 20, 6, 4, 18, 16, 2, 0);
+    return choose(levels, _mm512_srlv_epi32(_mm512_set1_epi32(number_at<int32_t>(bits, 0)), shifts));
+}
+INLINE Float32 levels_in_words(const float* levels, const uint8_t* words) {
+    // Each word to the upper half of its lane.
+    const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0), 16);
+    const __m512i upper = _mm512_permutexvar_epi16(places, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)words)));
+    return choose(levels, _mm512_srli_epi32(upper, 30));
 }
 
 // --------------------------------------------------------------------------------------------------------- ccq

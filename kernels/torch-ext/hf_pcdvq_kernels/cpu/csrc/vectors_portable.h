@@ -21,13 +21,12 @@ INLINE Int32 products(Int16 a, Int16 b) {
 #endif
 INLINE Int32 add_products(Int32 first, Int16 a, Int16 b) { return first + products(a, b); }
 
-// Bytes to elements of 16 bits: the first four bytes of every eight, and the others.
-INLINE void widen(Int8 bytes, Int16& first, Int16& second) {
-    typedef int8_t Half __attribute__((vector_size(BYTES / 2)));
-    typedef int32_t HalfInt32 __attribute__((vector_size(BYTES / 2)));
-    const Int32 x = (Int32)bytes;
-    first = __builtin_convertvector((Half)HalfInt32{x[0], x[2]}, Int16);
-    second = __builtin_convertvector((Half)HalfInt32{x[1], x[3]}, Int16);
+// The first four and the last four of each of a step's vectors of eight bytes; lanes as in `vector_in`.
+INLINE Int8 first_fours(Int8 a, Int8 b) {
+    return (Int8)Int32{((Int32)a)[0], ((Int32)a)[2], ((Int32)b)[0], ((Int32)b)[2]};
+}
+INLINE Int8 last_fours(Int8 a, Int8 b) {
+    return (Int8)Int32{((Int32)a)[1], ((Int32)a)[3], ((Int32)b)[1], ((Int32)b)[3]};
 }
 
 // For every element the sum of its four signed bytes.
@@ -46,6 +45,10 @@ INLINE Int16 narrow(Int32 first, Int32 second) {
 INLINE Int32 funnel(Int32 high, Int32 low, int shift) {
     return (Int32)((UInt32)low >> (UInt32{} + (uint32_t)shift) | (UInt32)high << 1 << (UInt32{} + (uint32_t)(31 - shift)));
 }
+template <int SHIFT>
+INLINE Int32 funnel(Int32 high, Int32 low) {
+    return (Int32)((UInt32)low >> SHIFT | (UInt32)high << (32 - SHIFT));
+}
 
 INLINE float sum(Float32 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
@@ -57,16 +60,19 @@ INLINE UInt8 lookup(const void* table, const uint32_t* index) {
     return load<UInt8>(entries);
 }
 
-// `weights` with the signs that the seven sign bits of each word say; that of the eighth weight is their parity.
-INLINE Int8 with_signs(UInt8 weights, const uint8_t* words) {
-    const uint32_t seven[2] = {words[2 * 0] & 127u, words[2 * 1] & 127u};
-    return (Int8)(weights * lookup(SIGN_TABLE.entries, seven));
+// Give the weights of a step the signs that the seven sign bits of each of its words say; that of the eighth weight is their parity.
+INLINE void give_signs(const uint8_t* words, Int8& a, Int8& b) {
+    const uint32_t seven[4] = {words[0] & 127u, words[2] & 127u, words[4] & 127u, words[6] & 127u};
+    a *= (Int8)lookup(SIGN_TABLE.entries, seven);
+    b *= (Int8)lookup(SIGN_TABLE.entries, seven + 2);
 }
 
-// For every vector of eight weights its level, twice; `index` holds two bits per vector, lowest first.
-INLINE Float32 levels_of(const float* levels, uint32_t index) {
-    const float first = levels[index & 3], second = levels[index >> 2 & 3];
-    return Float32{first, first, second, second};
+// Levels of a step's vectors: of two bits for each, lowest first; of the two highest bits of words.
+INLINE Float32 levels_of(const float* levels, const uint8_t* bits) {
+    return Float32{levels[*bits & 3], levels[*bits >> 2 & 3], levels[*bits >> 4 & 3], levels[*bits >> 6]};
+}
+INLINE Float32 levels_in_words(const float* levels, const uint8_t* words) {
+    return Float32{levels[words[1] >> 6], levels[words[3] >> 6], levels[words[5] >> 6], levels[words[7] >> 6]};
 }
 
 // --------------------------------------------------------------------------------------------------------- ccq
