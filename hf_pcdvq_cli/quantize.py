@@ -25,6 +25,7 @@ from .common import (
     placement_options,
     setting_option,
     skip_option,
+    vocabulary_options,
 )
 from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .quantizing import Run, quantize_and_save
@@ -61,6 +62,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 )
 @skip_option
 @override_option
+@vocabulary_options
 @target_options
 @click.option(
     "--allocation",
@@ -173,6 +175,7 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...], allocation: 
 
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
+    common.update({name: ctx.params[name] for name in ("embeddings", "head")})
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
     common.update(target_fields(ctx))
     if allocation is not None:

@@ -106,4 +106,6 @@ def _declared(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[str
 
 
 def _tensors(packed: PackedModule) -> list[str]:
-    return list(packed.packed_parameters["weight"].tensors.values())
+    """The names of the packed tensors that may be tied; of fused experts, none."""
+    entry = packed.packed_parameters.get("weight")
+    return [] if entry is None else list(entry.tensors.values())
