@@ -51,7 +51,7 @@ from .modules import (
     unshare_inputs,
 )
 from .modules.methods import replace_method
-from .modules.tied import install, tie_dense, tied_to, uninstall
+from .modules.tied import install, is_tied, owner_of, tie_dense, tied_to, uninstall
 from .parameter_count import num_parameters
 from .select import added_modules, check_packable, select_layers
 from .vocabulary import RESIZE, check_vocabulary, refuse_resizing, vocabulary_settings
@@ -171,11 +171,12 @@ class PackedHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}"
             )
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
-        for name, stored in found.items():
+        # Owners of tied weights first: where the file has two weights all the same, the other one is replaced once more.
+        for name, stored in sorted(found.items(), key=lambda pair: is_tied(model, pair[0])):
             codec = files.codecs[stored]
-            if isinstance(modules[name], nn.Embedding):
-                check_vocabulary(model, name, codec)
-            else:
+            if isinstance(modules[name], nn.Embedding) and not is_tied(model, name):
+                check_vocabulary(model, name, codec)  # and what is tied to it
+            elif owner_of(model, name) not in found or not is_tied(model, name):
                 check_packable(name, modules[name], codec, tied)
             packed = replace_by_packed(model, name, codec)
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})

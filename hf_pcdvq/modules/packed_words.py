@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .divided import is_divided, local_part
+from .divided import local_part
 
 # What a reader may ask: where the parameter is and whether it is trained.
 _PLACE = ("device", "is_cpu", "is_cuda", "is_meta", "layout", "grad", "requires_grad")
@@ -70,9 +70,8 @@ class DenseName:
         if words is None:
             raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
         # On meta there is nothing to protect, and what loads or offloads it compares shapes. Where a forward was
-        # interrupted, accelerate finds words that it has put there; FSDP finds parts of them.
-        moved = "_hf_hook" in vars(module) or is_divided(words)
-        if words.is_meta or (moved and _asks_who_moves()) or _asks_who_ties():
+        # interrupted, accelerate finds words that it has put there, and it ties again what it has moved; FSDP finds parts.
+        if words.is_meta or _asks_who_moves() or _asks_who_ties():
             return words
         alias = local_part(words).detach().as_subclass(PackedWords)
         vars(alias).update(vars(words))  # Transformers marks what is loaded
