@@ -290,7 +290,7 @@ class PackedHfQuantizer(HfQuantizer):
         if held_out is not None:
             self.report = with_comparison(self.report, lambda: ModelWeights(model), held_out)
         if not self.pre_quantized:
-            self._print_summary(len(layers))
+            self._print_summary(sum(not is_tied(model, name) for name in layers))
 
     def _settle_conversions(self, model: nn.Module) -> None:
         """Make `save_pretrained` write packed weights unchanged and dense ones as in the model's original files.

@@ -57,7 +57,9 @@ def opt():
 
 def gemma():
     """Tied embeddings of a class of their own, which multiplies them by a factor."""
-    config = Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=32, intermediate_size=128, initializer_range=0.2)
+    config = Gemma3TextConfig(
+        **SIZES, num_key_value_heads=1, head_dim=32, intermediate_size=128, initializer_range=0.2
+    )
     return Gemma3ForCausalLM(config).bfloat16()
 
 
