@@ -35,11 +35,15 @@ def is_tied(model: nn.Module, name: str) -> bool:
 
 
 def install(model: nn.Module, name: str, packed: PackedModule) -> None:
-    """Put a packed module in the place of a dense one, and packed ones with the same tensors in those of modules that are
-    tied to it."""
+    """Put a packed module in the place of a dense one, and packed ones in those of modules that are tied to it.
+
+    These have the same tensors if the dense ones had the same. Otherwise the model is yet to be loaded, and Transformers
+    will tie them.
+    """
     from . import packed_type  # which imports the modules first
 
-    others = tied_to(model, name)
+    others, weight = tied_to(model, name), getattr(model.get_submodule(name), "weight", None)
+    shared = all(model.get_submodule(other).weight is weight for other in others)
     model.set_submodule(name, packed)
     for other in others:
         dense = model.get_submodule(other)
@@ -49,7 +53,8 @@ def install(model: nn.Module, name: str, packed: PackedModule) -> None:
             tied.bias = dense.bias
         model.set_submodule(other, tied.train(dense.training))
     _tie_names(model, name)
-    share(model, name)
+    if shared:
+        share(model, name)
     if isinstance(packed, QuantEmbedding):
         replace_method(model, "parameters", parameters_dense_first)
 
