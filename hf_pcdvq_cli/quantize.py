@@ -116,7 +116,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
     """Quantize MODEL and save it with its tokenizer and a report in a folder.
 
-    The weights of all linear layers except the output head are quantized so that the layers' outputs on a calibration
+    The weights of all linear layers except the output head (see --head) are quantized so that the layers' outputs on a calibration
     text change as little as possible. The model need not fit in memory: with --dataset or --no-calibration it is read,
     quantized and written one decoder block at a time. An interrupted run resumes when it is started again. The folder is
     created only when everything has been written.

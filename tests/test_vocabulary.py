@@ -25,8 +25,10 @@ from transformers import (
 from vision_models import save_tiny_gemma3
 
 from hf_pcdvq import PcdvqConfig
+from hf_pcdvq.codecs import codec_of_setting
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantEmbedding, QuantLinear
+from hf_pcdvq.vocabulary import check_vocabulary
 
 SIZES = {
     "vocab_size": 258,
@@ -176,6 +178,17 @@ def test_generation_and_compilation(folders):
         assert torch.equal(compiled(ids), packed.get_input_embeddings()(ids))
 
 
+@pytest.mark.parametrize("setting", ["int8", "pcdvq-2.25", "ccq-2.0625"])
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.empty(2, 0, dtype=torch.int64), IDS.int(), IDS.view(2, 3, 2)])
+def test_rows_are_those_of_the_decoded_weight(setting, ids):
+    codec, dense = codec_of_setting(setting, 128, 0), nn.Embedding(20, 128)
+    packed = QuantEmbedding.from_packed(dense, codec, {"weight": codec.encode(dense.weight)})
+    twin = packed.dequantize(torch.float32)
+    torch.testing.assert_close(packed(ids), twin(ids))
+    with pytest.raises((IndexError, RuntimeError)):
+        packed(torch.tensor([20]))
+
+
 def test_only_the_rows_that_are_looked_up_are_decoded(folders):
     embeddings = rounded(folders, "tied").get_input_embeddings()
     embeddings._parameters["weight_scale"].data[20:] = float("nan")
@@ -254,9 +267,6 @@ class HasAParameter(nn.Embedding):
     ],
 )
 def test_embeddings_that_are_not_understood_are_refused_by_name(embeddings, message):
-    from hf_pcdvq.codecs import codec_of_setting
-    from hf_pcdvq.vocabulary import check_vocabulary
-
     model = llama(False)
     model.model.embed_tokens = embeddings
     with pytest.raises(ValueError, match=f"model.embed_tokens cannot be packed as int8: .*{message}"):

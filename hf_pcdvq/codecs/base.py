@@ -305,7 +305,7 @@ class Codec(ABC):
         decoded = self.decode_rotated(chosen, tables, torch.float32 if self.max_block else dtype)
         if self.max_block:
             decoded = hadamard.unrotate(decoded, tables["signs"]).to(dtype)
-        return decoded.unflatten(0, rows.shape)
+        return decoded.view(*rows.shape, decoded.shape[-1])
 
 
 def _suffix(argument: str) -> str:

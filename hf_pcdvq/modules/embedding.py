@@ -55,13 +55,14 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows `[..., embedding_dim]` of token ids `[...]`, in the dtype of the dense embedding."""
-        return self.codec.decode_rows(
-            self.packed_tensors("weight"), input, self.tables_of("weight"), self.dense_dtype
-        )
+        if not input.numel():  # which no op takes
+            return torch.empty(*input.shape, self.embedding_dim, dtype=self.dense_dtype, device=input.device)
+        packed, tables = self.packed_tensors("weight"), self.tables_of("weight")
+        return self.codec.decode_rows(packed, input, tables, self.dense_dtype)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Embedding:
         """An ordinary embedding, of the class that was packed, with the decoded weight in `dtype`, on the same device."""
-        dense = self._dense_type.__new__(self._dense_type)
+        dense: nn.Embedding = object.__new__(self._dense_type)
         nn.Module.__init__(dense)
         self._copy_rest(self, dense)
         dense.weight = nn.Parameter(self.decoded("weight", dtype))
@@ -102,5 +103,5 @@ def _new(dense: type[nn.Embedding]) -> Any:
 
 
 @cache
-def _packed_class(dense: type[nn.Embedding]) -> type[QuantEmbedding]:
+def _packed_class(dense: Any) -> type[QuantEmbedding]:
     return QuantEmbedding if dense is nn.Embedding else type(f"Quant{dense.__name__}", (dense, QuantEmbedding), {})
