@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_llama
 from moe_models import model as mixture
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_pcdvq import Calibration, PcdvqConfig, allocate_bits, quantize_model
 from hf_pcdvq.allocation.dense import quantized, with_errors_of
@@ -360,3 +360,21 @@ def test_sensitivities_are_those_of_the_whole_model(kind):
                 kl_div(ours, theirs, log_target=True, reduction="batchmean").item(), rel=1e-3
             )
     assert same_state(model, before)
+
+
+def test_what_is_asked_for_embeddings_and_head_is_fixed_and_counts(tmp_path):
+    settings = tiny_llama().config
+    settings.tie_word_embeddings = True  # embeddings and head are one tensor
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(settings).to(torch.bfloat16).eval()
+    before, keys = copy.deepcopy(model.state_dict()), dict(model.all_tied_weights_keys)
+    config = auto(target_size=150_000, head="int8")
+    allocate_bits(model, None, config, TOKENS, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.all_tied_weights_keys == keys
+    quantize_model(model, None, config, TOKENS, progress=False).save_pretrained(tmp_path)
+    count = count_folder(tmp_path)
+    assert 140_000 < count.file_bytes <= 150_000
+    assert {layer.codec.format for layer in count.layers if layer.out_features == 258} == {"int8"}
+    assert "output head in int8" in count.config.describe()
