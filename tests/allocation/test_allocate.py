@@ -362,16 +362,17 @@ def test_sensitivities_are_those_of_the_whole_model(kind):
     assert same_state(model, before)
 
 
-def test_a_packed_head_counts_and_tied_weights_are_tied_again_afterwards():
+def test_tied_weights_are_tied_again_afterwards():
     settings = tiny_llama().config
     settings.tie_word_embeddings = True  # embeddings and head are one tensor
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(settings).to(torch.bfloat16).eval()
     before, keys = copy.deepcopy(model.state_dict()), dict(model.all_tied_weights_keys)
-    target = {"target_size": 125_000}
-    with pytest.raises(ValueError, match="target_size 125,000 is out of range"):
-        allocate_bits(model, None, auto(**target), TOKENS, progress=False)
-    allocate_bits(model, None, auto(**target, head="int8"), TOKENS, progress=False)
+    config = PcdvqConfig(bits=2.0, head="int8", calibration=CALIBRATION)
+    names = PackedHfQuantizer(config, pre_quantized=False).select(model)
+    options = {"device": torch.device("cpu"), "store": None, "progress": False}
+    with quantized(model, "model.layers", names, config.codec_of, CALIBRATION, TOKENS, **options) as packed:
+        assert packed["model.embed_tokens"].codec.format == model.lm_head.codec.format == "int8"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.all_tied_weights_keys == keys
