@@ -313,7 +313,7 @@ class PackedHfQuantizer(HfQuantizer):
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked
         lines = [f"  {name}: {reason}" for name, reason in left.items()]
-        logger.warning("\n".join([f"Packed {layers} layers; left unpacked:", *lines]))
+        logger.warning("\n".join([f"Packed {layers} layers; left unpacked{':' if left else ' was nothing'}", *lines]))
 
     # ------------------------------------------------------------------------------- saving and dequantizing
 

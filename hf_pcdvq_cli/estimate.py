@@ -61,6 +61,7 @@ def estimate(
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})
         return
-    show(left_table(config.left_unpacked))
+    if config.left_unpacked:
+        show(left_table(config.left_unpacked))
     show(estimate_table(result))
     show(effort_table(result))

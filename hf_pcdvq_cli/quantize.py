@@ -299,7 +299,8 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
     from .tables import evaluation_table, left_table, show, size_table
 
     count, comparison = count_folder(out), _comparison(out)
-    show(left_table(count.left_unpacked))
+    if count.left_unpacked:
+        show(left_table(count.left_unpacked))
     show(size_table(count))
     if comparison is not None:
         show(evaluation_table(Evaluation(**comparison)))
