@@ -97,7 +97,7 @@ def _like(embedding: nn.Embedding, codec: Codec, device: torch.device | str) -> 
     return module
 
 
-def _new(dense: type[nn.Embedding]) -> Any:
+def _new(dense: Any) -> Any:
     kind = _packed_class(dense)
     return kind.__new__(kind)
 
