@@ -55,7 +55,7 @@ def install(model: nn.Module, name: str, packed: PackedModule) -> None:
     _tie_names(model, name)
     if shared:
         share(model, name)
-    if isinstance(packed, QuantEmbedding):
+    if _has_embeddings(model, name):
         replace_method(model, "parameters", parameters_dense_first)
 
 
@@ -77,7 +77,7 @@ def tie_dense(model: nn.Module, names: Iterable[str]) -> None:
 
 def uninstall(model: nn.Module, name: str) -> None:
     """Undo what `install` has done besides replacing modules, before a packed module becomes dense again."""
-    if isinstance(model.get_submodule(name), QuantEmbedding):
+    if _has_embeddings(model, name):
         replace_method(model, "parameters", None)
     for part, names in _declared(model, name):
         for target in names:
@@ -108,6 +108,11 @@ def _declared(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[str
         names = {f"{target}{key}": f"{owner}.{key}" for target in targets for key in others}
         if names:
             yield part, names
+
+
+def _has_embeddings(model: nn.Module, name: str) -> bool:
+    """Whether a packed module, or one that is tied to it, is an embedding."""
+    return any(isinstance(model.get_submodule(one), QuantEmbedding) for one in (name, *tied_to(model, name)))
 
 
 def _tensors(packed: PackedModule) -> list[str]:
