@@ -271,3 +271,10 @@ def test_embeddings_that_are_not_understood_are_refused_by_name(embeddings, mess
     model.model.embed_tokens = embeddings
     with pytest.raises(ValueError, match=f"model.embed_tokens cannot be packed as int8: .*{message}"):
         check_vocabulary(model, "model.embed_tokens", codec_of_setting("int8", 128, 0))
+
+
+def test_a_tied_head_with_a_bias_is_refused_by_name():
+    model = llama(True)
+    model.lm_head.bias = nn.Parameter(torch.zeros(258))
+    with pytest.raises(ValueError, match="model.embed_tokens, to which lm_head is tied, .* lm_head: it has a bias"):
+        check_vocabulary(model, "model.embed_tokens", codec_of_setting("int8", 128, 0))
