@@ -56,9 +56,9 @@ FORMATS = ("pcdvq-2.25", "pcdvq-2.0", "stream-2.0", "ccq-2.75", "ccq-2.5", "ccq-
 SIZES = ((4096, 4096), (14336, 4096), (4096, 14336))  # outputs, inputs
 TOKENS = (1, 8, 512)
 MODELS = {
-    SMALL: ("pcdvq-2.25", "stream-2.0", "ccq-2.5"),
-    "1.1B": ("pcdvq-2.25", "pcdvq-2.0", "stream-2.0", "ccq-2.5"),
-    LARGEST: ("pcdvq-2.25", "stream-2.0"),
+    SMALL: ("pcdvq-2.25", "stream-2.0", "ccq-2.5", f"pcdvq-2.25{cpu_models.HEAD}"),
+    "1.1B": ("pcdvq-2.25", "pcdvq-2.0", "stream-2.0", "ccq-2.5", f"pcdvq-2.25{cpu_models.HEAD}"),
+    LARGEST: ("pcdvq-2.25", "stream-2.0", f"pcdvq-2.25{cpu_models.HEAD}"),
 }
 MIDDLE = "1.1B"  # the model of the parts prefill, llama and memory
 NEW, PREFILL = 32, 512  # tokens

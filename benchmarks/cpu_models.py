@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 
 import hf_pcdvq
 from hf_pcdvq.codecs import codec_of_setting
-from hf_pcdvq.config import PcdvqConfig, config_of_setting
+from hf_pcdvq.config import PackedConfig, PcdvqConfig, config_of_setting
 from hf_pcdvq.evaluation.metrics import compare_logits, token_windows
 from hf_pcdvq.modules import QuantLinear
 from hf_pcdvq.quantizer import PackedHfQuantizer
@@ -66,6 +66,15 @@ def tiny() -> LlamaConfig:
     )
 
 
+# Behind the name of a setting: with the output head in int8, and the embeddings that it may be tied to.
+HEAD = "+int8-head"
+
+
+def config_named(setting: str) -> PackedConfig:
+    """The config of a setting, which `HEAD` may follow."""
+    return config_of_setting(setting.removesuffix(HEAD), head="int8" if setting.endswith(HEAD) else None)
+
+
 SHAPES = {"1.1B": tinyllama, "3B": llama_3b, "tiny": tiny}
 
 
@@ -92,7 +101,7 @@ def packed_smollm2_folder(work: Path, setting: str) -> Path:
     def quantize(folder: Path) -> None:
         print(f"quantizing SmolLM2 with {setting}", flush=True)
         # int8 is for overrides only.
-        config = PcdvqConfig(overrides={"": "int8"}) if setting == "int8" else config_of_setting(setting)
+        config = PcdvqConfig(overrides={"": "int8"}) if setting == "int8" else config_named(setting)
         model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
         model.save_pretrained(folder)
 
@@ -110,14 +119,14 @@ def packed_of(name: str, work: Path, setting: str, dense: PreTrainedModel) -> Pr
     """The packed form of such a model, which may share parameters with it."""
     if name == SMALL:
         return AutoModelForCausalLM.from_pretrained(packed_smollm2_folder(work, setting), dtype=torch.bfloat16)
-    return packed_copy(dense, config_of_setting(setting))
+    return packed_copy(dense, config_named(setting))
 
 
 def random_folder(work: Path, shape: str, setting: str) -> Path:
     """A saved packed model of random codes."""
 
     def save(folder: Path) -> None:
-        config = config_of_setting(setting)
+        config = config_named(setting)
         model = packed_copy(dense_model(SHAPES[shape](), CPU), config)
         model.hf_quantizer = PackedHfQuantizer(config, pre_quantized=False)
         model.config.quantization_config = config

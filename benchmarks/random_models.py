@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from hf_pcdvq.codecs.base import Codec, Packed
 from hf_pcdvq.config import PackedConfig, config_of_setting
-from hf_pcdvq.modules import QuantLinear, share_inputs
+from hf_pcdvq.modules import packed_type, share_inputs
+from hf_pcdvq.modules.tied import install
 from hf_pcdvq.quantizer import PackedHfQuantizer
 
 
@@ -34,17 +35,17 @@ def packed_copy(dense: PreTrainedModel, quantization: PackedConfig) -> PreTraine
     """A copy of a model with random codes in the layers that a config packs; it shares all other parameters.
 
     Raises:
-        ValueError: the config packs something else than linear layers.
+        ValueError: the config packs something else than linear layers and embeddings.
     """
     shared = {id(parameter): parameter for parameter in dense.parameters()}
     model = copy.deepcopy(dense, shared)
     for name in PackedHfQuantizer(quantization, pre_quantized=False).select(model):
         layer = model.get_submodule(name)
-        if not isinstance(layer, torch.nn.Linear):
+        if not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding)):
             raise ValueError(f"{name} is {type(layer).__name__}; only models of linear layers are measured here")
-        codec = quantization.codec
-        codes = random_codes(codec, layer.out_features, layer.in_features, layer.weight.device)
-        model.set_submodule(name, QuantLinear.from_packed(layer, codec, {"weight": codes}))
+        codec = quantization.codec_of(name)
+        codes = random_codes(codec, *layer.weight.shape, layer.weight.device)
+        install(model, name, packed_type(layer).from_packed(layer, codec, {"weight": codes}))
     share_inputs(model)
     return model
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 from hf_pcdvq_kernels.formats.stream import STREAM_BITS
@@ -21,63 +19,17 @@ from .calibration.settings import Calibration
 from .codecs import SETTINGS, Codec, codec_of_setting
 from .codecs.base import one_of
 from .codecs.codebook import codebook_hash
+from .config_fields import integer, named, names, overrides_of, reasons, setting_or_none
 from .version import FORMAT_VERSION, INSTALL
 
 # What concerns the process that quantizes or loads, and never stands in a file.
-_NOT_SAVED = ("dequantize", "tokenizer")
+_NOT_SAVED = ("dequantize", "tokenizer", "_named")
 # What bits="auto" is to reach; settled before anything is quantized.
 _TARGETS = ("target_bits", "target_size")
+# What a config.json holds only where it is asked for.
+_OPTIONAL = (*_TARGETS, "embeddings", "head")
 # What records how a model was made: decoding does not depend on it.
 _RECORDS = ("calibration", "left_unpacked", "modules_to_convert", "modules_to_not_convert")
-_PATTERN_LIMIT = 1000  # characters
-
-
-@contextmanager
-def _named(owner: str) -> Iterator[None]:
-    """Prefix errors about a field with the name of the config."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{owner}: {error}") from None
-
-
-def _names(field: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError(f"{field} must be a list of module names or patterns, got {value!r}")
-    return list(value)
-
-
-def _reasons(value: Any) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
-        raise ValueError(f"left_unpacked must map names of parameters to reasons, got {value!r:.100}")
-    return dict(value)
-
-
-def _integer(field: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{field} must be an integer from {low} to {high}, got {value!r}")
-    return value
-
-
-def _overrides(value: Any) -> dict[str, str | None]:
-    try:
-        overrides = {} if value is None else dict(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"overrides must map patterns to settings, got {value!r}") from error
-    for pattern, setting in overrides.items():
-        if not isinstance(pattern, str) or len(pattern) > _PATTERN_LIMIT:
-            raise ValueError(f"overrides: {pattern!r:.100} is not a text of up to {_PATTERN_LIMIT} characters")
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
-        if setting is not None:
-            one_of(f"overrides[{pattern!r}]", setting, tuple(SETTINGS))
-    return overrides
 
 
 def _codecs_by(field: str, method: str) -> dict[Any, type[Codec]]:
@@ -116,6 +68,10 @@ class PackedConfig(QuantizationConfigMixin):
             the name of a setting (see `SETTINGS`), or to None, which leaves the modules unpacked. The first match
             applies. `{r"layers\.[0-6]\.mlp\.experts": "stream-4.0", "self_attn": "int8"}`. Used when a model is
             quantized. config.json keeps a list of pairs as a record; what a packed module holds, its file says.
+        embeddings: the setting of the token embeddings, `"int8"` mostly; None leaves them as they are. Their rows are decoded
+            one by one, so that it must be one whose rows do not depend on each other: none of `stream`.
+        head: the setting of the output head, `"int8"` mostly; None leaves it as it is. Where the model ties the head to the
+            embeddings they are one tensor: either field then packs both. Neither is calibrated.
         dequantize: when loading a packed model, decode it into ordinary dense layers.
         left_unpacked: set by the quantizer, not by the user: parameters that were not packed, with the reason.
         format_version: version of the packed format.
@@ -140,31 +96,36 @@ class PackedConfig(QuantizationConfigMixin):
         target_bits: float | None = None,
         target_size: int | str | None = None,
         overrides: dict[str, str | None] | list[list[str | None]] | None = None,
+        embeddings: str | None = None,
+        head: str | None = None,
         dequantize: bool = False,
         left_unpacked: dict[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ):
         self.quant_method = self.method
-        with _named(type(self).__name__):
+        with named(type(self).__name__):
             self._check_version(format_version, unknown)
             if type(hadamard_block) is not int or hadamard_block not in [1 << power for power in range(3, 11)]:
                 raise ValueError(f"hadamard_block must be a power of two from 8 to 1024, got {hadamard_block!r}")
-            self.hadamard_seed = _integer("hadamard_seed", hadamard_seed, 0, 2**31 - 1)
-            self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
-            self.modules_to_convert = _names("modules_to_convert", modules_to_convert)
+            self.hadamard_seed = integer("hadamard_seed", hadamard_seed, 0, 2**31 - 1)
+            self.modules_to_not_convert = names("modules_to_not_convert", modules_to_not_convert)
+            self.modules_to_convert = names("modules_to_convert", modules_to_convert)
             self.calibration = Calibration.of(calibration)
             Target.of(target_bits, target_size)
-            self.overrides = _overrides(overrides)
+            self.overrides = overrides_of(overrides)
+            self.embeddings, self.head = setting_or_none("embeddings", embeddings), setting_or_none("head", head)
             self.dequantize = one_of("dequantize", dequantize, (False, True))
-            self.left_unpacked = _reasons(left_unpacked)
+            self.left_unpacked = reasons(left_unpacked)
         self.format_version = format_version
         self.hadamard_block = hadamard_block
         self.tokenizer = tokenizer
         self.target_bits, self.target_size = target_bits, target_size
+        # Names of the embeddings and the head in the model that is quantized, with their settings.
+        self._named: dict[str, str] = {}
 
     def _check_version(self, format_version: Any, unknown: dict[str, Any]) -> None:
-        _integer("format_version", format_version, 1, 1 << 30)
+        integer("format_version", format_version, 1, 1 << 30)
         # Transformers adds these keys to some saved configs; the method's name must still be ours.
         method = unknown.pop("quant_method", self.method)
         if method != self.method:
@@ -191,7 +152,14 @@ class PackedConfig(QuantizationConfigMixin):
     def settled(self, setting: str, overrides: dict[str, str | None]) -> Self:
         """A copy with a named setting of the same method and with these overrides, in place of `bits="auto"`."""
         fields = {**vars(self), **SETTINGS[setting][1], "overrides": overrides, **dict.fromkeys(_TARGETS)}
-        return type(self)(**fields)
+        named_modules = fields.pop("_named")
+        settled = type(self)(**fields)
+        settled._named = named_modules
+        return settled
+
+    def name_vocabulary(self, settings: dict[str, str]) -> None:
+        """Say which modules of a model are its embeddings and its head, by name, with the settings that they get."""
+        self._named = settings
 
     def _check_target(self, bits: Any) -> None:
         """Refuse `bits="auto"` without a target, and a target without it."""
@@ -202,11 +170,13 @@ class PackedConfig(QuantizationConfigMixin):
             )
 
     def overridden(self, module: str) -> bool:
-        """Whether an override says which setting a module gets, by its name."""
-        return any(re.search(pattern, module) for pattern in self.overrides)
+        """Whether a module, by its name, gets a setting of its own."""
+        return module in self._named or any(re.search(pattern, module) for pattern in self.overrides)
 
     def codec_of(self, module: str) -> Codec | None:
         """The codec that a module gets when it is quantized, by its name; None if it is not to be packed."""
+        if module in self._named:
+            return self.codec_with_setting(self._named[module])
         for pattern, setting in self.overrides.items():
             if re.search(pattern, module):
                 return None if setting is None else self.codec_with_setting(setting)
@@ -225,8 +195,13 @@ class PackedConfig(QuantizationConfigMixin):
         """The name of the setting and its details: `"stream-2.0, windows of 14 bits"`."""
         if self.target is not None:
             return f"{self.method}, bits by layer for {self.target}"
-        described = ", ".join([self.codec.format, *self.codec.details()])
+        described = ", ".join([self.codec.format, *self.codec.details(), *self._vocabulary()])
         return f"{described}, other settings for some layers" if self.overrides else described
+
+    def _vocabulary(self) -> list[str]:
+        """The settings of the embeddings and of the head, in words."""
+        parts = {"embeddings": self.embeddings, "output head": self.head}
+        return [f"{part} in {setting}" for part, setting in parts.items() if setting is not None]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Fields that a config passed to `from_pretrained` may set for a model that is already packed."""
@@ -235,7 +210,7 @@ class PackedConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-serializable. `dequantize` and `tokenizer` concern this process only and are not saved."""
         fields = {name: copy.deepcopy(value) for name, value in self.__dict__.items() if name not in _NOT_SAVED}
-        for name in _TARGETS:
+        for name in _OPTIONAL:
             if fields[name] is None:
                 del fields[name]
         fields["calibration"] = self.calibration.to_dict() if self.calibration else None
@@ -288,7 +263,7 @@ class PcdvqConfig(PackedConfig):
         **common: Any,
     ):
         super().__init__(**common)
-        with _named("PcdvqConfig"):
+        with named("PcdvqConfig"):
             self._check_target(bits)
             codec = self._codec_with(bits, magnitude, codebook)
             if bits == AUTO and codebook is not None:
@@ -345,7 +320,7 @@ class CcqConfig(PackedConfig):
         **common: Any,
     ):
         super().__init__(**common)
-        with _named("CcqConfig"):
+        with named("CcqConfig"):
             self.layout = one_of("layout", layout, tuple(_codecs_by("layout", self.method)))
             self.hadamard = one_of("hadamard", hadamard, (False, True))
             self._check_target(bits)
@@ -382,6 +357,6 @@ def config_of_setting(setting: str, **fields: Any) -> PackedConfig:
         ValueError: the setting is unknown or available in overrides only, or a field has an invalid value.
     """
     names = tuple(name for name, (codec, _) in SETTINGS.items() if codec.method in CONFIGS)
-    with _named("config"):
+    with named("config"):
         codec, own = SETTINGS[one_of("setting", setting, names)]
     return CONFIGS[codec.method](**{**own, **fields})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from .modules import encode_stack, parameter_name
+from .modules import PackedModule, encode_stack, parameter_name
 
 if TYPE_CHECKING:
     from .quantizer import PackedHfQuantizer
@@ -130,3 +130,30 @@ class OneExpertAtATime(WeightConverter):
                     stacks[name] = stack_of_one.new_empty(number, *stack_of_one.shape[1:])
                 stacks[name][expert] = stack_of_one[0]
         return stacks
+
+
+def check_loaded(layers: dict[str, PackedModule]) -> None:
+    """Check that all tensors of packed modules, by their names, were in the checkpoint.
+
+    Raises:
+        ValueError: some were not; the message names them.
+    """
+    missing = [
+        f"{name}.{parameter}"
+        for name, layer in layers.items()
+        for parameter, tensor in layer.named_parameters(recurse=False)
+        if not _loaded(layer, parameter, tensor)
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} tensors of packed layers were not in the checkpoint: {', '.join(missing[:8])}"
+            f"{', ...' if len(missing) > 8 else ''}. The model would compute with random weights"
+        )
+
+
+def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a parameter was read from the checkpoint, or packed from what was read. Hooks hold offloaded ones."""
+    if getattr(tensor, "_is_hf_initialized", False):  # on meta too, where a model is that is read part by part
+        return True
+    weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+    return weights is not None and name in weights

@@ -33,7 +33,8 @@ from transformers.distributed.tensor_parallel import (
 )
 
 from .codecs import Codec
-from .modules import PackedModule
+from .modules import PackedModule, QuantEmbedding
+from .modules.tied import tied_to
 
 _PREFIX = "hf_pcdvq:"
 _SMALLER_BLOCKS = (512, 256, 128, 64, 32, 16, 8)
@@ -234,8 +235,14 @@ class PackedPlan(dict[str, str]):
 
 
 def packed_plan(model: nn.Module, rules: Mapping[str, str]) -> PackedPlan:
-    """The plan `rules` of a model, whose packed modules are in place, with rules for their tensors."""
+    """The plan `rules` of a model, whose packed modules are in place, with rules for their tensors.
+
+    Packed embeddings, and a head with the same tensors, are whole in every process.
+    """
     register_styles()
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, QuantEmbedding)]
+    undivided = {other for path in embeddings for other in (path, *tied_to(model, path))}
+    rules = {**rules, **{replace_layer_number_by_wildcard(path): "replicate" for path in undivided}}
     tensors: dict[str, set[str]] = {}
     for path, module in model.named_modules():
         for parameter, entry in module.packed_parameters.items() if isinstance(module, PackedModule) else ():

@@ -41,10 +41,21 @@ from .config import PackedConfig
 from .files.marks import drop_marks
 from .files.names import matched_names, renaming_of
 from .files.packing import PackedFiles, PackingRecord, save_with
-from .load_operations import OneExpertAtATime, PassThrough, Quantize
-from .modules import PackedModule, count_matrices, packed_modules, packed_type, share_inputs, unshare_inputs
-from .parameter_count import count_weights_of
+from .load_operations import OneExpertAtATime, PassThrough, Quantize, check_loaded
+from .modules import (
+    PackedModule,
+    QuantEmbedding,
+    count_matrices,
+    packed_modules,
+    packed_type,
+    share_inputs,
+    unshare_inputs,
+)
+from .modules.methods import replace_method
+from .modules.tied import install, is_tied, owner_of, tie_dense, tied_to, uninstall
+from .parameter_count import num_parameters
 from .select import added_modules, check_packable, select_layers
+from .vocabulary import RESIZE, check_vocabulary, refuse_resizing, vocabulary_settings
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +132,20 @@ class PackedHfQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, asked, model._keep_in_fp32_modules, add_default_skips=True)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         added = {} if config.modules_to_convert is not None else added_modules(model)
+        vocabulary = vocabulary_settings(model, config)
+        for name, setting in vocabulary.items():
+            check_vocabulary(model, name, config.codec_with_setting(setting))
+        config.name_vocabulary(vocabulary)
         options = (skip, config.modules_to_convert, tied, model.base_model_prefix)
-        selected, left = select_layers(model, config.codec_of, *options, added)
-        if selected and config.calibration is not None and config.modules_to_convert is None:
-            added = {**not_reached_by_text(model, selected), **added}
-            selected, left = select_layers(model, config.codec_of, *options, added)
+        selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
+        layers = [name for name in selected if name not in vocabulary]
+        if layers and config.calibration is not None and config.modules_to_convert is None:
+            added = {**not_reached_by_text(model, layers), **added}
+            selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
-        config.modules_to_not_convert = sorted({*skip, *added})
+        packed = {module for name in vocabulary for module in (name, *tied_to(model, name))}
+        config.modules_to_not_convert = sorted({*skip, *added} - packed)
         config.left_unpacked = left
         return selected
 
@@ -159,9 +176,13 @@ class PackedHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}"
             )
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
-        for name, stored in found.items():
+        # Owners of tied weights first: where the file has two weights all the same, the other one is replaced once more.
+        for name, stored in sorted(found.items(), key=lambda pair: is_tied(model, pair[0])):
             codec = files.codecs[stored]
-            check_packable(name, modules[name], codec, tied)
+            if isinstance(modules[name], nn.Embedding) and not is_tied(model, name):
+                check_vocabulary(model, name, codec)  # and what is tied to it
+            elif owner_of(model, name) not in found or not is_tied(model, name):
+                check_packable(name, modules[name], codec, tied)
             packed = replace_by_packed(model, name, codec)
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
 
@@ -260,7 +281,7 @@ class PackedHfQuantizer(HfQuantizer):
             )
         layers = packed_modules(model)
         if self.report is None and not self.hollow:
-            _check_loaded(layers)
+            check_loaded(layers)
         for layer in layers.values():
             layer.reset_tables()
         if self.quantization_config.dequantize:
@@ -268,12 +289,13 @@ class PackedHfQuantizer(HfQuantizer):
             self._settle_conversions(model)
             return
         share_inputs(model)
-        count_weights_of(model, packed=True)
+        replace_method(model, "num_parameters", num_parameters)
+        refuse_resizing(model)
         self._settle_conversions(model)
         if held_out is not None:
             self.report = with_comparison(self.report, lambda: ModelWeights(model), held_out)
         if not self.pre_quantized:
-            self._print_summary(len(layers))
+            self._print_summary(sum(not is_tied(model, name) for name in layers))
 
     def _settle_conversions(self, model: nn.Module) -> None:
         """Make `save_pretrained` write packed weights unchanged and dense ones as in the model's original files.
@@ -296,7 +318,7 @@ class PackedHfQuantizer(HfQuantizer):
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked
         lines = [f"  {name}: {reason}" for name, reason in left.items()]
-        logger.warning("\n".join([f"Packed {layers} layers; left unpacked:", *lines]))
+        logger.warning("\n".join([f"Packed {layers} layers; left unpacked{':' if left else ' was nothing'}", *lines]))
 
     # ------------------------------------------------------------------------------- saving and dequantizing
 
@@ -318,16 +340,19 @@ class PackedHfQuantizer(HfQuantizer):
             if next(layer.parameters()).device.type == "meta":
                 raise ValueError(f"dequantize: {name} is offloaded; load the model without offloading first")
         for name, layer in layers.items():
+            uninstall(model, name)
             dense = layer.dequantize(dtype)
             model.set_submodule(name, dense)
             if hasattr(layer, "_hf_hook"):  # of a model on several devices
                 add_hook_to_module(dense, layer._hf_hook)
+        tie_dense(model, layers)
         if getattr(model, "_mesh_manager", None) is not None:
             from .parallel import parallelize
 
             parallelize(model, list(layers))
         unshare_inputs(model)
-        count_weights_of(model, packed=False)
+        for method in ("num_parameters", RESIZE):
+            replace_method(model, method, None)
         model._weight_conversions = None  # back to the architecture's own, which may unstack experts when saving
         return model
 
@@ -343,35 +368,14 @@ class PackedHfQuantizer(HfQuantizer):
         return True
 
 
-def _check_loaded(layers: dict[str, PackedModule]) -> None:
-    missing = [
-        f"{name}.{parameter}"
-        for name, layer in layers.items()
-        for parameter, tensor in layer.named_parameters(recurse=False)
-        if not _loaded(layer, parameter, tensor)
-    ]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} tensors of packed layers were not in the checkpoint: {', '.join(missing[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}. The model would compute with random weights"
-        )
-
-
-def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether a parameter was read from the checkpoint, or packed from what was read. Hooks hold offloaded ones."""
-    if getattr(tensor, "_is_hf_initialized", False):  # on meta too, where a model is that is read part by part
-        return True
-    weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
-    return weights is not None and name in weights
-
-
 def replace_by_packed(model: nn.Module, name: str, codec: Codec) -> PackedModule:
     """Put an empty packed module on the meta device in the place of a dense one, and return it."""
     dense = model.get_submodule(name)
     empty = packed_type(dense).empty_like(dense, codec)
-    # Transformers would try to initialize missing integers with normal noise; `_check_loaded` reports them.
-    empty._is_hf_initialized = True
-    model.set_submodule(name, empty)
+    # Transformers would try to initialize missing integers with normal noise; `check_loaded` reports them. Buffers that
+    # no file holds it has to compute.
+    empty._is_hf_initialized = not (isinstance(empty, QuantEmbedding) and empty.buffers_to_initialize)
+    install(model, name, empty)
     return empty
 
 

@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .codecs.base import Codec, counted_bits
 from .modules import dense_weights, experts_obstacle, is_fused_experts
+from .modules.tied import tied_to
 from .weight_readers import read_layers
 
 
@@ -34,6 +35,7 @@ def select_layers(
     tied: set[str],
     base_prefix: str,
     added: dict[str, str],
+    vocabulary: list[str],
 ) -> tuple[list[str], dict[str, str]]:
     """Decide which layers of a model are packed.
 
@@ -45,6 +47,7 @@ def select_layers(
         tied: names of parameters that share their storage with another.
         base_prefix: name of the base model's attribute, which `AutoModel` strips from names.
         added: reasons not to pack modules and all that they contain, by name: see `added_modules`.
+        vocabulary: embeddings and heads that are packed whatever the others say.
 
     Returns:
         The names of the layers to pack, in model order, and a dictionary from the parameters with two or more
@@ -56,9 +59,13 @@ def select_layers(
     packed: list[str] = []
     reasons: dict[str, str] = {}
     routers, read = _routers(model), read_layers(model)
+    packed_with = {other for name in vocabulary for other in tied_to(model, name)}
     for name, module in model.named_modules():
         matrices = [key for key, tensor in module.named_parameters(name, recurse=False) if tensor.ndim > 1]
-        if not matrices:
+        if not matrices or name in packed_with:
+            continue
+        if name in vocabulary:
+            packed.append(name)
             continue
         codec = codec_of(name)
         if tied.intersection(matrices):
@@ -158,10 +165,11 @@ def _obstacle(module: nn.Module, codec: Codec) -> str | None:
     elif type(module) is not nn.Linear:
         shapes = [list(tensor.shape) for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
         return f"{type(module).__name__} {shapes} is not nn.Linear"
-    return next(filter(None, (_weight_obstacle(weight, codec) for weight in dense_weights(module).values())), None)
+    return next(filter(None, (weight_obstacle(weight, codec) for weight in dense_weights(module).values())), None)
 
 
-def _weight_obstacle(weight: nn.Parameter, codec: Codec) -> str | None:
+def weight_obstacle(weight: nn.Parameter, codec: Codec) -> str | None:
+    """Why a weight, or a stack of them, cannot be packed, or None if it can."""
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"weights are {weight.dtype}"
     if not weight.numel():

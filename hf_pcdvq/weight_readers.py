@@ -1,4 +1,4 @@
-"""Finds layers whose weight is read by other code than their own, which a packed weight would refuse.
+"""Finds layers and embeddings whose weight is read by other code than their own, which a packed weight would refuse.
 
 Most modules call their layers. Some compute with `self.proj.weight` instead, or take its dtype for that of their
 inputs. Whether they do is in their source: no inputs are needed, and branches that only other devices take count too.
@@ -36,7 +36,7 @@ _UNKNOWN = object()
 
 
 def read_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """The linear layers of a model whose weight the forward pass of another module reads, each with the reason.
+    """The linear layers and embeddings of a model whose weight the forward pass of another module reads, each with the reason.
 
     Reads are followed through methods and properties of the module that reads, through local variables and loops. Of
     a variable whose origin is not clear (`for i, block in enumerate(...)`), only the rest of the path counts. A module
@@ -52,8 +52,14 @@ def read_layers(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def reads_own_weight(module: nn.Module) -> bool:
+    """Whether an embedding of a class of its own computes with its weight, beside what `nn.Embedding` does with it."""
+    return ("self",) in _all_paths_read_by(module, nn.Embedding)
+
+
 def _layers_at(owner: nn.Module, paths: set[Path]) -> list[nn.Module]:
-    layers = {name: module for name, module in owner.named_modules() if isinstance(module, nn.Linear) and name}
+    kinds = (nn.Linear, nn.Embedding)
+    layers = {name: module for name, module in owner.named_modules() if isinstance(module, kinds) and name}
     patterns = []
     for root, *names in paths:
         rest = r"\.".join("[^.]+" if name == "*" else re.escape(name) for name in names)
@@ -65,7 +71,12 @@ def _paths_read_by(owner: nn.Module) -> set[Path]:
     """Paths to the layers whose weight the forward pass of a module reads."""
     from transformers import PreTrainedModel  # here: it imports much, and this module is imported to register
 
-    own = [base for base in type(owner).__mro__ if base not in PreTrainedModel.__mro__]
+    return {path for path in _all_paths_read_by(owner, PreTrainedModel) if len(path) > 1}
+
+
+def _all_paths_read_by(owner: nn.Module, known: type[nn.Module]) -> set[Path]:
+    """The same, and that to the module itself if it reads its own weight. What `known` and its bases do does not count."""
+    own = [base for base in type(owner).__mro__ if base not in known.__mro__]
     paths: set[Path] = set()
     visited: set[str] = set()
     pending = ["forward"]
@@ -85,7 +96,7 @@ def _paths_read_by(owner: nn.Module) -> set[Path]:
                 pending += reader.used
             if tree is None or not reader.calls_super:
                 break
-    return {path for path in paths if len(path) > 1}
+    return paths
 
 
 def _source(member: Any) -> ast.AST | None:
@@ -189,6 +200,8 @@ class _Reader(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         path = self._path(node)
         if path is not None and node.attr in _HARMLESS and path[-2:-1] == (_WEIGHT,):
+            return
+        if path == ("self", _WEIGHT, "dtype"):  # a packed weight says the dense one's
             return
         if path is not None and node.attr == _WEIGHT:
             self.paths.add(path[:-1])

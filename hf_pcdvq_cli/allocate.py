@@ -19,6 +19,7 @@ from .common import (
     placement_options,
     setting_option,
     skip_option,
+    vocabulary_options,
 )
 from .mixed import print_allocation, target_fields, target_options
 
@@ -36,6 +37,7 @@ from .mixed import print_allocation, target_fields, target_options
 @target_options
 @skip_option
 @override_option
+@vocabulary_options
 @click.option(
     "--dataset",
     metavar="DATA",
@@ -73,6 +75,7 @@ def allocate(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     if not fields:
         raise click.UsageError("give --bits auto with --target-bits or --target-size", ctx)
     calibration = Calibration(**{name: options[name] for name in ("dataset", "samples", "length", "seed")}, holdout=0)
+    fields |= {name: options[name] for name in ("embeddings", "head")}
     fields |= {"overrides": overrides_of(options["override"]), "modules_to_not_convert": list(skip) or None}
     try:
         config = config_of_setting(options["setting"], calibration=calibration, **fields)

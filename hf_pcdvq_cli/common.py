@@ -194,6 +194,20 @@ def override_option(command: Callable) -> Callable:
     )(command)
 
 
+def vocabulary_options(command: Callable) -> Callable:
+    """The options of every command that chooses how embeddings and head are packed."""
+    for option in (
+        click.option("--head", metavar="SETTING", help="Pack the output head as well, not calibrated: int8, mostly."),
+        click.option(
+            "--embeddings",
+            metavar="SETTING",
+            help="Pack the token embeddings as well: int8, mostly. Where the head is tied to them, either option packs both.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def overrides_of(options: tuple[str, ...]) -> dict[str, str | None]:
     """The values of `--override` in the form that a config takes."""
     overrides: dict[str, str | None] = {}

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import click
 
-from .common import Command, echo_json, json_option, override_option, overrides_of, setting_option, skip_option
+from .common import (
+    Command,
+    echo_json,
+    json_option,
+    override_option,
+    overrides_of,
+    setting_option,
+    skip_option,
+    vocabulary_options,
+)
 
 
 @click.command(cls=Command)
 @click.argument("model", metavar="CONFIG.json|MODEL")
 @setting_option
 @override_option
+@vocabulary_options
 @skip_option
 @click.option(
     "--context",
@@ -21,7 +31,14 @@ from .common import Command, echo_json, json_option, override_option, overrides_
 )
 @json_option
 def estimate(
-    model: str, setting: str, override: tuple[str, ...], skip: tuple[str, ...], context: int, as_json: bool
+    model: str,
+    setting: str,
+    override: tuple[str, ...],
+    embeddings: str | None,
+    head: str | None,
+    skip: tuple[str, ...],
+    context: int,
+    as_json: bool,
 ) -> None:
     """Estimate the size of a packed model, and what it takes to make it, from its configuration alone.
 
@@ -39,11 +56,12 @@ def estimate(
     from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
-    config = config_of_setting(setting, **options)
+    config = config_of_setting(setting, embeddings=embeddings, head=head, **options)
     result = run(read_model_config(model), config, context, timed=True)
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})
         return
-    show(left_table(config.left_unpacked))
+    if config.left_unpacked:
+        show(left_table(config.left_unpacked))
     show(estimate_table(result))
     show(effort_table(result))

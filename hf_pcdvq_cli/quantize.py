@@ -25,6 +25,7 @@ from .common import (
     placement_options,
     setting_option,
     skip_option,
+    vocabulary_options,
 )
 from .mixed import given_allocation, show_allocation, target_fields, target_options, with_allocation
 from .quantizing import Run, quantize_and_save
@@ -61,6 +62,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 )
 @skip_option
 @override_option
+@vocabulary_options
 @target_options
 @click.option(
     "--allocation",
@@ -114,7 +116,7 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
 def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], **options: Any) -> None:
     """Quantize MODEL and save it with its tokenizer and a report in a folder.
 
-    The weights of all linear layers except the output head are quantized so that the layers' outputs on a calibration
+    The weights of all linear layers except the output head (see --head) are quantized so that the layers' outputs on a calibration
     text change as little as possible. The model need not fit in memory: with --dataset or --no-calibration it is read,
     quantized and written one decoder block at a time. An interrupted run resumes when it is started again. The folder is
     created only when everything has been written.
@@ -173,6 +175,7 @@ def _quantization_config(ctx: click.Context, skip: tuple[str, ...], allocation: 
 
     chosen = {name: ctx.params[name] for name in ("magnitude", "window_bits") if ctx.params[name] is not None}
     common = {"modules_to_not_convert": list(skip) or None, "calibration": _calibration(ctx)}
+    common.update({name: ctx.params[name] for name in ("embeddings", "head")})
     overrides, setting = overrides_of(ctx.params["override"]), ctx.params["setting"]
     common.update(target_fields(ctx))
     if allocation is not None:
@@ -296,7 +299,8 @@ def _print_result(out: Path, model: str, gguf_file: str | None, seconds: float) 
     from .tables import evaluation_table, left_table, show, size_table
 
     count, comparison = count_folder(out), _comparison(out)
-    show(left_table(count.left_unpacked))
+    if count.left_unpacked:
+        show(left_table(count.left_unpacked))
     show(size_table(count))
     if comparison is not None:
         show(evaluation_table(Evaluation(**comparison)))

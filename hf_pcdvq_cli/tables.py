@@ -32,7 +32,7 @@ def size_table(count: FolderCount) -> Table:
     for pattern, setting in count.config.overrides.items() if count.config else ():
         table.add_row(as_is(f"  {pattern}"), setting or "as it was")
     table.add_row(f"packed layers ({len(count.layers)})", readable_size(count.packed_bytes))
-    table.add_row("embeddings", readable_size(count.embedding_bytes))
+    table.add_row("embeddings", readable_size(count.embedding_bytes) if count.embedding_bytes else "-")
     table.add_row("output head", readable_size(count.head_bytes) if count.head_bytes else "-")
     table.add_row("everything else", readable_size(count.other_bytes))
     table.add_row("headers", readable_size(count.header_bytes))

@@ -37,6 +37,7 @@ WAYS = {
     ("mixtral", "experts"): EXPERTS,
     ("deepseek", "tensors"): TENSORS,
     ("deepseek", "experts"): EXPERTS,
+    ("tied", "tensors"): TENSORS,
     ("llama", "fsdp"): DATA,
     ("llama", "whole mlp"): {**TENSORS, "tp_plan": dict.fromkeys(MLP, "replicate")},
 }

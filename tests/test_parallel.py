@@ -28,6 +28,7 @@ from transformers.distributed.tensor_parallel import ColwiseParallel, TensorPara
 from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import SETTINGS
 from hf_pcdvq.modules import dense_weights, packed_type, stack_packed
+from hf_pcdvq.modules.tied import install
 from hf_pcdvq.quantizer import PackedHfQuantizer
 
 # Small, but each half of a weight is a ring of `stream` (256 outputs), and rotated in blocks of up to 128.
@@ -67,6 +68,7 @@ _MODELS = {
     "mixtral": lambda: (mixtral(len(SETTINGS)), _ALL),
     # Attention with low-rank projections, whole in every process; a shared expert; a layer without experts.
     "deepseek": lambda: (moe_models.model("deepseek"), PcdvqConfig(bits=2.0, hadamard_block=16)),
+    "tied": lambda: (llama(tie_word_embeddings=True), PcdvqConfig(head="int8")),  # whole in every process
     "small rings": lambda: (llama(num_key_value_heads=2), _STREAM),  # keys have one ring, which is not cut
     "small blocks": lambda: (llama(intermediate_size=192), PcdvqConfig()),  # half of 192 inputs is 1.5 blocks of 64
     "smaller blocks": lambda: (llama(intermediate_size=192), PcdvqConfig(hadamard_block=32)),
@@ -96,7 +98,7 @@ def make(folder, kind):
     for name in quantizer.select(model):
         dense, codec = model.get_submodule(name), config.codec_of(name)
         packed = {key: packed_like(weight, codec) for key, weight in dense_weights(dense).items()}
-        model.set_submodule(name, packed_type(dense).from_packed(dense, codec, packed))
+        install(model, name, packed_type(dense).from_packed(dense, codec, packed))
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True
         if name.endswith("bias"):
@@ -147,7 +149,7 @@ def test_every_format_computes_the_same_as_in_one_process(runs, run):
     assert all(torch.equal(a, b) for a, b in zip(found["reference"], second[run]["reference"], strict=True))
 
 
-@pytest.mark.parametrize("run", [run for run in worker.WAYS if run[0] != "deepseek"], ids=" ".join)
+@pytest.mark.parametrize("run", [run for run in worker.WAYS if run[0] not in ("deepseek", "tied")], ids=" ".join)
 def test_a_process_holds_half_of_the_packed_layers(runs, run):
     folder, seen = runs
     share = [ranks[run]["held"] / alone(folder, run[0])["held"] for ranks in seen]

@@ -16,6 +16,7 @@ from ..calibration.store import BlockStore
 from ..calibration.weights import ModelWeights
 from ..codecs import Codec
 from ..modules import PackedModule, dense_weights
+from ..modules.tied import tie_dense, tied_to, uninstall
 from .groups import Group
 
 
@@ -37,6 +38,7 @@ def quantized(
     Yields the packed modules by name.
     """
     modules = {name: model.get_submodule(name) for name in names}
+    tied = {other: model.get_submodule(other) for name in names for other in tied_to(model, name)}
     # The tensors, not the parameters: while a block is calibrated its parameters are moved and converted in place.
     tensors = {
         name: {key: (tensor.data, tensor.requires_grad) for key, tensor in module.named_parameters(recurse=False)}
@@ -59,9 +61,14 @@ def quantized(
         yield {name: model.get_submodule(name) for name in names}
     finally:
         for name, module in modules.items():
+            if isinstance(model.get_submodule(name), PackedModule):
+                uninstall(model, name)
             for key, (tensor, requires_grad) in tensors[name].items():
                 setattr(module, key, nn.Parameter(tensor, requires_grad=requires_grad))
             model.set_submodule(name, module)
+        for name, module in tied.items():
+            model.set_submodule(name, module)
+        tie_dense(model, modules)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
+from ..modules.tied import install
 from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
@@ -226,7 +227,7 @@ class CalibratedRun:
 
     def _round(self, name: str, layer: nn.Module) -> QuantizedLayers:
         """Quantize a linear layer, or fused experts, that no token reached."""
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
             return self._quantize_linear({name: layer}, None)
         return self._quantize_experts(name, layer, None)
 
@@ -263,7 +264,7 @@ class CalibratedRun:
 
     def _replace(self, name: str, layer: nn.Module, packed: dict[str, Packed]) -> None:
         """Replace a dense module by the packed one."""
-        self._model.set_submodule(name, packed_type(layer).from_packed(layer, self._codec_of(name), packed))
+        install(self._model, name, packed_type(layer).from_packed(layer, self._codec_of(name), packed))
 
 
 def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[list[str]]]:

@@ -292,6 +292,21 @@ class Codec(ABC):
             parts.append(hadamard.unrotate(rotated, tables["signs"]).to(dtype))
         return torch.cat(parts)
 
+    def decode_rows(self, packed: Packed, rows: Tensor, tables: Packed, dtype: torch.dtype) -> Tensor:
+        """Some rows of the weight that `decode` returns, in a format whose rows do not depend on each other.
+
+        Args:
+            rows: their numbers, int `[...]`.
+
+        Returns:
+            `[..., K]`.
+        """
+        chosen = {suffix: tensor.index_select(0, rows.flatten()) for suffix, tensor in packed.items()}
+        decoded = self.decode_rotated(chosen, tables, torch.float32 if self.max_block else dtype)
+        if self.max_block:
+            decoded = hadamard.unrotate(decoded, tables["signs"]).to(dtype)
+        return decoded.view(*rows.shape, decoded.shape[-1])
+
 
 def _suffix(argument: str) -> str:
     """The suffix of a packed tensor; empty for the packed weight itself."""

@@ -1,6 +1,8 @@
 """Eight bits: every rotated weight is rounded to an integer times the scale of its row.
 
-For the small parts of a mixed recipe that two bits would hurt most: attention, shared experts, dense layers.
+For the small parts of a mixed recipe that two bits would hurt most: attention, shared experts, dense layers. And for token
+embeddings and output heads, whose rows are decoded one by one. They are rotated like all others: on SmolLM2's the squared error
+is 0.000057 of the energy with the rotation and 0.000137 without, and CPU kernels round the inputs of a head to integers, too.
 
 Packed tensors of a weight `[N, K]`:
 

@@ -177,7 +177,7 @@ def check_windows(model: nn.Module, windows: Tensor) -> None:
         raise ValueError(
             f"expected windows int64 [n, L] with n >= 1, L >= 2, got {windows.dtype} {list(windows.shape)}"
         )
-    tokens = model.get_input_embeddings().weight.shape[0]
+    tokens = number_of_tokens(model)
     low, high = windows.min().item(), windows.max().item()
     if low < 0 or high >= tokens:
         raise ValueError(
@@ -185,6 +185,13 @@ def check_windows(model: nn.Module, windows: Tensor) -> None:
             "tokenizer and model do not belong together"
         )
     check_length(model, windows.shape[1])
+
+
+def number_of_tokens(model: nn.Module) -> int:
+    """The number of token embeddings of a model, packed or not."""
+    embeddings = model.get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None)
+    return embeddings.weight.shape[0] if known is None else known
 
 
 def check_length(model: nn.Module, length: int) -> None:

@@ -27,6 +27,7 @@ from ..codecs import Codec
 from ..codecs.description import codec_described, description
 from ..modules import STACKS, PackedModule, parameter_name
 from ..modules.divided import whole
+from ..modules.tied import is_tied
 from ..version import FORMAT_VERSION, INSTALL
 from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
 from .hollow import HollowFiles, lay_out
@@ -74,7 +75,7 @@ class PackingRecord:
         """The record of a model that is about to be saved, without hashes of its tensors."""
         modules: dict[Codec, list[str]] = {}
         for name, module in model.named_modules():
-            if isinstance(module, PackedModule):
+            if isinstance(module, PackedModule) and not is_tied(model, name):
                 modules.setdefault(module.codec, []).append(name_in_files(model, name))
         fields = json.loads(model.config.to_json_string(use_diff=True))
         codecs = [[description(codec), names] for codec, names in modules.items()]
@@ -390,10 +391,9 @@ def _codecs_without_record(tensors: dict[str, StoredTensor], config: PackedConfi
         words = isinstance(tensor.dtype, torch.dtype) and not tensor.dtype.is_floating_point
         if parameter in scales or (parameter in dense and words):
             modules[module] = config.codec
-    if modules and config.overrides:
+    if modules and (config.overrides or config.embeddings or config.head):
         raise ValueError(
             f"{next(iter(tensors.values())).file} was saved by another program than hf_pcdvq and does not say which of its "
-            "settings (overrides) a layer has. Take the original files, or load them where they can be loaded and save "
-            "the model with save_pretrained"
+            "settings a layer has. Take the original files, or load them where they can be loaded and save with save_pretrained"
         )
     return modules

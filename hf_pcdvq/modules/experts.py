@@ -15,7 +15,7 @@ from hf_pcdvq_kernels.routing import tiles_of_tokens
 from torch import Tensor, nn
 
 from ..codecs.base import Codec, Packed
-from .packed import PackedModule
+from .packed import PackedModule, copy_rest
 from .packed_words import DenseName
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -79,7 +79,7 @@ class QuantExperts(PackedModule):
         PackedModule.__init__(self, codec, experts.down_proj.dtype)
         self._dense_type = type(experts)
         self._copied = [name for name in vars(experts) if name not in vars(self)]
-        _copy(self._copied, experts, self)
+        copy_rest(self._copied, experts, self)
         for name in STACKS:
             self.register_packed(name, tuple(getattr(experts, name).shape), device)
 
@@ -167,7 +167,7 @@ class QuantExperts(PackedModule):
         """The dense module with decoded weights in `dtype`, on the same device."""
         dense: nn.Module = object.__new__(self._dense_type)
         nn.Module.__init__(dense)
-        _copy(self._copied, self, dense)
+        copy_rest(self._copied, self, dense)
         for name in STACKS:
             dense.register_parameter(name, nn.Parameter(self.decoded(name, dtype)))
         return dense
@@ -200,12 +200,3 @@ def sum_over_experts(
         result = run(expert, hidden_states[token])
         out = out.index_add(0, token, result * top_k_weights[token, place, None].to(summed))
     return out.to(hidden_states.dtype)
-
-
-def _copy(names: list[str], source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the named attributes, the child modules and the training mode of `source`."""
-    for name in names:
-        setattr(target, name, getattr(source, name))
-    for name, child in source.named_children():
-        target.add_module(name, child)
-    target.train(source.training)

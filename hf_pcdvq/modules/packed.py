@@ -185,6 +185,15 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
+def copy_rest(names: list[str], source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the named attributes, the child modules and the training mode of `source`."""
+    for name in names:
+        setattr(target, name, getattr(source, name))
+    for name, child in source.named_children():
+        target.add_module(name, child)
+    target.train(source.training)
+
+
 def encode_stack(codec: Codec, weight: Tensor) -> Packed:
     """Round a weight `[N, K]`, or each in a stack `[E, N, K]`, to the nearest codes. Raises like `codec.encode`."""
     if weight.ndim == 2:

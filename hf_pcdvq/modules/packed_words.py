@@ -70,9 +70,8 @@ class DenseName:
         if words is None:
             raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
         # On meta there is nothing to protect, and what loads or offloads it compares shapes. Where a forward was
-        # interrupted, accelerate finds words that it has put there; FSDP finds parts of them.
-        moved = "_hf_hook" in vars(module) or is_divided(words)
-        if words.is_meta or (moved and _asks_who_moves()):
+        # interrupted, accelerate finds words that it has put there, and it ties again what it has moved; FSDP finds parts.
+        if words.is_meta or _asks_who_moves() or _asks_who_ties():
             return words
         alias = local_part(words).detach().as_subclass(PackedWords)
         vars(alias).update(vars(words))  # Transformers marks what is loaded
@@ -83,6 +82,14 @@ class DenseName:
 def _asks_who_moves() -> bool:
     """Whether accelerate or FSDP, which move parameters around, reads the attribute of whose `__get__` this is called."""
     return sys._getframe(2).f_globals.get("__name__", "").startswith(("accelerate.", "torch.distributed.fsdp."))
+
+
+def _asks_who_ties() -> bool:
+    """Whether Transformers ties weights, which takes a parameter by its name and gives it to another module."""
+    caller = sys._getframe(2)
+    if caller.f_code is not nn.Module.get_parameter.__code__ or caller.f_back is None:
+        return False
+    return caller.f_back.f_globals.get("__name__") == "transformers.modeling_utils"
 
 
 def packed_error(owner: str, divided: bool = False) -> RuntimeError:

@@ -131,10 +131,12 @@ def _usage(settings: dict[str, Any], file: Path) -> tuple[str, str | None]:
 
 
 def _adapter_targets(count: FolderCount) -> str | None:
-    """The layers to which adapters attach, in Python: packed experts take none. None if nothing else is packed."""
+    """The layers to which adapters attach, in Python: packed experts take none, nor do embeddings and heads, which are in no
+    list of blocks. None if nothing else is packed."""
     linear = [layer for layer in count.layers if layer.experts == 1]
     if len(linear) == len(count.layers):
         return '"all-linear"'
+    linear = [layer for layer in linear if re.search(r"\.\d+\.", layer.name)]
     return json.dumps(sorted({layer.name.rpartition(".")[2] for layer in linear})) if linear else None
 
 

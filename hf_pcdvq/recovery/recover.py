@@ -20,7 +20,7 @@ from ..calibration.blocks import find_blocks
 from ..calibration.data import read_windows
 from ..calibration.identity import Identity, model_identity, update_with_tensor
 from ..emulation import is_emulated, placed
-from ..evaluation.metrics import check_windows
+from ..evaluation.metrics import check_windows, number_of_tokens
 from ..files.records import device_name
 from ..modules import packed_modules
 from .processes import Processes
@@ -186,7 +186,7 @@ def _check_models(model: Any, teacher: Any, tokenizer: Any) -> None:
                 f"recovery needs {which} on one device, it is on {', '.join(sorted(map(str, devices)))}; "
                 "load it with device_map='cpu' and name the device to compute on"
             )
-        rows.append(one.get_input_embeddings().weight.shape[0])
+        rows.append(number_of_tokens(one))
     if rows[0] != rows[1]:
         raise ValueError(
             f"the packed model has {rows[0]} tokens and the teacher {rows[1]}: they do not share a vocabulary, so the "

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..modules import STACKS, PackedModule, QuantExperts, QuantLinear, packed_modules
+from ..modules import STACKS, PackedModule, QuantEmbedding, QuantExperts, QuantLinear, packed_modules
 from ..modules.experts import sum_over_experts
+from ..modules.tied import tie_dense
 
 
 class _ScaledRows(torch.autograd.Function):
@@ -92,20 +93,34 @@ class StudentExperts(nn.Module):
 _STUDENTS: dict[type[PackedModule], Any] = {QuantLinear: StudentLinear, QuantExperts: StudentExperts}
 
 
+def _frozen(packed: QuantEmbedding | QuantLinear, dtype: torch.dtype) -> nn.Module:
+    """A dense module with the same bias, which is trained in place."""
+    dense = packed.dequantize(dtype)
+    if getattr(packed, "bias", None) is not None:
+        dense.bias = packed.bias
+    return dense
+
+
 class Student:
     """A packed model in its dense form for training.
 
     Attributes:
         model: the model itself.
         layers: by name, the packed modules and those that stand in for them.
+        frozen: likewise packed embeddings and a packed output head, of which nothing but a bias is trained.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self.model = model
         self.layers: dict[str, tuple[PackedModule, Any]] = {}
+        self.frozen: dict[str, tuple[PackedModule, nn.Module]] = {}
+        head = model.get_output_embeddings()
         for name, packed in packed_modules(model).items():
-            self.layers[name] = packed, _STUDENTS[type(packed)](packed, dtype)
+            if isinstance(packed, QuantEmbedding) or packed is head:
+                self.frozen[name] = packed, _frozen(packed, dtype)
+            else:
+                self.layers[name] = packed, _STUDENTS[type(packed)](packed, dtype)
 
     @torch.no_grad()
     def keep_changes(self) -> None:
@@ -127,11 +142,12 @@ def as_student(model: nn.Module, dtype: torch.dtype) -> Iterator[Student]:
     student = Student(model, dtype)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        for name, (_, standing_in) in student.layers.items():
+        for name, (_, standing_in) in (student.layers | student.frozen).items():
             model.set_submodule(name, standing_in)
+        tie_dense(model, student.frozen)
         yield student
     finally:
-        for name, (packed, _) in student.layers.items():
+        for name, (packed, _) in (student.layers | student.frozen).items():
             model.set_submodule(name, packed)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad[name])

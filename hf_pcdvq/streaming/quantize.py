@@ -23,6 +23,7 @@ from ..calibration.store import BlockStore
 from ..codecs.base import Packed
 from ..config import PackedConfig
 from ..modules import count_matrices, parameter_name
+from ..modules.tied import share
 from ..quantize import Quantized, name_of_dataset
 from ..quantizer import PackedHfQuantizer, replace_by_packed
 from .checkpoint import CannotStream, Checkpoint
@@ -254,3 +255,4 @@ def _install(model: nn.Module, stored: QuantizedLayers) -> None:
             for suffix, tensor in packed.items():
                 name = parameter_name(suffix, parameter)
                 setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        share(model, layer)

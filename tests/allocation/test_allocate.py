@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_llama
 from moe_models import model as mixture
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_pcdvq import Calibration, PcdvqConfig, allocate_bits, quantize_model
 from hf_pcdvq.allocation.dense import quantized, with_errors_of
@@ -360,3 +360,19 @@ def test_sensitivities_are_those_of_the_whole_model(kind):
                 kl_div(ours, theirs, log_target=True, reduction="batchmean").item(), rel=1e-3
             )
     assert same_state(model, before)
+
+
+def test_tied_weights_are_tied_again_afterwards():
+    settings = tiny_llama().config
+    settings.tie_word_embeddings = True  # embeddings and head are one tensor
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(settings).to(torch.bfloat16).eval()
+    before, keys = copy.deepcopy(model.state_dict()), dict(model.all_tied_weights_keys)
+    config = PcdvqConfig(bits=2.0, head="int8", calibration=CALIBRATION)
+    names = PackedHfQuantizer(config, pre_quantized=False).select(model)
+    options = {"device": torch.device("cpu"), "store": None, "progress": False}
+    with quantized(model, "model.layers", names, config.codec_of, CALIBRATION, TOKENS, **options) as packed:
+        assert packed["model.embed_tokens"].codec.format == model.lm_head.codec.format == "int8"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.all_tied_weights_keys == keys

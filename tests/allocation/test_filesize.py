@@ -26,11 +26,12 @@ def experts():
 MODELS = {"llama": tiny_llama, "tied": tied, "experts, and a name that saving changes": experts}
 CONFIGS = [
     PcdvqConfig(bits=2.25, overrides={"q_proj": "pcdvq-2.0", r"layers\.0\.": "int8"}),
+    PcdvqConfig(bits=2.25, head="int8"),
     CcqConfig(layout="stream", bits=2.25),  # whose rows are padded
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["mixed", "padded"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["mixed", "head", "padded"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_to_the_byte(kind, config, tmp_path):
     MODELS[kind]().save_pretrained(tmp_path / "dense")

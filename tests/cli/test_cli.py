@@ -54,6 +54,16 @@ def test_quantize_prints_sizes_bits_and_what_was_left(tiny_model_dir, tmp_path):
     assert f"{before / 1024:.1f} KiB -> {after / 1024:.1f} KiB" in shown
 
 
+def test_embeddings_and_head_are_packed_where_they_are_asked_for(tiny_model_dir, tmp_path):
+    options = ("--embeddings", "int8", "--head", "ccq-2.75")
+    succeed(*ROUND, tiny_model_dir, "--out", tmp_path / "packed", *options)
+    shown = json.loads(succeed("inspect", tmp_path / "packed", "--json").stdout)
+    bits = {layer["name"]: layer["bits_per_weight"] for layer in shown["layers"]}
+    assert bits["model.embed_tokens"] == 8.25 and bits["lm_head"] == 3.0  # scales for rows of 128 included
+    assert shown["left_unpacked"] == {} and shown["bytes"]["embeddings"] == shown["bytes"]["head"] == 0
+    fail(2, "head must be one of", *ROUND, tiny_model_dir, "--out", tmp_path / "no", "--head", "int9")
+
+
 @pytest.mark.parametrize(
     ("options", "fields"),
     [

@@ -12,6 +12,8 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -53,12 +55,22 @@ def opt():
     return OPTForCausalLM(config)
 
 
-MODELS = {"llama": tiny_llama, "biased": biased, "opt": opt, **moe_models.KINDS}
+def gemma():
+    """Tied embeddings of a class of their own, which multiplies them by a factor."""
+    config = Gemma3TextConfig(
+        **SIZES, num_key_value_heads=1, head_dim=32, intermediate_size=128, initializer_range=0.2
+    )
+    return Gemma3ForCausalLM(config).bfloat16()
+
+
+MODELS = {"llama": tiny_llama, "biased": biased, "gemma": gemma, "opt": opt, **moe_models.KINDS}
 CASES = [
     ("llama", "pcdvq-2.25", {}),
     ("llama", "ccq-2.0625", {}),
     ("biased", "stream-2.0", {}),
     ("biased", "pcdvq-2.0", {"overrides": {"v_proj": None, "o_proj": "int8"}}),
+    ("biased", "pcdvq-2.0", {"head": "int8"}),  # one tensor for the embeddings and the head
+    ("gemma", "stream-2.0", {"embeddings": "int8"}),
     ("opt", "ccq-2.5", {}),
     ("mixtral", "ccq-2.0625", {}),
     ("mixtral", "pcdvq-2.25", {"overrides": {"experts": None}}),  # experts that are fused, and not packed

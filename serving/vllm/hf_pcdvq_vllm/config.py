@@ -63,12 +63,17 @@ class PackedConfig(QuantizationConfig):
 
         Raises:
             ValueError: weights that vLLM merges are packed in different ways.
-            NotImplementedError: packed experts are spread over several devices.
+            NotImplementedError: packed experts are spread over several devices, or embeddings or the output head are packed.
         """
         if isinstance(layer, RoutedExperts):
             coding = self.codings.get(prefix)
             return None if coding is None else PackedExpertsMethod(prefix, coding, layer.moe_config)
         if not isinstance(layer, LinearBase):
+            if prefix in self.codings:
+                raise NotImplementedError(
+                    f"{prefix} is packed, but embeddings and the output head are vLLM's own here: quantize the model without "
+                    "the options embeddings and head"
+                )
             return None
         found = packed_as(prefix, self.codings, self.packed_modules_mapping)
         return UnquantizedLinearMethod() if found is None else PackedLinearMethod(prefix, *found)
