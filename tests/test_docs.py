@@ -95,7 +95,7 @@ def test_the_tree_in_contributing_is_the_tree():
 
 def test_nothing_sends_readers_to_pypi_for_what_is_not_there():
     """Anybody could register the names of these distributions."""
-    text = source_text() + "".join(file.read_text() for file in PAGES if file != ROOT / "README.md")
+    text = source_text() + "".join(file.read_text() for file in PAGES)
     text += (ROOT / "hf_pcdvq" / "publish" / "data" / "model_card.md").read_text()
     assert not re.findall(r"pip install [^`\n]*hf_pcdvq\b(?!\S*/)[^`\n]*", text)
 
