@@ -89,7 +89,7 @@ class _Work:
 
     def _identity_of(self, config: PackedConfig, tokens: Tensor) -> Identity:
         at_once = len(window_batches(self.windows.calibration, self.device)[0])
-        return run_identity(self.identity, self.names, config, tokens, at_once)
+        return run_identity(self.identity, self.names, config, tokens, self.device, at_once)
 
 
 def allocate(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, device, nn
 
+from ..processes import Processes
 from .activations import Activations
 from .blocks import Call, run_block
 from .experts import RoutedTokens, routed_tokens
@@ -18,7 +19,7 @@ from .shortcuts import Shortcuts
 
 @dataclass
 class DecoderBlock:
-    """A decoder block with the hidden states of all windows before it, which the two `advance` methods replace.
+    """A decoder block with the hidden states of this process's windows before it, which the two `advance` methods replace.
 
     Windows go through it in batches, which are numbered.
 
@@ -30,6 +31,7 @@ class DecoderBlock:
         hidden: the same in the model quantized so far.
         device: where the block is computed.
         activations: makes what further activations are kept in.
+        processes: those that share the windows. All use it, in the same way.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class DecoderBlock:
     hidden: Activations
     device: device
     activations: Callable[[], Activations]
+    processes: Processes
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
@@ -64,7 +67,7 @@ class DecoderBlock:
         """Replace the original's hidden states by those after the block, which must be unchanged.
 
         Returns:
-            The inputs of the layers for all windows, stored if `keep`.
+            The inputs of the layers for these windows, stored if `keep`.
         """
         found = OriginalInputs(list(self.layers), self.activations() if keep else None)
         with recorded_inputs(self.layers) as inputs:
@@ -72,6 +75,7 @@ class DecoderBlock:
                 self.original[batch] = self._run(self.original[batch])
                 found.add(batch, inputs)
                 inputs.clear()
+        found.agree(self.processes)
         return found
 
     def moments(
@@ -90,7 +94,7 @@ class DecoderBlock:
             with_change: see `InputMoments`.
 
         Returns:
-            Moments by the first name of each group.
+            Moments by the first name of each group, over the windows of all processes.
         """
         leaders = {names[0]: names for names in groups}
         moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
@@ -105,13 +109,15 @@ class DecoderBlock:
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, batch, tensor)
                 now.clear()
+        for sums in moments.values():
+            sums.sum_over(self.processes)
         return moments
 
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
-        """The tokens that fused experts receive from the block in its current state."""
+        """The tokens of all windows that fused experts receive from the block in its current state."""
         batches = range(len(self.hidden))
         kept = self.activations()
         tokens = routed_tokens(self.layers[name], batches, self.forward, kept)
         if all(inputs.knows(name, batch) for batch in batches):
             kept.join("original", (inputs.of(name, batch) for batch in batches))
-        return tokens
+        return tokens.of_all(self.processes, self.activations)

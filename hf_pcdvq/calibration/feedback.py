@@ -112,12 +112,6 @@ def quantize_with_feedback(
     return state.codes, state.quantized[:, order.argsort()]
 
 
-def proxy_loss(error: Tensor, weight: Tensor, hessian: Hessian) -> float:
-    """`tr(E H E^T) / tr(W H W^T)` of an error and a weight float32 `[N, K]`."""
-    total = hessian.loss(weight).sum(dtype=torch.float64).item()
-    return hessian.loss(error).sum(dtype=torch.float64).item() / total if total else 0.0
-
-
 def _order(encoder: UnitEncoder, energy: Tensor, desc_act: bool) -> tuple[Tensor, list[tuple[int, slice]]]:
     """The order of the columns, int64 `[K]`, and in that order every unit's number with the slice of its columns."""
     numbers = list(range(len(encoder.units)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import hadamard
+from ..processes import Processes
 
 # H is symmetric: it is accumulated in this many bands of rows, each from the diagonal on, which saves 3/8 of it.
 _BANDS = 4
@@ -65,6 +66,16 @@ class InputMoments:
             for group, weights in zip(sums, squares.to(x.device).sqrt().T):
                 _add_squares(group, x * weights[:, None])
         self.tokens += len(x)
+
+    def sum_over(self, processes: Processes) -> None:
+        """Take over the sums of all processes, each over tokens of its own; not those of `guided`."""
+        found = [note for _, note in processes.gather({}, (self.tokens, self.cross is not None))]
+        self.tokens = sum(tokens for tokens, _ in found)
+        if not all(known for _, known in found):
+            self.cross = None
+        for sums in (self.hessian, self.cross, self.change):
+            if sums is not None:
+                processes.sum(sums)
 
 
 def _add_squares(sums: Tensor, x: Tensor) -> None:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
+from ..processes import Processes
 from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
@@ -51,11 +52,12 @@ class CalibratedRun:
         names: the modules to quantize, linear layers and fused experts.
         codec_of: the packed format of a module, by its name.
         settings: the options.
-        batches: token ids int64 `[b, L]` to calibrate on; the windows of a batch go through a block at once.
+        batches: token ids int64 `[b, L]` to calibrate on, those of this process; the windows of a batch go through a block at once.
         activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
-        store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
+        store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing. Only the first process has one.
         progress: show a progress bar.
+        processes: those that share the windows and the layers of every block; None: this one has all.
 
     Attributes, after `run`:
         layers: a record of every layer.
@@ -75,6 +77,7 @@ class CalibratedRun:
         device: torch.device,
         store: BlockStore | None,
         progress: bool,
+        processes: Processes | None = None,
     ):
         self.layers: list[LayerRecord] = []
         self.blocks: list[BlockRecord] = []
@@ -82,7 +85,7 @@ class CalibratedRun:
         self._prefix, self._names = prefix, names
         self._codec_of, self._settings = codec_of, settings
         self._batches, self._activations = batches, activations
-        self.device, self._store = device, store
+        self.device, self._store, self._processes = device, store, processes or Processes.alone()
         self._sensitivity: dict[str, Sequence[Tensor]] = {}
         self._upcast = is_emulated(self._model.dtype, device)
         matrices = sum(count_matrices(self._model.get_submodule(name)) for name in names)
@@ -111,12 +114,16 @@ class CalibratedRun:
                 with self._weights.loaded(name):
                     with placed(module, self.device, self._upcast):
                         calls = {size: call.to(self.device, self._upcast) for size, call in calls.items()}
-                        block = DecoderBlock(module, layers, calls, original, hidden, self.device, self._activations)
-                        self._run_block(number, block)
+                        kept = self._activations, self._processes
+                        self._run_block(
+                            number, DecoderBlock(module, layers, calls, original, hidden, self.device, *kept)
+                        )
                     self._weights.finish(name)
                 for layer in layers:
                     self._sensitivity.pop(layer, None)
-                self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
+                self.blocks.append(
+                    BlockRecord(name, _error(original, hidden, self._processes), time.perf_counter() - started)
+                )
             self._round_outside(prefix)
 
     def _find_sensitivity(self) -> None:
@@ -166,7 +173,7 @@ class CalibratedRun:
 
     def _run_block(self, number: int, block: DecoderBlock) -> None:
         """Quantize one block, unless an interrupted run has done so, and advance the hidden states past it."""
-        stored = self._store.load(number) if self._store else None
+        stored = self._stored(number)
         if stored is None:
             inputs = block.advance_original(keep=self._settings.correction != 0)
             result = self._quantize_block(block, inputs)
@@ -179,6 +186,14 @@ class CalibratedRun:
         block.advance()
         for name, layer in block.layers.items():
             self._replace(name, layer, result.packed[name])
+
+    def _stored(self, number: int) -> QuantizedLayers | None:
+        """What an interrupted run, whose store the first process has, has made of a block; None if it has not come so far."""
+        found = self._store.load(number) if self._store else None
+        tensors, records = self._processes.broadcast(
+            found.tensors() if found else {}, found.records if found else None, source=0
+        )
+        return None if records is None else QuantizedLayers.of(tensors, records)
 
     def _quantize_block(self, block: DecoderBlock, inputs: OriginalInputs) -> QuantizedLayers:
         """Quantize a block's layers in the order in which they run, each after the errors of those before it.
@@ -215,13 +230,15 @@ class CalibratedRun:
             weights.setdefault(self._codec_of(name), {})[name] = layer.weight
         result = QuantizedLayers()
         for codec, some in weights.items():
-            packed, records = quantize_layers(some, moments, codec, self._settings)
+            packed, records = quantize_layers(some, moments, codec, self._settings, self._processes)
             result.add(QuantizedLayers({name: {"weight": tensors} for name, tensors in packed.items()}, records))
         return result
 
     def _quantize_experts(self, name: str, experts: nn.Module, tokens: RoutedTokens | None) -> QuantizedLayers:
         """Quantize fused experts."""
-        packed, records = quantize_experts(name, experts, tokens, self._codec_of(name), self._settings)
+        packed, records = quantize_experts(
+            name, experts, tokens, self._codec_of(name), self._settings, self._processes
+        )
         return QuantizedLayers({name: packed}, records)
 
     def _round(self, name: str, layer: nn.Module) -> QuantizedLayers:
@@ -286,11 +303,12 @@ def _inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _error(original: Activations, hidden: Activations) -> float:
+def _error(original: Activations, hidden: Activations, processes: Processes) -> float:
     """Squared difference of the hidden states of all batches, relative to the squares of the first."""
-    error = energy = 0.0
+    sums = torch.zeros(2, dtype=torch.float64)
     for batch in range(len(original)):
         states = original[batch].float()
-        error += (states - hidden[batch].float()).square().sum(dtype=torch.float64).item()
-        energy += states.square().sum(dtype=torch.float64).item()
+        sums[0] += (states - hidden[batch].float()).square().sum(dtype=torch.float64).cpu()
+        sums[1] += states.square().sum(dtype=torch.float64).cpu()
+    error, energy = processes.sum(sums).tolist()
     return error / energy

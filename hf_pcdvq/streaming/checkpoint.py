@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -28,14 +27,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..files.contents import model_hash, tensor_hash
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..quantizer import PackedHfQuantizer
-
-_PIECE = 16 << 20  # bytes that are hashed at a time
 
 
 class CannotStream(Exception):
@@ -113,14 +112,27 @@ class Checkpoint:
             for name in names:
                 self._drop(self.units[name])
 
-    def contents(self) -> str:
-        """A hash of the files, which are read."""
-        digest = xxhash.xxh3_128()
-        for file in self.files:
-            with file.open("rb", buffering=0) as stream:
-                while piece := stream.read(_PIECE):
-                    digest.update(piece)
-        return digest.hexdigest()
+    def contents(self, processes: Processes) -> str:
+        """The hash that `model_identity` takes of the model in memory. The processes of every machine share the reading.
+
+        Raises:
+            ValueError: machines hold different checkpoints.
+        """
+        place, places = processes.on_this_machine
+        own: dict[str, str] = {}
+        for name in list(self.units)[place::places]:
+            with self.loaded(name):
+                state = self.model.state_dict().items()
+                own |= {key: tensor_hash(tensor) for key, tensor in state if self.units[name].holds(key)}
+        hashes: dict[str, str] = {}
+        for rank, (_, found) in enumerate(processes.gather({}, own)):
+            for key, text in found.items():
+                if hashes.setdefault(key, text) != text:
+                    raise ValueError(
+                        f"process {rank} reads another {key} than one of the processes before it: the machines hold "
+                        f"different checkpoints in {self.files[0].parent}"
+                    )
+        return model_hash(hashes)
 
     # --------------------------------------------------------------------------------------------------- units
 
