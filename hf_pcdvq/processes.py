@@ -41,7 +41,8 @@ class Processes:
         if torch.distributed.is_initialized() or torch.distributed.is_torchelastic_launched():
             from accelerate import PartialState
 
-            state = PartialState(timeout=_TIMEOUT)
+            # Unless it is told so, it takes processes without accelerators for single ones.
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
             self.count, self.rank, self.device = state.num_processes, state.process_index, state.device
         if self.count > 1:
             with self._answering():
@@ -152,7 +153,7 @@ class Processes:
             yield
         except RuntimeError as error:
             raise ProcessesLost(
-                f"process {self.rank} of {self.count} has lost the others: one has ended, or has not answered for {_TIMEOUT}. "
-                "Its own message says why. If it was started with a work folder, the same command goes on where it was "
+                f"another of {self.count} processes has ended, or has not answered for {_TIMEOUT}: its own message says why. "
+                "Start all of them again with the same command: with a work folder, it goes on where it was. "
                 f"({str(error).splitlines()[0]:.200})"
             ) from error
