@@ -136,8 +136,11 @@ class Hessian:
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows matrix^-1` for float32 `[N, K]`."""
-        lower = torch.linalg.cholesky(self.matrix.double())
-        return torch.cholesky_solve(rows.double().T, lower).T.float()
+        return torch.cholesky_solve(rows.double().T, self._lower).T.float()
+
+    @cached_property
+    def _lower(self) -> Tensor:
+        return torch.linalg.cholesky(self.matrix.double())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import hadamard
-from ..codecs.base import Codec, Packed
+from ..codecs.base import Codec, Packed, UnitEncoder
 from ..processes import Processes
 from .feedback import quantize_with_feedback
 from .hessian import (
@@ -54,104 +55,137 @@ def quantize_layers(
     for name, matrix in weights.items():
         if not torch.isfinite(matrix).all():
             raise ValueError(f"{name}: the weight holds infinite or NaN values; the checkpoint is damaged")
-    columns = next(iter(weights.values())).shape[1]
-    rows = row_shares({name: len(matrix) for name, matrix in weights.items()}, codec.row_multiple, processes)
-    own = {name: matrix[rows[name]] for name, matrix in weights.items()}
-    packed, measured, hessian, notes = _quantize_rows(own, moments, codec, settings, processes)
-    tensors = {(name, suffix): tensor for name, some in packed.items() for suffix, tensor in some.items()}
-    parts = processes.gather(tensors, measured)
-    records = [
-        _record(name, columns, [of[name] for _, of in parts if name in of], hessian, notes.get(name))
-        for name in weights
-    ]
-    suffixes = codec.specs(codec.row_multiple, columns)
-    whole = {
-        name: {
-            suffix: _joined([found[name, suffix] for found, _ in parts if (name, suffix) in found])
-            for suffix in suffixes
-        }
-        for name in weights
-    }
-    return whole, records
-
-
-def row_shares(sizes: dict[str, int], multiple: int, processes: Processes) -> dict[str, slice]:
-    """The rows of layers, of which they have so many, that this process quantizes: adjacent ones, about as many as others."""
-    units = [(name, start) for name, rows in sizes.items() for start in range(0, rows, multiple)]
-    found = dict.fromkeys(sizes, slice(0, 0))
-    for name, start in processes.share(units):
-        first = found[name].start if found[name].stop else start
-        found[name] = slice(first, min(start + multiple, sizes[name]))
-    return found
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _quantize_rows(
-    weights: dict[str, Tensor],
-    moments: InputMoments | None,
-    codec: Codec,
-    settings: Calibration,
-    processes: Processes,
-) -> tuple[dict[str, Packed], dict[str, _Measured], Hessian | None, dict[str, str | None]]:
-    """Quantize the rows of this process, `[n, K]` of every layer; n may be 0.
-
-    Returns:
-        Of layers with n > 0 the packed tensors and measurements; the Hessian, if it could be used; and notes.
-    """
-    started = time.perf_counter()
-    weight = torch.cat([matrix.detach().float() for matrix in weights.values()])
+    device, columns = next((matrix.device, matrix.shape[1]) for matrix in weights.values())
     sizes = {name: len(matrix) for name, matrix in weights.items()}
-    signs = codec.tables(weight.shape[1])["signs"].to(weight.device) if codec.max_block else None
-    rotated = _rotate(weight, signs)
-    hessian, notes = None, dict[str, str | None]()
+    signs = codec.tables(columns)["signs"].to(device) if codec.max_block else None
+    hessian, metric = None, None
     try:
         hessian = prepare_hessian(moments, settings.damp_percent, signs)
-        notes = dict.fromkeys(weights, hessian.note)
-        target = _target(rotated, weight, moments, hessian, signs, settings, list(sizes.values()), processes)
+        metric, notes = _metric(hessian, moments, sizes, settings, signs)
     except UnusableHessian as reason:
         notes = dict.fromkeys(weights, f"{reason}: rounded to the nearest codes")
-    some = {name: size for name, size in sizes.items() if size}
-    if not some:
-        return {}, {}, hessian, notes
-    if hessian is None:
-        packed = [codec.encode(weights[name]) for name in some]
-        tables = {name: table.to(weight.device) for name, table in codec.tables(weight.shape[1]).items()}
-        quantized = torch.cat([codec.decode_rotated(part, tables, torch.float32) for part in packed])
+    count = 1 if isinstance(metric, GroupedHessian) else part_count(sum(sizes.values()), device, processes)
+    parts = [
+        {name: weights[name][rows] for name, rows in part.items()}
+        for part in processes.share(row_parts(sizes, codec.row_multiple, count))
+    ]
+    if metric is None:
+        found = [_rounded(part, codec, signs) for part in parts]
     else:
-        packed, quantized, found = _with_feedback(target, hessian, moments, some, codec, settings, signs)
-        notes |= found
-    seconds = time.perf_counter() - started
-    parts = zip(some, rotated.split(list(some.values())), (rotated - quantized).split(list(some.values())))
-    measured = {
-        name: _Measured.of(rows, error, hessian, seconds * len(rows) / len(weight)) for name, rows, error in parts
+        found = _with_feedback(parts, moments, hessian, metric, codec, settings, signs, processes)
+    return _joined(list(weights), columns, list(found), hessian, notes, processes)
+
+
+# Rows of a part on a CPU, at most.
+_ROWS = 512
+
+
+def part_count(rows: int, device: torch.device, processes: Processes) -> int:
+    """In how many parts rows are quantized, one after the other or by several processes.
+
+    The last bits of products may depend on how many rows there are. On a CPU this number therefore does not depend on
+    that of the processes. An accelerator would be slow with many parts: each process takes one.
+    """
+    return max(1, -(-rows // _ROWS)) if device.type == "cpu" else processes.count
+
+
+def row_parts(sizes: dict[str, int], multiple: int, count: int) -> list[dict[str, slice]]:
+    """Stacked layers, of which each has so many rows, in at most `count` parts of about as many, cut at multiples of `multiple`."""
+    units = [(name, start) for name, rows in sizes.items() for start in range(0, rows, multiple)]
+    count = min(count, len(units))
+    parts: list[dict[str, slice]] = [{} for _ in range(count)]
+    for number, (name, start) in enumerate(units):
+        part = parts[number * count // len(units)]
+        part[name] = slice(part[name].start if name in part else start, min(start + multiple, sizes[name]))
+    return parts
+
+
+# The packed tensors of the rows of some layers, by their names, and measurements of each.
+_Found = tuple[dict[str, Packed], dict[str, "_Measured"]]
+
+
+def _joined(
+    names: list[str],
+    columns: int,
+    found: list[_Found],
+    hessian: Hessian | None,
+    notes: dict[str, str],
+    processes: Processes,
+) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    """The layers of the given names, in all processes, from the parts that each has found."""
+    own = {
+        (part, name, suffix): tensor
+        for part, (packed, _) in enumerate(found)
+        for name, tensors in packed.items()
+        for suffix, tensor in tensors.items()
     }
-    return dict(zip(some, packed)), measured, hessian, notes
+    every = processes.gather(own, [measured for _, measured in found])
+    tensors: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+    for some, _ in every:
+        for (_, name, suffix), tensor in some.items():
+            tensors[name].setdefault(suffix, []).append(tensor)
+    packed = {
+        name: {suffix: parts[0] if len(parts) == 1 else torch.cat(parts) for suffix, parts in of.items()}
+        for name, of in tensors.items()
+    }
+    measured = [part for _, parts in every for part in parts]
+    records = [
+        _record(name, columns, [part[name] for part in measured if name in part], hessian, notes.get(name))
+        for name in names
+    ]
+    return packed, records
+
+
+def _rounded(part: dict[str, Tensor], codec: Codec, signs: Tensor | None) -> _Found:
+    """Rows of some layers, `[n, K]` each, rounded to the nearest codes."""
+    started = time.perf_counter()
+    packed = {name: codec.encode(rows) for name, rows in part.items()}
+    rotated = _rotate(_stacked(part), signs)
+    tables = {name: table.to(rotated.device) for name, table in codec.tables(rotated.shape[1]).items()}
+    quantized = torch.cat([codec.decode_rotated(rows, tables, torch.float32) for rows in packed.values()])
+    return packed, _measured(part, rotated, quantized, None, time.perf_counter() - started)
 
 
 def _with_feedback(
-    target: Tensor,
-    hessian: Hessian,
+    parts: list[dict[str, Tensor]],
     moments: InputMoments,
-    sizes: dict[str, int],
+    hessian: Hessian,
+    metric: Hessian | GroupedHessian,
     codec: Codec,
     settings: Calibration,
     signs: Tensor | None,
-) -> tuple[list[Packed], Tensor, dict[str, str]]:
-    """The packed tensors of stacked layers with so many rows, what they decode to float32 `[N, K]`, and notes by layer."""
-    rows = list(sizes.values())
-    # One encoder for all, where rows do not depend on each other: fewer and larger calls.
-    shares = rows if codec.row_multiple > 1 else [len(target)]
-    encoders = [codec.unit_encoder(part) for part in target.split(shares)]
-    metric, notes = _metric(hessian, moments, sizes, settings, signs)
-    if isinstance(metric, GroupedHessian):
-        for encoder, importance in zip(encoders, metric.importance.split(shares)):
-            encoder.weigh(importance)
-    codes, quantized = quantize_with_feedback(target, metric, encoders, settings)
-    packed = [encoder.pack(part) for encoder, part in zip(encoders, codes.split(shares))]
-    return packed if shares == rows else _split(packed[0], rows, codec), quantized, notes
+    processes: Processes,
+) -> Iterator[_Found]:
+    """Rows of some layers, `[n, K]` each, quantized with error feedback, part by part."""
+    shares = _own_shares(parts, moments, hessian, signs, processes) if settings.correction == OWN_SHARE else {}
+    encoders: list[list[UnitEncoder]] = []
+
+    def targets() -> Iterator[tuple[Tensor, list[UnitEncoder]]]:
+        for part in parts:
+            target = _rotate(_stacked(part), signs)
+            if settings.correction and moments.cross is not None:
+                factors = [shares.get(name, settings.correction) for name in part]
+                steps = _correction(part, moments, hessian, signs)[1].split([len(rows) for rows in part.values()])
+                target = target + torch.cat([step * factor for step, factor in zip(steps, factors)])
+            # One encoder for all, where rows do not depend on each other: fewer and larger calls.
+            sizes = [len(rows) for rows in part.values()] if codec.row_multiple > 1 else [len(target)]
+            encoders.append([codec.unit_encoder(rows) for rows in target.split(sizes)])
+            if isinstance(metric, GroupedHessian):
+                for encoder, importance in zip(encoders[-1], metric.importance.split(sizes)):
+                    encoder.weigh(importance)
+            yield target, encoders[-1]
+
+    started = time.perf_counter()
+    for part, (codes, quantized) in zip(parts, quantize_with_feedback(targets(), metric, settings)):
+        own, sizes = encoders.pop(), [len(rows) for rows in part.values()]
+        found = [encoder.pack(rows) for encoder, rows in zip(own, codes.split([encoder.rows for encoder in own]))]
+        packed = dict(zip(part, found if len(found) == len(part) else _split(found[0], sizes, codec)))
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        yield packed, _measured(part, _rotate(_stacked(part), signs), quantized, hessian, seconds)
+
+
+def _stacked(part: dict[str, Tensor]) -> Tensor:
+    return torch.cat([rows.detach().float() for rows in part.values()])
 
 
 def _metric(
@@ -192,31 +226,39 @@ def _rotate(weight: Tensor, signs: Tensor | None) -> Tensor:
     return weight if signs is None or not len(weight) else hadamard.rotate(weight, signs)
 
 
-def _target(
-    rotated: Tensor,
-    weight: Tensor,
-    moments: InputMoments,
-    hessian: Hessian,
-    signs: Tensor | None,
-    settings: Calibration,
-    sizes: list[int],
-    processes: Processes,
-) -> Tensor:
-    """The rotated weight to approximate, which compensates for part of the change in the layer's inputs.
+def _correction(
+    part: dict[str, Tensor], moments: InputMoments, hessian: Hessian, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What compensates the change in the inputs of layers, `W C` and `W C H^-1`, rotated, float32 `[N, K]`.
 
     With inputs `x` here and `x0` in the original model, `W + W C H^-1`, `C = mean of (x0 - x) x^T`, is the linear
     layer that reproduces the original's outputs best in the mean square (as in GPTAQ, arXiv 2504.02692).
     """
-    if not settings.correction or moments.cross is None:
-        return rotated
-    missing = _rotate(weight @ (moments.cross / moments.tokens), signs)
-    step = hessian.solve(missing)
-    if settings.correction != OWN_SHARE:
-        return rotated + settings.correction * step
-    parts = zip(weight.split(sizes), missing.split(sizes), step.split(sizes))
-    changes = processes.sum(torch.stack([output_changes(rows, part, own, moments) for rows, part, own in parts]))
-    shares = [predicted_share(change) for change in changes]
-    return rotated + torch.cat([own * share for own, share in zip(step.split(sizes), shares)])
+    missing = _rotate(_stacked(part) @ (moments.cross / moments.tokens), signs)
+    return missing, hessian.solve(missing)
+
+
+def _own_shares(
+    parts: list[dict[str, Tensor]],
+    moments: InputMoments,
+    hessian: Hessian,
+    signs: Tensor | None,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """For every layer the share of the correction that its inputs predict; none if the original's inputs are not known."""
+    own: list[tuple[str, Tensor]] = []
+    for part in parts if moments.cross is not None else ():
+        sizes = [len(rows) for rows in part.values()]
+        missing, step = (both.split(sizes) for both in _correction(part, moments, hessian, signs))
+        own += [
+            (name, output_changes(rows.float(), lost, change, moments))
+            for (name, rows), lost, change in zip(part.items(), missing, step)
+        ]
+    sums: dict[str, Tensor] = {}
+    for _, changes in processes.gather({}, [(name, change.cpu()) for name, change in own]):
+        for name, change in changes:
+            sums[name] = sums[name] + change if name in sums else change
+    return {name: predicted_share(change).to(hessian.matrix.device) for name, change in sums.items()}
 
 
 def output_changes(weight: Tensor, missing: Tensor, step: Tensor, moments: InputMoments) -> Tensor:
@@ -277,6 +319,17 @@ class _Measured:
     def __add__(self, other: _Measured) -> _Measured:
         sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         return _Measured(**{**sums, "largest": max(self.largest, other.largest)})
+
+
+def _measured(
+    part: dict[str, Tensor], rotated: Tensor, quantized: Tensor, hessian: Hessian | None, seconds: float
+) -> dict[str, _Measured]:
+    """Measurements of the rows of some layers, from their rotated weights and what these are quantized to, `[N, K]`."""
+    sizes = [len(rows) for rows in part.values()]
+    return {
+        name: _Measured.of(rows, error, hessian, seconds * len(rows) / len(rotated))
+        for name, rows, error in zip(part, rotated.split(sizes), (rotated - quantized).split(sizes))
+    }
 
 
 def _record(
