@@ -64,8 +64,11 @@ class Processes:
 
     def share(self, items: Sequence) -> Sequence:
         """The items of this process: adjacent ones, as many as others have or one more or less."""
-        bounds = [number * len(items) // self.count for number in range(self.count + 1)]
-        return items[bounds[self.rank] : bounds[self.rank + 1]]
+        return self.share_of(self.rank, items)
+
+    def share_of(self, rank: int, items: Sequence) -> Sequence:
+        """`share` of another process."""
+        return items[rank * len(items) // self.count : (rank + 1) * len(items) // self.count]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in each of them; the tensor is overwritten.
@@ -77,6 +80,13 @@ class Processes:
             with self._answering():
                 torch.distributed.all_reduce(tensor, group=group)
         return tensor
+
+    def spread(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a tensor with that of process `source`, which has the same dtype and shape, where it is."""
+        if self.count > 1:
+            group = self._group if tensor.device.type == "cpu" else None
+            with self._answering():
+                torch.distributed.broadcast(tensor, source, group=group)
 
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns in the first process, in each of them, on the CPU."""

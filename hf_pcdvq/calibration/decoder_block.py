@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, device, nn
 
-from ..processes import Processes
 from .activations import Activations
 from .blocks import Call, run_block
 from .experts import RoutedTokens, routed_tokens
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
+from .shares import Shares, Sums
 from .shortcuts import Shortcuts
 
 
@@ -31,7 +31,7 @@ class DecoderBlock:
         hidden: the same in the model quantized so far.
         device: where the block is computed.
         activations: makes what further activations are kept in.
-        processes: those that share the windows. All use it, in the same way.
+        shares: of the windows. All processes use the block in the same way.
     """
 
     module: nn.Module
@@ -41,7 +41,7 @@ class DecoderBlock:
     hidden: Activations
     device: device
     activations: Callable[[], Activations]
-    processes: Processes
+    shares: Shares
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
@@ -75,7 +75,7 @@ class DecoderBlock:
                 self.original[batch] = self._run(self.original[batch])
                 found.add(batch, inputs)
                 inputs.clear()
-        found.agree(self.processes)
+        found.agree(self.shares.processes)
         return found
 
     def moments(
@@ -97,10 +97,14 @@ class DecoderBlock:
             Moments by the first name of each group, over the windows of all processes.
         """
         leaders = {names[0]: names for names in groups}
-        moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
         last = groups[0][0] if len(groups) == 1 else None
-        with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
-            for batch in range(len(self.hidden)):
+
+        def nothing() -> Sums:
+            return {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
+
+        def of(share: int) -> Sums:
+            moments = nothing()
+            for batch in self.shares.spans[share]:
                 with suppress(Stop):
                     self.forward(batch)
                 for name, tensor in now.items():
@@ -109,9 +113,10 @@ class DecoderBlock:
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, batch, tensor)
                 now.clear()
-        for sums in moments.values():
-            sums.sum_over(self.processes)
-        return moments
+            return moments
+
+        with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
+            return self.shares.total(of, nothing)
 
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
         """The tokens of all windows that fused experts receive from the block in its current state."""
@@ -120,4 +125,4 @@ class DecoderBlock:
         tokens = routed_tokens(self.layers[name], batches, self.forward, kept)
         if all(inputs.knows(name, batch) for batch in batches):
             kept.join("original", (inputs.of(name, batch) for batch in batches))
-        return tokens.of_all(self.processes, self.activations)
+        return tokens.of_all(self.shares.processes, self.activations)

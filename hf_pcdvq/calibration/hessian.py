@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..codecs import hadamard
-from ..processes import Processes
 
 # H is symmetric: it is accumulated in this many bands of rows, each from the diagonal on, which saves 3/8 of it.
 _BANDS = 4
@@ -67,15 +67,31 @@ class InputMoments:
                 _add_squares(group, x * weights[:, None])
         self.tokens += len(x)
 
-    def sum_over(self, processes: Processes) -> None:
-        """Take over the sums of all processes, each over tokens of its own; not those of `guided`."""
-        found = [note for _, note in processes.gather({}, (self.tokens, self.cross is not None))]
-        self.tokens = sum(tokens for tokens, _ in found)
-        if not all(known for _, known in found):
+    def add_sums(self, other: InputMoments) -> None:
+        """Add the sums over other tokens."""
+        self.hessian += other.hessian
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        elif other.tokens:  # over no tokens, it is zero
+            self.cross = None
+        if self.change is not None:
+            self.change += other.change
+        for name, sums in other.guided.items():
+            self.guided[name] = self.guided[name] + sums if name in self.guided else sums
+        self.tokens += other.tokens
+
+    def receive(self, tokens: int, with_cross: bool, spread: Callable[[Tensor], None]) -> None:
+        """Become what another process has, over so many tokens and with or without `cross`; not `guided`.
+
+        Args:
+            spread: fills a tensor with that of the other process.
+        """
+        self.tokens = tokens
+        if not with_cross:
             self.cross = None
         for sums in (self.hessian, self.cross, self.change):
             if sums is not None:
-                processes.sum(sums)
+                spread(sums)
 
 
 def _add_squares(sums: Tensor, x: Tensor) -> None:

@@ -59,7 +59,7 @@ def run_identity(
         windows: what it is calibrated on, int64 `[n, L]`; None if it rounds.
         device: where it computes. Each kind rounds in its own way.
         at_once: how many of them go through a block and into sums at once, see `window_batches`.
-        processes: how many sums are added up to one.
+        processes: how many share the run. On a CPU the result does not depend on it, see `layers.part_count`.
     """
     settings, tokens = config.to_dict(), hashlib.sha256()
     if windows is not None:
@@ -73,7 +73,7 @@ def run_identity(
         "the calibration data": tokens.hexdigest(),
         "the kind of device": device.type,
         "the number of windows at once (batch_tokens, or the device)": str(at_once),
-        "the number of processes": str(processes),
+        "the number of processes": "any" if windows is None or device.type == "cpu" else str(processes),
     }
 
 

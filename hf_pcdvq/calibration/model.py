@@ -17,12 +17,13 @@ from ..evaluation.metrics import check_length, check_windows
 from ..processes import Processes
 from .activations import Activations, HeldActivations
 from .blocks import NotBlockByBlock, find_blocks
-from .data import read_windows, split_windows, window_batches
+from .data import read_windows, split_windows
 from .held_out import HeldOut
 from .identity import Identity, agreed, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
 from .sampling import sample_from_model
+from .shares import Shares
 from .store import BlockStore, keep_windows
 from .weights import ModelWeights
 
@@ -94,15 +95,11 @@ def calibrate_model(
     allocation = None
     if config.target is not None:
         allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
-    if len(windows) < processes.count:
-        raise ValueError(
-            f"{len(windows)} windows cannot be shared by {processes.count} processes: start at most {len(windows)}"
-        )
-    batches = window_batches(processes.share(windows), device, batch_tokens)
+    shares = Shares.of(windows, device, batch_tokens, processes)
     store = None
-    if work_dir is not None and processes.rank == 0:
-        owner = run_identity(identity, names, config, windows, device, len(batches[0]), processes.count)
-        store = BlockStore(work_dir, owner, restart)
+    if work_dir is not None:
+        owner = run_identity(identity, names, config, windows, device, shares.at_once, processes.count)
+        store = BlockStore(work_dir, owner, restart) if processes.rank == 0 else None
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = _held_out(weights, blocks, holdout, device, activations, progress, processes)
@@ -112,12 +109,11 @@ def calibrate_model(
         names,
         config.codec_of,
         config.calibration,
-        batches,
+        shares,
         activations=activations,
         device=device,
         store=store,
         progress=progress,
-        processes=processes,
     )
     run.run()
     model.train(training)

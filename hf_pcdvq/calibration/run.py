@@ -35,6 +35,7 @@ from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
 from .settings import OWN_SHARE, Calibration
+from .shares import Shares
 from .store import BlockStore
 from .weights import ModelWeights
 
@@ -52,12 +53,11 @@ class CalibratedRun:
         names: the modules to quantize, linear layers and fused experts.
         codec_of: the packed format of a module, by its name.
         settings: the options.
-        batches: token ids int64 `[b, L]` to calibrate on, those of this process; the windows of a batch go through a block at once.
+        shares: of the windows to calibrate on, and the processes that divide them and the layers of every block.
         activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
         store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing. Only the first process has one.
         progress: show a progress bar.
-        processes: those that share the windows and the layers of every block; None: this one has all.
 
     Attributes, after `run`:
         layers: a record of every layer.
@@ -71,21 +71,20 @@ class CalibratedRun:
         names: list[str],
         codec_of: Callable[[str], Codec],
         settings: Calibration,
-        batches: Sequence[Tensor],
+        shares: Shares,
         *,
         activations: Callable[[], Activations],
         device: torch.device,
         store: BlockStore | None,
         progress: bool,
-        processes: Processes | None = None,
     ):
         self.layers: list[LayerRecord] = []
         self.blocks: list[BlockRecord] = []
         self._weights, self._model = weights, weights.model
         self._prefix, self._names = prefix, names
         self._codec_of, self._settings = codec_of, settings
-        self._batches, self._activations = batches, activations
-        self.device, self._store, self._processes = device, store, processes or Processes.alone()
+        self._shares, self._processes, self._activations = shares, shares.processes, activations
+        self.device, self._store = device, store
         self._sensitivity: dict[str, Sequence[Tensor]] = {}
         self._upcast = is_emulated(self._model.dtype, device)
         matrices = sum(count_matrices(self._model.get_submodule(name)) for name in names)
@@ -101,7 +100,7 @@ class CalibratedRun:
             self._find_sensitivity()
             hidden = self._activations()
             with self._weights.loaded_outside(prefix, head=False), self._weights.loaded(f"{prefix}.0"):
-                captured = capture(self._model, blocks, self._batches, hidden, self._upcast)
+                captured = capture(self._model, blocks, self._shares.batches, hidden, self._upcast)
             if self._has_room(hidden):
                 self._activations = partial(HeldActivations, self.device)
                 hidden = self._copied(hidden)
@@ -114,7 +113,7 @@ class CalibratedRun:
                 with self._weights.loaded(name):
                     with placed(module, self.device, self._upcast):
                         calls = {size: call.to(self.device, self._upcast) for size, call in calls.items()}
-                        kept = self._activations, self._processes
+                        kept = self._activations, self._shares
                         self._run_block(
                             number, DecoderBlock(module, layers, calls, original, hidden, self.device, *kept)
                         )
@@ -137,7 +136,8 @@ class CalibratedRun:
         names = [name for name in self._names if any(_inside(name, block) for block in missing)]
         if groups and names:
             options = {"device": self.device, "progress": not self._bar.disable}
-            windows, sizes = torch.cat(list(self._batches)), [len(batch) for batch in self._batches]
+            batches = self._shares.batches
+            windows, sizes = torch.cat(batches), [len(batch) for batch in batches]
             found = output_sensitivity(
                 self._model, self._prefix, names, windows, groups, self._settings.seed, **options
             )
@@ -305,10 +305,11 @@ def _inside(name: str, module: str) -> bool:
 
 def _error(original: Activations, hidden: Activations, processes: Processes) -> float:
     """Squared difference of the hidden states of all batches, relative to the squares of the first."""
-    sums = torch.zeros(2, dtype=torch.float64)
+    own = []
     for batch in range(len(original)):
         states = original[batch].float()
-        sums[0] += (states - hidden[batch].float()).square().sum(dtype=torch.float64).cpu()
-        sums[1] += states.square().sum(dtype=torch.float64).cpu()
-    error, energy = processes.sum(sums).tolist()
+        change = states - hidden[batch].float()
+        own.append([squares.square().sum(dtype=torch.float64).item() for squares in (change, states)])
+    every = [pair for _, pairs in processes.gather({}, own) for pair in pairs]  # added in the order of the windows
+    error, energy = (sum(squares) for squares in zip(*every))
     return error / energy
