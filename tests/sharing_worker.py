@@ -1,7 +1,8 @@
 """What each of two processes does for `test_processes.py`: it quantizes and recovers models
-together with the other. The tests do the same in one process, with the functions here.
+together with the other. In the end one of them dies. The tests do the same in one
+process, with the functions here.
 
-torchrun --nproc-per-node 2 sharing_worker.py FOLDER [killed]
+torchrun --nproc-per-node 2 sharing_worker.py FOLDER
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import moe_models
 import torch
 from conftest import byte_tokenizer
+from hf_pcdvq_kernels import set_backend
 from packed_pairs import pair, tensors, windows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -23,13 +25,13 @@ from hf_pcdvq.streaming.quantize import quantize_checkpoint
 from hf_pcdvq_cli import main as command
 
 TOKENS = torch.randint(2, 250, (20, 16), generator=torch.Generator().manual_seed(0))
-# Model, setting, fields of a calibration or None to round. 18 windows are two shares.
+RINGS = {r"layers\.1\.mlp\.(gate|up)_proj": "stream-2.0", "o_proj": "ccq-2.5"}
+# Model, setting, overrides, and fields of a calibration or None to round. 18 windows are two shares.
 CASES = {
-    "dense": ("llama", "pcdvq-2.25", {"correction": "own"}),
-    "rings": ("llama", "stream-2.0", {}),
-    "experts": ("mixtral", "ccq-2.0625", {"expert_tokens": 60}),
-    "rounded": ("llama", "stream-2.0", None),
-    "rounded experts": ("mixtral", "pcdvq-2.0", None),
+    "dense": ("llama", "pcdvq-2.25", RINGS, {"correction": "own"}),
+    "experts": ("mixtral", "pcdvq-2.0", {}, {"expert_tokens": 60}),
+    "rounded": ("llama", "pcdvq-2.0", RINGS, None),
+    "rounded experts": ("mixtral", "pcdvq-2.0", {}, None),
 }
 RECOVERY = Recovery(steps=4, batch=4, learning_rate=0.01, evaluations=2)
 
@@ -52,9 +54,9 @@ def save_models(folder):
 
 
 def config_of(case):
-    _, setting, fields = CASES[case]
+    _, setting, overrides, fields = CASES[case]
     calibration = None if fields is None else Calibration(samples=18, length=16, holdout=2, **fields)
-    return config_of_setting(setting, calibration=calibration)
+    return config_of_setting(setting, calibration=calibration, overrides=overrides)
 
 
 def streamed(folder, case, out, **options):
@@ -92,46 +94,48 @@ def command_line(folder, out):
     return [str(word) for word in ("quantize", folder / "llama", "--out", out, *options)]
 
 
-def run_command(folder):
-    command(command_line(folder, folder / "command"), standalone_mode=False)
+def run_command(folder, out):
+    command(command_line(folder, folder / out), standalone_mode=False)
 
 
-def die_at_the_second_block():
+def resumed(folder, case, rank):
+    """Run a case again without its second block, and return the numbers of the blocks that are kept now."""
+    if rank == 0:
+        (folder / f"{case} work" / f"block-{2 if case == 'rounded' else 1:04d}.safetensors").unlink()
+    saved, save = [], BlockStore.save
+    BlockStore.save = lambda self, number, result: saved.append(number) or save(self, number, result)
+    streamed(folder, case, folder / f"{case} resumed", work_dir=folder / f"{case} work")
+    BlockStore.save = save
+    return saved
+
+
+def die_at_the_second_block(rank):
     run_block = CalibratedRun._run_block
 
     def killed(self, number, block):
-        if number == 1 and self._processes.rank == 1:
+        if number == 1 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         run_block(self, number, block)
 
     CalibratedRun._run_block = killed
 
 
-def count_saved_blocks():
-    saved, save = [], BlockStore.save
-    BlockStore.save = lambda self, number, result: saved.append(number) or save(self, number, result)
-    return saved
-
-
 def main(folder):
-    rank = int(os.environ["RANK"])
-    found = {"saved": count_saved_blocks()}
-    run_command(folder)
-    found["saved"] = list(found["saved"])
+    rank, found = int(os.environ["RANK"]), {}
     for case in CASES:
         report = streamed(folder, case, folder / case, work_dir=folder / f"{case} work").report
         found[case] = report and [block.output_error for block in report.blocks]
-    model = in_memory(folder, "dense")
-    found["in memory"] = model.state_dict()
+    found["resumed"] = {case: resumed(folder, case, rank) for case in ("dense", "rounded")}
+    found["in memory"] = in_memory(folder, "dense").state_dict()
     found["refused"] = {"fisher": refusal(folder, fisher_groups=2), "few": refusal(folder, samples=8)}
     found["recovered"] = recovered(folder / "llama", folder / "state")
     torch.save(found, folder / f"{rank}.pt")
+    run_command(folder, "command")
+    die_at_the_second_block(rank)
+    run_command(folder, "killed")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[2:] == ["killed"]:
-        die_at_the_second_block()
-        run_command(Path(sys.argv[1]))
-    else:
-        main(Path(sys.argv[1]))
+    set_backend("reference")  # so that nothing is compiled
+    main(Path(sys.argv[1]))

@@ -13,14 +13,13 @@ from two_processes import launch, made_once
 from hf_pcdvq.calibration.layers import row_parts
 from hf_pcdvq_cli import main
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def make(folder: Path) -> None:
     worker.save_models(folder)
-    died = launch(worker.__file__, folder, "killed", check=False)
-    left = {file.name: file.stat().st_size for file in folder.glob("*command*/*")}
-    shutil.copytree(folder / ".command.calibration", folder / "left by the killed")
-    done = launch(worker.__file__, folder)
-    seen = {"code": died.returncode, "errors": died.stderr, "left": left, "said": done.stdout}
+    ended = launch(worker.__file__, folder, check=False)
+    seen = {"code": ended.returncode, "errors": ended.stderr, "said": ended.stdout}
     (folder / "seen.json").write_text(json.dumps(seen))
 
 
@@ -28,11 +27,9 @@ def make(folder: Path) -> None:
 def runs(tmp_path_factory):
     """A folder with the models, what either process has seen, and what the launcher has."""
     folder = made_once(tmp_path_factory, "sharing", make)
-    return (
-        folder,
-        [torch.load(folder / f"{rank}.pt") for rank in range(2)],
-        json.loads((folder / "seen.json").read_text()),
-    )
+    seen = json.loads((folder / "seen.json").read_text())
+    assert (folder / "1.pt").exists(), seen["errors"]
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)], seen
 
 
 def contents(folder):
@@ -56,31 +53,27 @@ def test_each_process_has_the_whole_model_in_memory(runs):
         assert all(torch.equal(found["in memory"][name], tensor) for name, tensor in expected.items())
 
 
-def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(runs, tmp_path):
-    folder, ranks, seen = runs
+@pytest.mark.parametrize("case", ["dense", "rounded"])
+def test_two_processes_resume_where_they_were(runs, case):
+    folder, ranks, _ = runs
+    assert [found["resumed"][case] for found in ranks] == [[2 if case == "rounded" else 1], []]
+    assert contents(folder / f"{case} resumed") == contents(folder / case)
+
+
+def test_a_killed_process_ends_the_run_and_one_alone_goes_on_with_it(runs, tmp_path, monkeypatch):
+    folder, _, seen = runs
     assert seen["code"] != 0 and "Signal 9 (SIGKILL)" in seen["errors"]
-    assert list(seen["left"]) == ["block-0000.safetensors"]  # and no unfinished model
-    assert ranks[0]["saved"] == [1, 2] and ranks[1]["saved"] == []
-    assert seen["said"].count("Saved in") == 1  # by one of the processes
-    run = CliRunner().invoke(main, worker.command_line(folder, tmp_path / "alone"))
-    assert run.exit_code == 0, run.output
-    found, expected = (path / "model.safetensors" for path in (folder / "command", tmp_path / "alone"))
-    assert found.read_bytes() == expected.read_bytes()
+    assert seen["said"].count("Saved in") == 1  # by one of the processes, of the run that ended well
+    assert not (folder / "killed").exists() and not (folder / ".killed.partial").exists()
+    assert [file.name for file in (folder / ".killed.calibration").iterdir()] == ["block-0000.safetensors"]
     assert not (folder / ".command.calibration").exists()
-
-
-def test_what_two_processes_have_done_is_gone_on_with_in_one(runs, tmp_path, monkeypatch):
-    folder, _, _ = runs
-    shutil.copytree(folder / "left by the killed", tmp_path / ".resumed.calibration")
-    saved = []
-    save = worker.BlockStore.save
-    monkeypatch.setattr(
-        worker.BlockStore, "save", lambda self, number, found: saved.append(number) or save(self, number, found)
-    )
+    shutil.copytree(folder / ".killed.calibration", tmp_path / ".resumed.calibration")
+    saved, save = [], worker.BlockStore.save
+    monkeypatch.setattr(worker.BlockStore, "save", lambda *args: saved.append(args[1]) or save(*args))
     run = CliRunner().invoke(main, worker.command_line(folder, tmp_path / "resumed"))
     assert run.exit_code == 0, run.output
     assert saved == [1, 2]
-    found, expected = (path / "model.safetensors" for path in (folder / "command", tmp_path / "resumed"))
+    found, expected = (path / "model.safetensors" for path in (tmp_path / "resumed", folder / "command"))
     assert found.read_bytes() == expected.read_bytes()
 
 
