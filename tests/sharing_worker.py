@@ -25,7 +25,7 @@ from hf_pcdvq.streaming.quantize import quantize_checkpoint
 from hf_pcdvq_cli import main as command
 
 TOKENS = torch.randint(2, 250, (20, 16), generator=torch.Generator().manual_seed(0))
-RINGS = {r"layers\.1\.mlp\.(gate|up)_proj": "stream-2.0", "o_proj": "ccq-2.5"}
+RINGS = {r"layers\.1\.self_attn\.v_proj": "stream-2.0", "o_proj": "ccq-2.5"}
 # Model, setting, overrides, and fields of a calibration or None to round. 18 windows are two shares.
 CASES = {
     "dense": ("llama", "pcdvq-2.25", RINGS, {"correction": "own"}),
@@ -83,7 +83,7 @@ def refusal(folder, **fields):
 
 
 def recovered(folder, work_dir=None):
-    packed, teacher = pair(folder)
+    packed, teacher = pair(folder, "pcdvq-2.0")
     options = {"held_out": windows(2, seed=1), "settings": RECOVERY, "progress": False, "work_dir": work_dir}
     report = recover(packed, teacher, None, windows(10), **options)
     return {"model": tensors(packed), "losses": report.losses}
