@@ -75,7 +75,9 @@ def refuse_processes(ctx: click.Context, what: str = "the command") -> None:
 
 
 def _whose(message: str) -> str:
-    return message if process_count() == 1 else f"process {os.environ.get('RANK', '0')} of {process_count()}: {message}"
+    return (
+        message if process_count() == 1 else f"process {os.environ.get('RANK', '0')} of {process_count()}: {message}"
+    )
 
 
 def bars_wanted() -> bool:

@@ -61,7 +61,9 @@ def quantize_and_save(run: Run, scratch: Path) -> tuple[Quantized, RecoveryRepor
         return _streamed(run, scratch), None
     except CannotStream as reason:
         if run.config.calibration is None and process_count() > 1:
-            raise ValueError(f"the model has to be loaded whole, and is then rounded in one process: {reason}") from None
+            raise ValueError(
+                f"the model has to be loaded whole, and is then rounded in one process: {reason}"
+            ) from None
         note(f"The model is loaded into memory whole: {reason}")
     return _in_memory(run)
 

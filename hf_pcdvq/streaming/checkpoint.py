@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..quantizer import PackedHfQuantizer
+
+
+_PIECE = 16 << 20  # bytes that are hashed at a time
 
 
 class CannotStream(Exception):
@@ -112,25 +116,41 @@ class Checkpoint:
             for name in names:
                 self._drop(self.units[name])
 
-    def contents(self, processes: Processes) -> str:
-        """The hash that `model_identity` takes of the model in memory. The processes of every machine share the reading.
-
-        Raises:
-            ValueError: machines hold different checkpoints.
-        """
+    def weights_hash(self, processes: Processes) -> str:
+        """The hash that `model_identity` takes of the model in memory, by reading it unit by unit."""
         place, places = processes.on_this_machine
         own: dict[str, str] = {}
         for name in list(self.units)[place::places]:
             with self.loaded(name):
                 state = self.model.state_dict().items()
                 own |= {key: tensor_hash(tensor) for key, tensor in state if self.units[name].holds(key)}
+        return self._hash_of_all(own, processes)
+
+    def files_hash(self, processes: Processes) -> str:
+        """A hash of the files, for which no unit has to be in memory."""
+        place, places = processes.on_this_machine
+        own: dict[str, str] = {}
+        for file in self.files[place::places]:
+            digest = xxhash.xxh3_128()
+            with file.open("rb", buffering=0) as stream:
+                while piece := stream.read(_PIECE):
+                    digest.update(piece)
+            own[file.name] = digest.hexdigest()
+        return self._hash_of_all(own, processes)
+
+    def _hash_of_all(self, own: dict[str, str], processes: Processes) -> str:
+        """One hash of the hashes of all parts, of which the processes of every machine have each taken some.
+
+        Raises:
+            ValueError: machines hold different checkpoints.
+        """
         hashes: dict[str, str] = {}
         for rank, (_, found) in enumerate(processes.gather({}, own)):
-            for key, text in found.items():
-                if hashes.setdefault(key, text) != text:
+            for part, text in found.items():
+                if hashes.setdefault(part, text) != text:
                     raise ValueError(
-                        f"process {rank} reads another {key} than one of the processes before it: the machines hold "
-                        f"different checkpoints in {self.files[0].parent}"
+                        f"process {rank} reads another {part} than one before it: the machines hold different checkpoints "
+                        f"in {self.files[0].parent}"
                     )
         return model_hash(hashes)
 

@@ -170,7 +170,7 @@ class _Run:
         names = quantizer.select(_before_loading(self.model))
         store = None
         if self.work_dir is not None:
-            identity = agreed(model_identity(self.model, checkpoint.contents(self.processes)), self.processes)
+            identity = agreed(model_identity(self.model, checkpoint.files_hash(self.processes)), self.processes)
             if self.processes.rank == 0:
                 owner = run_identity(identity, names, self.config, None, self.device)
                 store = BlockStore(self.work_dir, owner, self.restart)

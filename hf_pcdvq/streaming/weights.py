@@ -86,7 +86,7 @@ class StreamedWeights(ModelWeights):
         self._checkpoint, self._activations, self._output = checkpoint, activations, output
 
     def identity(self, processes: Processes) -> Identity:
-        return model_identity(self.model, self._checkpoint.contents(processes))
+        return model_identity(self.model, self._checkpoint.weights_hash(processes))
 
     def outside(self, blocks: str) -> list[tuple[str, list[str] | None]]:
         units = self._checkpoint.units.items()
