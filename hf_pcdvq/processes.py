@@ -7,7 +7,7 @@ needs to be shared. Every process must call the methods in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -93,7 +93,7 @@ class Processes:
         found = {"": make()} if self.rank == 0 else {}
         return self.broadcast(found, None, 0)[0][""]
 
-    def broadcast(self, tensors: Mapping[Hashable, Tensor], note: Any, source: int) -> tuple[dict[Any, Tensor], Any]:
+    def broadcast(self, tensors: Mapping[Any, Tensor], note: Any, source: int) -> tuple[dict[Any, Tensor], Any]:
         """Tensors by any key, and a note that can be pickled, as process `source` passes them, in each of them.
 
         Returns:
@@ -114,7 +114,7 @@ class Processes:
                 found[key] = tensor
         return found, description[1]
 
-    def gather(self, tensors: Mapping[Hashable, Tensor], note: Any) -> list[tuple[dict[Any, Tensor], Any]]:
+    def gather(self, tensors: Mapping[Any, Tensor], note: Any) -> list[tuple[dict[Any, Tensor], Any]]:
         """What every process passes to `broadcast`, in the order of their numbers, in each of them."""
         return [self.broadcast(tensors if self.rank == source else {}, note, source) for source in range(self.count)]
 
@@ -130,7 +130,7 @@ class Processes:
             ]:
                 yield found[""]
 
-    def send(self, tensors: Mapping[Hashable, Tensor], to: int) -> None:
+    def send(self, tensors: Mapping[Any, Tensor], to: int) -> None:
         """Send tensors by any key to a process, which calls `receive`."""
         content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         description = [[(key, tensor.dtype, tensor.shape) for key, tensor in content.items()]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -70,7 +70,7 @@ def quantize_layers(
         for part in processes.share(row_parts(sizes, codec.row_multiple, count))
     ]
     if metric is None:
-        found = [_rounded(part, codec, signs) for part in parts]
+        found: Iterable[_Found] = [_rounded(part, codec, signs) for part in parts]
     else:
         found = _with_feedback(parts, moments, hessian, metric, codec, settings, signs, processes)
     return _joined(list(weights), columns, list(found), hessian, notes, processes)

@@ -85,7 +85,8 @@ class Shares:
             known = {name: (moments.tokens, moments.cross is not None) for name, moments in sums.items()}
             _, known = self.processes.broadcast({}, known, owner)
             for name, moments in sums.items():
-                moments.receive(*known[name], lambda tensor: self.processes.spread(tensor, owner))
+                tokens, with_cross = known[name]
+                moments.receive(tokens, with_cross, lambda tensor: self.processes.spread(tensor, owner))
             return sums
 
         return _added(0, self.number, found)

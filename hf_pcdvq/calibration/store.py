@@ -62,7 +62,10 @@ class BlockStore:
         if not self.holds(number):
             return None
         found, records = _read(self._file(number))
-        tensors = {tuple(key.split(_SEPARATOR)): tensor for key, tensor in found.items()}
+        tensors = {}
+        for key, tensor in found.items():
+            name, parameter, suffix = key.split(_SEPARATOR)
+            tensors[name, parameter, suffix] = tensor
         return QuantizedLayers.of(tensors, [LayerRecord(**record) for record in json.loads(records)])
 
     def save(self, number: int, result: QuantizedLayers) -> None:

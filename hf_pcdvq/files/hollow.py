@@ -10,7 +10,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,4 +100,5 @@ class HollowFiles:
         if self._missing:
             raise ValueError(f"tensors were never written: {', '.join(sorted(self._missing)[:4])}")
         for file, header in self._headers.items():
-            rewrite_metadata(file, partial(final, names=list(header.tensors)))
+            names = list(header.tensors)
+            rewrite_metadata(file, lambda metadata, names=names: final(metadata, names))  # type: ignore[misc]
