@@ -1,4 +1,8 @@
-"""What quantizing a model takes: memory, disk and roughly how long, by arithmetic on its shapes."""
+"""What quantizing a model takes: memory, disk and roughly how long, by arithmetic on its shapes.
+
+Of several processes, the figures are those of the first, which writes; others take as much memory and, for activations, as
+much disk, and each reads as much. It is assumed that the work divides evenly, and what they say to each other is not counted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .calibration.blocks import find_blocks
 from .calibration.data import window_batches
+from .calibration.inputs import OriginalInputs, recorded_inputs
 from .calibration.settings import Calibration
 from .emulation import is_emulated
 from .modules import dense_weights
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 # Measured on a CPU: libraries and the process itself; bytes per element of a matrix that is rounded, of the weights of a
 # group of layers with one input that are calibrated, and of the square of the number of their inputs.
 _PROCESS = 700 << 20
-_ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 36
+_ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 40
 _PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
 
 
@@ -51,6 +57,7 @@ class Effort:
 class _Matrix:
     """A matrix that is packed, or a stack of them: one for each expert."""
 
+    module: str
     group: str  # matrices with one input
     shape: tuple[int, ...]
     codec: Codec
@@ -63,39 +70,44 @@ class _Matrix:
 
 @dataclass
 class _Unit:
-    """A part of the model that is in memory as a whole; `unit_name` says which."""
+    """A part of the model that is in memory as a whole; `unit_name` says which. In bytes."""
 
-    dense: int = 0  # bytes of all tensors
-    kept: int = 0  # bytes of those that are not packed
+    dense: int = 0
+    packed: int = 0
 
 
 def efforts(
-    model: PreTrainedModel, names: list[str], config: PackedConfig, packed_bytes: int, timed: bool
+    model: PreTrainedModel,
+    names: list[str],
+    config: PackedConfig,
+    packed_bytes: dict[int, int],
+    timed: bool,
+    processes: int = 1,
 ) -> dict[str, Effort]:
     """The effort of rounding and of calibrating with the default number of windows, by these names.
 
     Args:
-        model: dense, on the meta device.
+        model: dense, on the meta device; it is run on one token.
         names: the modules to pack.
         config: their formats, and the calibration if it has one.
-        packed_bytes: size of the packed model.
+        packed_bytes: of every weight that is packed, by its `id`.
         timed: measure this machine, which takes seconds, to tell how long each takes.
+        processes: that share the work, each on a machine or a GPU like this one.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    matrices, units = _matrices(model, names, config), _units(model, names)
-    largest = max(unit.dense for unit in units.values())
-    dense = sum(unit.dense for unit in units.values())
-    packed_unit = max(unit.kept for unit in units.values()) + packed_bytes * largest // dense
-    one = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+    matrices, units = _matrices(model, names, config), _units(model, packed_bytes)
     encoding = None
     if timed:
         rates = {codec: _encoding_rate(codec, device) for codec in {matrix.codec for matrix in matrices}}
-        encoding = sum(matrix.numel / rates[matrix.codec] for matrix in matrices)
-    rounded = Effort(_PROCESS + packed_unit + _ROUNDED * one, 2 * packed_bytes, 2 * dense, encoding)
+        encoding = sum(matrix.numel / rates[matrix.codec] for matrix in matrices) / processes
+    one = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+    packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
+    largest = max(unit.packed for unit in units.values())
+    memory = _PROCESS + largest + _ROUNDED * one
     settings = config.calibration or Calibration()
     return {
-        "rounded": rounded,
-        "calibrated": _calibrated(model, matrices, units, packed_bytes, settings, device, encoding),
+        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding),
+        "calibrated": _calibrated(model, matrices, units, settings, device, encoding, processes),
     }
 
 
@@ -103,15 +115,15 @@ def _calibrated(
     model: PreTrainedModel,
     matrices: list[_Matrix],
     units: dict[str, _Unit],
-    packed_bytes: int,
     settings: Calibration,
     device: torch.device,
     encoding: float | None,
+    processes: int,
 ) -> Effort:
     """The effort of a calibrated run."""
     upcast = is_emulated(model.dtype, device)
     size = 4 if upcast else model.dtype.itemsize
-    hidden = model.get_input_embeddings().weight.shape[1]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
     tokens = settings.samples * settings.length
     windows = torch.empty(settings.samples, settings.length, device="meta")
     batch = window_batches(windows, device)[0].numel()
@@ -120,29 +132,36 @@ def _calibrated(
         groups.setdefault(matrix.group, []).append(matrix)
     work = max(_working_memory(group) for group in groups.values())
     widest = max(matrix.shape[-1] for matrix in matrices)
-    block = max(unit.dense for unit in units.values()) * (2 if upcast else 1)
-    memory = _PROCESS + block + work + batch * (4 * widest + 8 * hidden) * size
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    blocks = find_blocks(model, [matrix.module for matrix in matrices])
+    block = max(unit.dense for name, unit in units.items() if name.startswith(f"{blocks}.")) * (2 if upcast else 1)
+    outside = sum(unit.dense for name, unit in units.items() if not name.startswith(f"{blocks}."))
+    # A block while it is calibrated; what is outside the blocks, when the first is run or the result compared.
+    memory = _PROCESS + max(
+        block + work + batch * (4 * widest + 8 * hidden) * size,
+        outside * (2 if upcast else 1) + block + settings.length * vocabulary * size,
+    )
     logits = settings.holdout * settings.length * vocabulary * size
     inputs = max(_inputs(matrices, unit) for unit in units)
-    disk = 2 * packed_bytes + tokens * size * (2 * hidden + 2 * inputs) + logits
-    dense = sum(unit.dense for unit in units.values())
+    packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
+    own = tokens // processes
+    if processes > 1 and any(len(matrix.shape) == 3 for matrix in matrices):
+        own += tokens  # the inputs of experts, of which each process has all
+    disk = 2 * packed + own * size * (2 * hidden + 2 * inputs) + logits
     seconds = None
     if encoding is not None:
         operations = sum(_operations(group, tokens) for group in groups.values())
         # Error feedback encodes every unit twice: once, and once more in the sweep of coordinate descent.
-        seconds = (1 + settings.sweeps) * encoding + operations / _product_rate(device)
+        seconds = (1 + settings.sweeps) * encoding + operations / processes / _product_rate(device)
     return Effort(memory, disk, 3 * dense, seconds)
 
 
-def _units(model: PreTrainedModel, names: list[str]) -> dict[str, _Unit]:
+def _units(model: PreTrainedModel, packed_bytes: dict[int, int]) -> dict[str, _Unit]:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    packed = {id(weight) for name in names for weight in dense_weights(model.get_submodule(name)).values()}
     units: dict[str, _Unit] = {}
     for name, tensor in model.named_parameters():
-        unit = units.setdefault(unit_name(name, lists), _Unit())
-        unit.dense += tensor.numel() * tensor.itemsize
-        unit.kept += 0 if id(tensor) in packed else tensor.numel() * tensor.itemsize
+        unit, dense = units.setdefault(unit_name(name, lists), _Unit()), tensor.numel() * tensor.itemsize
+        unit.dense += dense
+        unit.packed += packed_bytes.get(id(tensor), dense)
     return units
 
 
@@ -150,13 +169,25 @@ def _matrices(model: PreTrainedModel, names: list[str], config: PackedConfig) ->
     found = []
     text = model.config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None) or 1
+    leaders = _shared_inputs(model, names)
     for name in names:
         for parameter, weight in dense_weights(model.get_submodule(name)).items():
             stack = weight.ndim == 3
             share = min(1.0, chosen / len(weight)) if stack else 1.0
-            parent = f"{name}.{parameter}" if stack else f"{name.rpartition('.')[0]}.{weight.shape[-1]}"
-            found.append(_Matrix(parent, tuple(weight.shape), config.codec_of(name), share))
+            group = f"{name}.{parameter}" if stack else leaders.get(name, name)
+            found.append(_Matrix(name, group, tuple(weight.shape), config.codec_of(name), share))
     return found
+
+
+def _shared_inputs(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """For linear layers the first that has the same input, found by running the model on one token, without values."""
+    layers = {name: module for name in names if isinstance(module := model.get_submodule(name), nn.Linear)}
+    found = OriginalInputs(names, None)
+    with torch.no_grad(), recorded_inputs(layers) as inputs:
+        # With a cache: without one, Transformers looks at the values of positions.
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True)
+        found.add(0, inputs)
+    return {name: group[0] for group in found.groups() for name in group}
 
 
 def _working_memory(group: list[_Matrix]) -> int:
@@ -167,7 +198,7 @@ def _working_memory(group: list[_Matrix]) -> int:
 
 def _inputs(matrices: list[_Matrix], unit: str) -> int:
     """Numbers per token that are kept of the inputs of a unit's groups."""
-    widths = {matrix.group: matrix.shape[-1] for matrix in matrices if matrix.group.startswith(f"{unit}.")}
+    widths = {matrix.group: matrix.shape[-1] for matrix in matrices if matrix.module.startswith(f"{unit}.")}
     return sum(widths.values())
 
 

@@ -95,7 +95,11 @@ def read_model_config(source: str) -> PreTrainedConfig:
 
 
 def estimate(
-    model_config: PreTrainedConfig, config: PackedConfig, context: int = 4096, timed: bool = False
+    model_config: PreTrainedConfig,
+    config: PackedConfig,
+    context: int = 4096,
+    timed: bool = False,
+    processes: int = 1,
 ) -> Estimate:
     """Estimate the size of a model packed according to `config`.
 
@@ -104,6 +108,7 @@ def estimate(
         config: how to pack it; its resolved fields are filled in, as when quantizing.
         context: number of tokens whose keys and values must fit in memory.
         timed: also how long quantizing takes on this machine, which is measured for a few seconds.
+        processes: how many share the quantizing.
 
     Raises:
         ValueError: no layer of the model can be packed.
@@ -126,8 +131,9 @@ def estimate(
             parts[part] = parts[part].plus(weight.numel(), nbytes)
     if model.config.get_text_config().tie_word_embeddings:
         parts["output head"] = Part()
-    found = efforts(model, names, config, sum(part.nbytes for part in parts.values()), timed)
-    return Estimate(parts, _cache_bytes(model), context, found)
+    cache_bytes = _cache_bytes(model)  # from here on, experts return their inputs
+    found = efforts(model, names, config, packed, timed, processes)
+    return Estimate(parts, cache_bytes, context, found)
 
 
 def _packed_bytes(config: PackedConfig, name: str, weight: nn.Parameter) -> int:

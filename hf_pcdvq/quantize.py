@@ -16,6 +16,7 @@ from .calibration.report import QuantizationReport
 from .calibration.settings import Calibration
 from .calibration.weights import ModelWeights
 from .config import PackedConfig
+from .processes import Processes
 from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ def quantize_model(
     model can run, and be saved with `save_pretrained`, like one that was quantized while loading. The measurements of
     the run are in `model.hf_quantizer.report`. An interrupted run leaves the model partly quantized: load it again.
 
+    Called in several processes (`torchrun`, `accelerate launch`), each with the whole model and the same arguments, each takes
+    its share of the windows and of the layers of every block, and has the whole packed model in the end. The first alone
+    reads the dataset and uses `work_dir`, and has the comparison with the original in its report.
+
     Args:
         model: on one device; blocks move to `device` one at a time.
         tokenizer: may be None for token tensors and for text that the model generates.
@@ -87,6 +92,8 @@ def quantize_model(
         "progress": progress,
     }
     held_out = quantize_uncompared(model, tokenizer, config, dataset, **options)
+    if Processes().rank > 0:
+        return model
     model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, lambda: ModelWeights(model), held_out)
     return model
 
@@ -127,6 +134,7 @@ def quantize_uncompared(
         work_dir=None if work_dir is None else Path(work_dir),
         restart=restart,
         progress=progress,
+        processes=Processes(),
     )
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -17,6 +17,7 @@ from .common import (
     override_option,
     overrides_of,
     placement_options,
+    refuse_processes,
     setting_option,
     skip_option,
     vocabulary_options,
@@ -71,6 +72,7 @@ def allocate(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.config import config_of_setting
     from hf_pcdvq.files.folders import check_source
 
+    refuse_processes(ctx)
     fields = target_fields(ctx)
     if not fields:
         raise click.UsageError("give --bits auto with --target-bits or --target-size", ctx)

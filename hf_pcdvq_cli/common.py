@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -42,19 +43,41 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         from hf_pcdvq.files.scratch import sigterm_as_exit
 
-        debug, ctx.meta[_QUIET] = ctx.params.pop("debug"), ctx.params.pop("quiet")
+        debug, ctx.meta[_QUIET] = ctx.params.pop("debug"), ctx.params.pop("quiet") or not is_first_process()
         try:
             with sigterm_as_exit(), _bars_of_libraries():
                 return super().invoke(ctx)
         except (click.UsageError, click.Abort, click.exceptions.Exit):
             raise
         except click.ClickException as error:
-            error.message = printable(error.message)
+            error.message = _whose(printable(error.message))
             raise
         except Exception as error:
             if debug:
                 raise
-            raise click.ClickException(printable(_message(error))) from error
+            raise click.ClickException(_whose(printable(_message(error)))) from error
+
+
+def process_count() -> int:
+    """How many processes `torchrun` or `accelerate launch` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes results and tells what happens; the others only report their errors."""
+    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def refuse_processes(ctx: click.Context, what: str = "the command") -> None:
+    """End a command, or an option of one, for which every process would do the same and write the same folder."""
+    if process_count() > 1:
+        raise click.UsageError(f"{what} runs in one process: start it without torchrun or accelerate launch", ctx)
+
+
+def _whose(message: str) -> str:
+    return (
+        message if process_count() == 1 else f"process {os.environ.get('RANK', '0')} of {process_count()}: {message}"
+    )
 
 
 def bars_wanted() -> bool:

@@ -29,6 +29,13 @@ from .common import (
     show_default=True,
     help="Tokens in the key-value cache that memory is estimated for.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="That share the quantizing, each on a machine or GPU like this one.",
+)
 @json_option
 def estimate(
     model: str,
@@ -38,6 +45,7 @@ def estimate(
     head: str | None,
     skip: tuple[str, ...],
     context: int,
+    processes: int,
     as_json: bool,
 ) -> None:
     """Estimate the size of a packed model, and what it takes to make it, from its configuration alone.
@@ -57,7 +65,7 @@ def estimate(
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
     config = config_of_setting(setting, embeddings=embeddings, head=head, **options)
-    result = run(read_model_config(model), config, context, timed=True)
+    result = run(read_model_config(model), config, context, timed=True, processes=processes)
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})
         return

@@ -17,12 +17,14 @@ from .common import (
     add_stub,
     command_line,
     echo_json,
+    is_first_process,
     json_option,
     loader_stub_option,
     note,
     override_option,
     overrides_of,
     placement_options,
+    refuse_processes,
     setting_option,
     skip_option,
     vocabulary_options,
@@ -121,6 +123,8 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     quantized and written one decoder block at a time. An interrupted run resumes when it is started again. The folder is
     created only when everything has been written.
 
+    Under `torchrun -m hf_pcdvq_cli quantize ...`, several processes share the work: docs/scale.md.
+
     \b
     Examples:
       hf-pcdvq quantize Qwen/Qwen3-0.6B --out qwen-2bit --dataset wiki.txt
@@ -136,10 +140,16 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     allocation = given_allocation(ctx)
     config = _quantization_config(ctx, skip, allocation)
     check_recovery_options(ctx)
+    for option in ("recover", "gguf_file", "bits"):
+        if options[option]:
+            refuse_processes(ctx, f"--{option.replace('_', '-')}")
     check_source(model)
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
+    if not is_first_process():
+        _take_part(out, model, config, allocation, options, work_dir)
+        return
     with ExitStack() as stack:
         with kept_until_done(work_dir):
             with folder_in_place(out, Path(model), options["force"]) as folder:
@@ -159,6 +169,24 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         show_allocation(report)
     if not result.has_tokenizer:
         note("Warning: the model was saved without a tokenizer, see above")
+
+
+def _take_part(
+    out: Path,
+    model: str,
+    config: PackedConfig,
+    allocation: Allocation | None,
+    options: dict[str, Any],
+    work_dir: Path,
+) -> None:
+    """Do a share of what the first process does, which alone writes the model; activations are kept beside it, here too."""
+    from hf_pcdvq.files.scratch import scratch_folder
+
+    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    _dense_config(model, source)
+    out.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it
+    with scratch_folder(out.parent) as scratch:
+        quantize_and_save(Run(model, source, config, None, out, work_dir, allocation, options), scratch)
 
 
 class _Result(NamedTuple):

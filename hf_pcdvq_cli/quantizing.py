@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .common import bars_wanted, load_model, note
+from .common import bars_wanted, is_first_process, load_model, note, process_count
 from .recover import recover_quantized
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Run(NamedTuple):
         model, source: name or folder of the dense model, and further arguments to load it.
         config: what to make of it.
         tokenizer: None if there is none.
-        folder: receives the packed model.
+        folder: receives the packed model; only the first process writes it.
         work_dir: keeps finished parts.
         allocation: whose bits by layer `config` has, or None.
         options: those of the command.
@@ -60,6 +60,10 @@ def quantize_and_save(run: Run, scratch: Path) -> tuple[Quantized, RecoveryRepor
     try:
         return _streamed(run, scratch), None
     except CannotStream as reason:
+        if run.config.calibration is None and process_count() > 1:
+            raise ValueError(
+                f"the model has to be loaded whole, and is then rounded in one process: {reason}"
+            ) from None
         note(f"The model is loaded into memory whole: {reason}")
     return _in_memory(run)
 
@@ -126,7 +130,8 @@ def _in_memory(run: Run) -> tuple[Quantized, RecoveryReport | None]:
         held_out = quantize_uncompared(loaded, run.tokenizer, run.config, **run.resuming)
     if options["recover"]:
         recovery = recover_quantized(loaded, run.model, run.tokenizer, options, run.work_dir, run.source)
-    _save(loaded, run.folder, options["max_shard_size"])
+    if is_first_process():
+        _save(loaded, run.folder, options["max_shard_size"])
     report = loaded.hf_quantizer.report
     compared = Quantized(report, lambda out: with_comparison(report, lambda: ModelWeights(loaded), held_out))
     return compared, recovery

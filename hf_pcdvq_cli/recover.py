@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from .common import (
     loader_stub_option,
     note,
     place_options,
+    refuse_processes,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def recover_command(ctx: click.Context, packed: Path, teacher: str, out: Path, *
     from hf_pcdvq.recovery.report import refuse_recovered
     from hf_pcdvq.recovery.state import clear
 
-    _refuse_processes(ctx)
+    refuse_processes(ctx)  # recover() in Python knows several
     check_source(teacher)
     refuse_recovered(packed)
     settings, out = _settings(options, (*_OPTIONS, "samples", "length")), out.resolve()
@@ -186,14 +186,6 @@ def check_recovery_options(ctx: click.Context) -> None:
     given = [name for name in ("steps", "batch", "learning_rate", "held_out", "checkpointing") if ctx.params[name]]
     if given and not ctx.params["recover"]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --recover", ctx)
-    if ctx.params["recover"]:
-        _refuse_processes(ctx)
-
-
-def _refuse_processes(ctx: click.Context) -> None:
-    """Every process would write the same folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun and `accelerate launch`
-        raise click.UsageError("the command runs in one process; for several GPUs, see recover() in Python", ctx)
 
 
 def finish_recovery(report: RecoveryReport | None, work_dir: Path) -> None:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.estimate import estimate, read_model_config
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq_cli import main
@@ -62,6 +64,31 @@ def test_memory_for_quantizing_is_that_of_one_block_however_many_there_are(tiny_
         assert many[how].read_bytes > 10 * few[how].read_bytes
         assert many[how].disk_bytes > few[how].disk_bytes and few[how].seconds is None
     assert few["calibrated"].memory_bytes > few["rounded"].memory_bytes
+
+
+def test_processes_divide_activations_and_time_but_not_the_memory_for_a_block(tiny_model_dir):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    one = estimate(config, PcdvqConfig()).efforts["calibrated"]
+    four = estimate(config, PcdvqConfig(), processes=4).efforts["calibrated"]
+    assert four.memory_bytes == one.memory_bytes and four.read_bytes == one.read_bytes
+    # Of the first process: 128 windows of 1024 tokens; hidden states, and inputs of query, output, gate and down.
+    activations = 128 * 1024 * 2 * (2 * 128 + 2 * (128 + 128 + 128 + 192))
+    assert one.disk_bytes - four.disk_bytes == pytest.approx(activations * 3 / 4 * size_of_a_number(), rel=1e-9)
+
+
+def size_of_a_number():
+    """In which hidden states are kept, relative to bfloat16: a CPU that emulates that has float32."""
+    return 2 if is_emulated(torch.bfloat16, torch.device("cpu")) else 1
+
+
+def test_an_output_projection_as_wide_as_the_queries_has_an_input_of_its_own(tiny_model_dir):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    whole, without = (
+        estimate(config, PcdvqConfig(modules_to_not_convert=skip)).efforts["calibrated"]
+        for skip in (None, ["o_proj"])
+    )
+    # In both models, less what the dense weights take more than packed ones.
+    assert whole.disk_bytes - without.disk_bytes > 0.99 * (128 * 1024 * 2 * 2 * 128)
 
 
 def test_deepseek_v3_is_rounded_in_a_fraction_of_its_size():

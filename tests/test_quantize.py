@@ -102,9 +102,9 @@ def test_layers_are_quantized_with_the_errors_of_those_before_them(load, tokeniz
     moments = {}
     quantize = hf_pcdvq.calibration.run.quantize_layers
 
-    def spy(layers, found, codec, settings):
+    def spy(layers, found, codec, settings, processes):
         moments[next(iter(layers))] = found
-        return quantize(layers, found, codec, settings)
+        return quantize(layers, found, codec, settings, processes)
 
     monkeypatch.setattr(hf_pcdvq.calibration.run, "quantize_layers", spy)
     quantize_model(load(), tokenizer, PcdvqConfig(calibration=SMALL), [sentences(3000)], progress=False)

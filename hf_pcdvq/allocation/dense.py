@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.activations import HeldActivations
-from ..calibration.data import window_batches
 from ..calibration.run import CalibratedRun
 from ..calibration.settings import Calibration
+from ..calibration.shares import Shares
 from ..calibration.store import BlockStore
 from ..calibration.weights import ModelWeights
 from ..codecs import Codec
@@ -51,7 +51,7 @@ def quantized(
             names,
             codec_of,
             settings,
-            window_batches(windows, device),
+            Shares.of(windows, device),
             activations=HeldActivations,
             device=device,
             store=store,

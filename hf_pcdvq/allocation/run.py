@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 from ..calibration.activations import HeldActivations
 from ..calibration.blocks import find_blocks
-from ..calibration.data import window_batches
 from ..calibration.held_out import HeldOut
 from ..calibration.identity import Identity, model_identity, run_identity
+from ..calibration.shares import Shares
 from ..calibration.store import BlockStore
 from ..calibration.weights import ModelWeights
 from ..config import PackedConfig
@@ -88,8 +88,8 @@ class _Work:
         return RecordStore(self.folder / f"{name}.json", identity, self.restart)
 
     def _identity_of(self, config: PackedConfig, tokens: Tensor) -> Identity:
-        at_once = len(window_batches(self.windows.calibration, self.device)[0])
-        return run_identity(self.identity, self.names, config, tokens, at_once)
+        at_once = Shares.of(self.windows.calibration, self.device).at_once
+        return run_identity(self.identity, self.names, config, tokens, self.device, at_once)
 
 
 def allocate(

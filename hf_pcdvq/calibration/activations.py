@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..files.contents import byte_view
+
 _CPU = torch.device("cpu")
 
 
@@ -111,7 +113,7 @@ class MappedActivations(MutableMapping):
 
 
 def _write(stream, tensor: Tensor, file: Path) -> None:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = byte_view(tensor).numpy()
     try:
         stream.write(content)
         stream.flush()  # here, where the error is named, and not when the file is closed

@@ -13,12 +13,13 @@ from .blocks import Call, run_block
 from .experts import RoutedTokens, routed_tokens
 from .hessian import InputMoments
 from .inputs import OriginalInputs, Stop, recorded_inputs
+from .shares import Shares, Sums
 from .shortcuts import Shortcuts
 
 
 @dataclass
 class DecoderBlock:
-    """A decoder block with the hidden states of all windows before it, which the two `advance` methods replace.
+    """A decoder block with the hidden states of this process's windows before it, which the two `advance` methods replace.
 
     Windows go through it in batches, which are numbered.
 
@@ -30,6 +31,7 @@ class DecoderBlock:
         hidden: the same in the model quantized so far.
         device: where the block is computed.
         activations: makes what further activations are kept in.
+        shares: of the windows. All processes use the block in the same way.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class DecoderBlock:
     hidden: Activations
     device: device
     activations: Callable[[], Activations]
+    shares: Shares
     shortcuts: Shortcuts | None = None
 
     def find_shortcuts(self) -> None:
@@ -64,7 +67,7 @@ class DecoderBlock:
         """Replace the original's hidden states by those after the block, which must be unchanged.
 
         Returns:
-            The inputs of the layers for all windows, stored if `keep`.
+            The inputs of the layers for these windows, stored if `keep`.
         """
         found = OriginalInputs(list(self.layers), self.activations() if keep else None)
         with recorded_inputs(self.layers) as inputs:
@@ -72,6 +75,7 @@ class DecoderBlock:
                 self.original[batch] = self._run(self.original[batch])
                 found.add(batch, inputs)
                 inputs.clear()
+        found.agree(self.shares.processes)
         return found
 
     def moments(
@@ -90,13 +94,17 @@ class DecoderBlock:
             with_change: see `InputMoments`.
 
         Returns:
-            Moments by the first name of each group.
+            Moments by the first name of each group, over the windows of all processes.
         """
         leaders = {names[0]: names for names in groups}
-        moments = {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
         last = groups[0][0] if len(groups) == 1 else None
-        with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
-            for batch in range(len(self.hidden)):
+
+        def nothing() -> Sums:
+            return {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
+
+        def of(share: int) -> Sums:
+            moments = nothing()
+            for batch in self.shares.spans[share]:
                 with suppress(Stop):
                     self.forward(batch)
                 for name, tensor in now.items():
@@ -105,13 +113,16 @@ class DecoderBlock:
                     if last is not None:  # with several groups, quantizing one changes the inputs of the others
                         self.shortcuts.keep(name, batch, tensor)
                 now.clear()
-        return moments
+            return moments
+
+        with recorded_inputs({name: self.layers[name] for name in leaders}, last) as now:
+            return self.shares.total(of, nothing)
 
     def routed_tokens(self, name: str, inputs: OriginalInputs) -> RoutedTokens:
-        """The tokens that fused experts receive from the block in its current state."""
+        """The tokens of all windows that fused experts receive from the block in its current state."""
         batches = range(len(self.hidden))
         kept = self.activations()
         tokens = routed_tokens(self.layers[name], batches, self.forward, kept)
         if all(inputs.knows(name, batch) for batch in batches):
             kept.join("original", (inputs.of(name, batch) for batch in batches))
-        return tokens
+        return tokens.of_all(self.shares.processes, self.activations)

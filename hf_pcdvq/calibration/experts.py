@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..codecs.base import Codec, Packed
 from ..modules import STACKS, stack_packed
+from ..processes import Processes
 from .activations import Activations
 from .hessian import InputMoments
 from .inputs import Stop
@@ -39,6 +40,17 @@ class RoutedTokens:
 
     index: Tensor
     kept: Activations | dict[str, Tensor]
+
+    def of_all(self, processes: Processes, activations: Callable[[], Activations]) -> RoutedTokens:
+        """Those of all processes in the order of their numbers, which is that of the windows, in each of them."""
+        if processes.count == 1:
+            return self
+        index, kept = torch.cat(list(processes.chain([self.index]))), activations()
+        for name in _KEPT:
+            if all(known for _, known in processes.gather({}, name in self.kept)):
+                own = self.kept[name]  # read once
+                kept.join(name, processes.chain(own[start : start + _CHUNK] for start in range(0, len(own), _CHUNK)))
+        return RoutedTokens(index, kept)
 
     def of(self, expert: int) -> RoutedTokens:
         """The tokens that are routed to one expert."""
@@ -87,7 +99,12 @@ def routed_tokens(
 
 
 def quantize_experts(
-    name: str, experts: nn.Module, tokens: RoutedTokens | None, codec: Codec, settings: Calibration
+    name: str,
+    experts: nn.Module,
+    tokens: RoutedTokens | None,
+    codec: Codec,
+    settings: Calibration,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
     """Quantize all experts of a layer; the dense module is not changed.
 
@@ -98,6 +115,7 @@ def quantize_experts(
         name: of the module.
         experts: the dense module, on the device to compute on.
         tokens: None if the layer did not run; its weights are then rounded to the nearest codes.
+        processes: those that share the experts, all of which pass the same; None: this one quantizes all.
 
     Returns:
         The packed stacks by parameter, and two records for each expert.
@@ -105,10 +123,12 @@ def quantize_experts(
     Raises:
         ValueError: a weight is not finite.
     """
+    processes = processes or Processes.alone()
     packed: dict[str, list[Packed]] = {stack: [] for stack in STACKS}
     records: list[LayerRecord] = []
     up, down = STACKS
-    for expert, weights in enumerate(zip(getattr(experts, up).detach(), getattr(experts, down).detach())):
+    for expert in processes.share(range(len(getattr(experts, up)))):
+        weights = getattr(experts, up)[expert].detach(), getattr(experts, down)[expert].detach()
         own, note = _tokens_of(expert, tokens, settings)
         inputs_of: Callable[[Tensor, bool], Tensor] = _unchanged
         for stack, weight in zip(STACKS, weights):
@@ -119,7 +139,23 @@ def quantize_experts(
             records.append(replace(record, note="; ".join(filter(None, (note, record.note))) or None))
             if stack == up:
                 inputs_of = _gated(experts, weight, codec, tensors[matrix])
-    return {stack: stack_packed(parts) for stack, parts in packed.items()}, records
+    stacks = {stack: stack_packed(parts) for stack, parts in packed.items() if parts}
+    return _joined(stacks, records, processes)
+
+
+def _joined(
+    stacks: dict[str, Packed], records: list[LayerRecord], processes: Processes
+) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    """The stacks and records of all processes, in each of them; a process without experts passes nothing."""
+    if processes.count == 1:
+        return stacks, records
+    own = {(stack, suffix): tensor for stack, packed in stacks.items() for suffix, tensor in packed.items()}
+    found = processes.gather(own, records)
+    parts = [tensors for tensors, _ in found if tensors]
+    joined: dict[str, Packed] = {stack: {} for stack in STACKS}
+    for stack, suffix in parts[0]:
+        joined[stack][suffix] = torch.cat([part[stack, suffix] for part in parts])
+    return joined, [record for _, some in found for record in some]
 
 
 def _tokens_of(

@@ -23,7 +23,7 @@ the effect of a whole panel on the columns after it is one large matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,38 +84,36 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def quantize_with_feedback(
-    weight: Tensor, hessian: Hessian | GroupedHessian, encoders: Sequence[UnitEncoder], settings: Calibration
-) -> tuple[Tensor, Tensor]:
-    """Codes, and the weight that they decode to.
+    parts: Iterable[tuple[Tensor, Sequence[UnitEncoder]]], hessian: Hessian | GroupedHessian, settings: Calibration
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes, and the weight that they decode to, of every part.
 
     Args:
-        weight: rotated, float32 `[N, K]`.
-        hessian: of the rotated inputs, one for all rows or one for every group of them.
-        encoders: of the layers whose weights are stacked in `weight`; with `settings.refit` their scales change.
+        parts: rotated weights float32 `[N, K]`, each with the encoders of the layers whose rows are stacked in it; with
+            `settings.refit` their scales change.
+        hessian: of the rotated inputs, one for all rows or one for every group of the rows of the only part.
         settings: of which `sweeps`, `refit` and `desc_act` are used here.
 
     Returns:
         Codes int32 `[N, units]`, whose rows each encoder can pack, and the quantized weight float32 `[N, K]`.
     """
-    order, units = _order(encoders[0], hessian.energy, settings.desc_act)
-    ordered_hessian = hessian.permuted(order)
-    weight = weight[:, order]
-    codes = weight.new_zeros(len(weight), len(units), dtype=torch.int32)
-    state = _State(encoders, units, ordered_hessian, weight, torch.zeros_like(weight), codes)
-    _feed_back(state, ordered_hessian.factor())
-    if settings.refit:
-        _refit(state)
-    for _ in range(settings.sweeps):
-        _descend(state)
+    ordered: Hessian | GroupedHessian | None = None
+    for weight, encoders in parts:
+        if ordered is None:  # the same for all of them
+            order, units = _order(encoders[0], hessian.energy, settings.desc_act)
+            ordered = hessian.permuted(order)
+            factor = ordered.factor()
+        weight = weight[:, order]
+        codes = weight.new_zeros(len(weight), len(units), dtype=torch.int32)
+        state = _State(encoders, units, ordered, weight, torch.zeros_like(weight), codes)
+        _feed_back(state, factor)
         if settings.refit:
             _refit(state)
-    return state.codes, state.quantized[:, order.argsort()]
-
-
-def proxy_loss(error: Tensor, weight: Tensor, hessian: Hessian) -> float:
-    """`tr(E H E^T) / tr(W H W^T)` of an error and a weight float32 `[N, K]`."""
-    total = hessian.loss(weight).sum(dtype=torch.float64).item()
-    return hessian.loss(error).sum(dtype=torch.float64).item() / total if total else 0.0
+        for _ in range(settings.sweeps):
+            _descend(state)
+            if settings.refit:
+                _refit(state)
+        yield state.codes, state.quantized[:, order.argsort()]
 
 
 def _order(encoder: UnitEncoder, energy: Tensor, desc_act: bool) -> tuple[Tensor, list[tuple[int, slice]]]:

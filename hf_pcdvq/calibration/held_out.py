@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..evaluation.metrics import Evaluation, compare_logits
+from ..processes import Processes
 from .activations import Activations
+from .blocks import NotBlockByBlock
 from .report import QuantizationReport
 from .weights import ModelWeights
 
@@ -37,6 +39,7 @@ class HeldOut:
         device: where the blocks are computed.
         activations: makes what the logits are kept in.
         progress: show progress bars.
+        processes: those that share the windows; only the first can compare.
 
     Raises:
         NotImplementedError: see `ModelWeights.logits`.
@@ -50,14 +53,29 @@ class HeldOut:
         device: torch.device,
         activations: Callable[[], Activations],
         progress: bool,
+        processes: Processes | None = None,
     ):
+        processes = processes or Processes.alone()
         self._blocks, self._windows, self._device, self._progress = blocks, windows, device, progress
         self._logits = activations()
-        bar = tqdm(total=len(windows), desc="Running the original", unit="window", disable=not progress)
+        share = processes.share(windows)
+        bar = tqdm(total=len(share), desc="Running the original", unit="window", disable=not progress)
+        failure = None
         with bar, self._running(weights.model):
-            for number, logits in enumerate(weights.logits(blocks, windows, device)):
-                self._logits[number] = logits.cpu()
-                bar.update()
+            try:
+                for number, logits in enumerate(weights.logits(blocks, share, device) if len(share) else ()):
+                    self._logits[number] = logits.cpu()
+                    bar.update()
+            except NotBlockByBlock as error:
+                failure = str(error)
+        failures = [failure for _, failure in processes.gather({}, failure) if failure is not None]
+        if failures:  # in any process: all must know
+            raise NotBlockByBlock(failures[0])
+        if processes.count > 1:
+            own, self._logits = self._logits, activations()
+            for number, logits in enumerate(processes.chain(own[number] for number in range(len(own)))):
+                if processes.rank == 0:
+                    self._logits[number] = logits
 
     def compare(self, weights: ModelWeights) -> Evaluation:
         """Compare the model, which has been quantized in the meantime, with the original.

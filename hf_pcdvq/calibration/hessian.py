@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -66,6 +67,32 @@ class InputMoments:
                 _add_squares(group, x * weights[:, None])
         self.tokens += len(x)
 
+    def add_sums(self, other: InputMoments) -> None:
+        """Add the sums over other tokens."""
+        self.hessian += other.hessian
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        elif other.tokens:  # over no tokens, it is zero
+            self.cross = None
+        if self.change is not None:
+            self.change += other.change
+        for name, sums in other.guided.items():
+            self.guided[name] = self.guided[name] + sums if name in self.guided else sums
+        self.tokens += other.tokens
+
+    def receive(self, tokens: int, with_cross: bool, spread: Callable[[Tensor], None]) -> None:
+        """Become what another process has, over so many tokens and with or without `cross`; not `guided`.
+
+        Args:
+            spread: fills a tensor with that of the other process.
+        """
+        self.tokens = tokens
+        if not with_cross:
+            self.cross = None
+        for sums in (self.hessian, self.cross, self.change):
+            if sums is not None:
+                spread(sums)
+
 
 def _add_squares(sums: Tensor, x: Tensor) -> None:
     """Add `x^T x` of float32 `[T, K]` to the upper triangle of `sums` `[K, K]`."""
@@ -125,8 +152,11 @@ class Hessian:
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows matrix^-1` for float32 `[N, K]`."""
-        lower = torch.linalg.cholesky(self.matrix.double())
-        return torch.cholesky_solve(rows.double().T, lower).T.float()
+        return torch.cholesky_solve(rows.double().T, self._lower).T.float()
+
+    @cached_property
+    def _lower(self) -> Tensor:
+        return torch.linalg.cholesky(self.matrix.double())
 
 
 @dataclass(frozen=True)

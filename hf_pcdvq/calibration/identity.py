@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..files.contents import byte_view, model_hash, tensor_hash
 from ..files.records import package_versions
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from ..config import PackedConfig
@@ -27,7 +29,7 @@ def model_identity(model: nn.Module, weights: str | None = None) -> Identity:
     """Of a dense model: its weights, its class and its config.
 
     Args:
-        weights: what stands for its weights; None hashes every tensor of its state with name, dtype, shape and contents.
+        weights: the hash of its weights, see `files.contents.model_hash`; None takes them from memory.
     """
     return {
         "the model's weights": weights or _weights_digest(model),
@@ -37,19 +39,27 @@ def model_identity(model: nn.Module, weights: str | None = None) -> Identity:
 
 
 def _weights_digest(model: nn.Module) -> str:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib computes without the GIL
-        digests = pool.map(lambda pair: _tensor_digest(*pair), model.state_dict().items())
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+    state = model.state_dict()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # xxhash computes without the GIL
+        return model_hash(dict(zip(state, pool.map(tensor_hash, state.values()))))
 
 
 def run_identity(
-    model: Identity, names: list[str], config: PackedConfig, windows: Tensor | None, at_once: int = 0
+    model: Identity,
+    names: list[str],
+    config: PackedConfig,
+    windows: Tensor | None,
+    device: torch.device,
+    at_once: int = 0,
+    processes: int = 1,
 ) -> Identity:
     """Of a run that quantizes the modules `names` of a model.
 
     Args:
         windows: what it is calibrated on, int64 `[n, L]`; None if it rounds.
+        device: where it computes. Each kind rounds in its own way.
         at_once: how many of them go through a block and into sums at once, see `window_batches`.
+        processes: how many share the run. On a CPU the result does not depend on it, see `layers.part_count`.
     """
     settings, tokens = config.to_dict(), hashlib.sha256()
     if windows is not None:
@@ -61,7 +71,9 @@ def run_identity(
         **model,
         "the settings": _digest([settings, names]),
         "the calibration data": tokens.hexdigest(),
+        "the kind of device": device.type,
         "the number of windows at once (batch_tokens, or the device)": str(at_once),
+        "the number of processes": "any" if windows is None or device.type == "cpu" else str(processes),
     }
 
 
@@ -71,16 +83,25 @@ def differences(found: Any, expected: Identity) -> str:
     return " and ".join(name for name, value in expected.items() if known.get(name) != value) or "what it records"
 
 
+def agreed(identity: Identity, processes: Processes) -> Identity:
+    """What identifies the model, which must be the same in all processes.
+
+    Raises:
+        ValueError: it is not; the message names what differs.
+    """
+    for rank, (_, found) in enumerate(processes.gather({}, identity)):
+        if found != identity:
+            raise ValueError(
+                f"process {processes.rank} and process {rank} were started with different models or packages: they differ "
+                f"in {differences(found, identity)}"
+            )
+    return identity
+
+
 def update_with_tensor(sha: Any, name: str, tensor: Tensor) -> None:
     """Add name, dtype, shape and contents of a tensor to a hash."""
     sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _tensor_digest(name: str, tensor: Tensor) -> bytes:
-    sha = hashlib.sha256()
-    update_with_tensor(sha, name, tensor)
-    return sha.digest()
+    sha.update(byte_view(tensor).numpy())
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..processes import Processes
 from .activations import Activations
 
 
@@ -69,6 +70,14 @@ class OriginalInputs:
         if self._kept is not None:
             for leader in leaders.values():
                 self._kept[batch, leader] = inputs[leader]
+
+    def agree(self, processes: Processes) -> None:
+        """Know which layers ran in any process, and which share their inputs, as one that saw all windows would."""
+        leaders: dict[str, str] = {}
+        for _, seen in processes.gather({}, self._leader):
+            for name, leader in seen.items():
+                leaders.setdefault(name, leader)
+        self._leader = leaders
 
     def knows(self, name: str, batch: int) -> bool:
         """Whether the input of a layer for a batch is stored."""

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from ..allocation.settle import settle_bits
 from ..evaluation.metrics import check_length, check_windows
+from ..processes import Processes
 from .activations import Activations, HeldActivations
 from .blocks import NotBlockByBlock, find_blocks
-from .data import read_windows, split_windows, window_batches
+from .data import read_windows, split_windows
 from .held_out import HeldOut
-from .identity import Identity, run_identity
+from .identity import Identity, agreed, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
 from .sampling import sample_from_model
+from .shares import Shares
 from .store import BlockStore, keep_windows
 from .weights import ModelWeights
 
@@ -47,6 +49,7 @@ def calibrate_model(
     work_dir: Path | None = None,
     restart: bool = False,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> tuple[QuantizationReport, HeldOut | None]:
     """Replace layers of a dense model by packed ones, calibrated on a dataset.
 
@@ -62,6 +65,8 @@ def calibrate_model(
         work_dir: folder that keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
         progress: show progress bars.
+        processes: those that share the run, all of which call this with the same model and settings; None: this one is
+            alone. Only the first reads the dataset and uses `work_dir`.
 
     Returns:
         The measurements of the run, and what `with_comparison` completes them from once the model is usable; None if no
@@ -74,31 +79,37 @@ def calibrate_model(
         OSError: `work_dir` cannot be written.
     """
     started, model = time.perf_counter(), weights.model
-    device = calibration_device(weights, device)
+    processes = processes or Processes.alone()
+    _refuse_shared(config, processes)
+    device = calibration_device(weights, device or processes.device)
+    progress = progress and processes.rank == 0
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
-    identity = None if work_dir is None else weights.identity()
-    windows = all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    identity = None if work_dir is None else agreed(weights.identity(processes), processes)
+    windows = processes.from_first(
+        lambda: all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
+    )
     check_windows(model, windows)
     windows, holdout = split_windows(windows, config.calibration)
     allocation = None
     if config.target is not None:
         allocation = settle_bits(model, names, config, windows, device, work_dir, identity, restart, progress)
-    batches = window_batches(windows, device, batch_tokens)
+    shares = Shares.of(windows, device, batch_tokens, processes)
     store = None
     if work_dir is not None:
-        store = BlockStore(work_dir, run_identity(identity, names, config, windows, len(batches[0])), restart)
+        owner = run_identity(identity, names, config, windows, device, shares.at_once, processes.count)
+        store = BlockStore(work_dir, owner, restart) if processes.rank == 0 else None
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
-        held_out = _held_out(weights, blocks, holdout, device, activations, progress)
+        held_out = _held_out(weights, blocks, holdout, device, activations, progress, processes)
     run = CalibratedRun(
         weights,
         blocks,
         names,
         config.codec_of,
         config.calibration,
-        batches,
+        shares,
         activations=activations,
         device=device,
         store=store,
@@ -107,6 +118,19 @@ def calibrate_model(
     run.run()
     model.train(training)
     return QuantizationReport.of(config, run, windows, time.perf_counter() - started, allocation), held_out
+
+
+def _refuse_shared(config: PackedConfig, processes: Processes) -> None:
+    """Reject settings that only one process can follow."""
+    what = None
+    if config.target is not None:
+        what = 'bits="auto"'
+    elif config.calibration.fisher_groups:
+        what = f"fisher_groups={config.calibration.fisher_groups}"
+    if what is not None and processes.count > 1:
+        raise ValueError(
+            f"{what} takes the whole model in one process, and {processes.count} were started: start one"
+        )
 
 
 def _held_out(weights: ModelWeights, *options: Any) -> HeldOut | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..codecs.base import Packed
 
@@ -65,6 +68,23 @@ class QuantizedLayers:
 
     packed: PackedLayers = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tensors: Mapping[tuple[str, str, str], Tensor], records: list[LayerRecord]) -> QuantizedLayers:
+        """From what `tensors` returns."""
+        packed: PackedLayers = {}
+        for (name, parameter, suffix), tensor in tensors.items():
+            packed.setdefault(name, {}).setdefault(parameter, {})[suffix] = tensor
+        return cls(packed, records)
+
+    def tensors(self) -> dict[tuple[str, str, str], Tensor]:
+        """The packed tensors, by the names of module and parameter and the suffix of the tensor."""
+        return {
+            (name, parameter, suffix): tensor
+            for name, layer in self.packed.items()
+            for parameter, packed in layer.items()
+            for suffix, tensor in packed.items()
+        }
 
     def add(self, other: QuantizedLayers) -> None:
         self.packed.update(other.packed)

@@ -25,6 +25,7 @@ from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
 from ..modules.tied import install
+from ..processes import Processes
 from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
@@ -35,6 +36,7 @@ from .inputs import OriginalInputs
 from .layers import quantize_layers
 from .records import BlockRecord, LayerRecord, QuantizedLayers
 from .settings import OWN_SHARE, Calibration
+from .shares import Shares
 from .store import BlockStore
 from .weights import ModelWeights
 
@@ -52,10 +54,10 @@ class CalibratedRun:
         names: the modules to quantize, linear layers and fused experts.
         codec_of: the packed format of a module, by its name.
         settings: the options.
-        batches: token ids int64 `[b, L]` to calibrate on; the windows of a batch go through a block at once.
+        shares: of the windows to calibrate on, and the processes that divide them and the layers of every block.
         activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
-        store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
+        store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing. Only the first process has one.
         progress: show a progress bar.
 
     Attributes, after `run`:
@@ -70,7 +72,7 @@ class CalibratedRun:
         names: list[str],
         codec_of: Callable[[str], Codec],
         settings: Calibration,
-        batches: Sequence[Tensor],
+        shares: Shares,
         *,
         activations: Callable[[], Activations],
         device: torch.device,
@@ -82,7 +84,7 @@ class CalibratedRun:
         self._weights, self._model = weights, weights.model
         self._prefix, self._names = prefix, names
         self._codec_of, self._settings = codec_of, settings
-        self._batches, self._activations = batches, activations
+        self._shares, self._processes, self._activations = shares, shares.processes, activations
         self.device, self._store = device, store
         self._sensitivity: dict[str, Sequence[Tensor]] = {}
         self._upcast = is_emulated(self._model.dtype, device)
@@ -99,7 +101,7 @@ class CalibratedRun:
             self._find_sensitivity()
             hidden = self._activations()
             with self._weights.loaded_outside(prefix, head=False), self._weights.loaded(f"{prefix}.0"):
-                captured = capture(self._model, blocks, self._batches, hidden, self._upcast)
+                captured = capture(self._model, blocks, self._shares.batches, hidden, self._upcast)
             if self._has_room(hidden):
                 self._activations = partial(HeldActivations, self.device)
                 hidden = self._copied(hidden)
@@ -112,12 +114,16 @@ class CalibratedRun:
                 with self._weights.loaded(name):
                     with placed(module, self.device, self._upcast):
                         calls = {size: call.to(self.device, self._upcast) for size, call in calls.items()}
-                        block = DecoderBlock(module, layers, calls, original, hidden, self.device, self._activations)
-                        self._run_block(number, block)
+                        kept = self._activations, self._shares
+                        self._run_block(
+                            number, DecoderBlock(module, layers, calls, original, hidden, self.device, *kept)
+                        )
                     self._weights.finish(name)
                 for layer in layers:
                     self._sensitivity.pop(layer, None)
-                self.blocks.append(BlockRecord(name, _error(original, hidden), time.perf_counter() - started))
+                self.blocks.append(
+                    BlockRecord(name, _error(original, hidden, self._processes), time.perf_counter() - started)
+                )
             self._round_outside(prefix)
 
     def _find_sensitivity(self) -> None:
@@ -131,7 +137,8 @@ class CalibratedRun:
         names = [name for name in self._names if any(_inside(name, block) for block in missing)]
         if groups and names:
             options = {"device": self.device, "progress": not self._bar.disable}
-            windows, sizes = torch.cat(list(self._batches)), [len(batch) for batch in self._batches]
+            batches = self._shares.batches
+            windows, sizes = torch.cat(batches), [len(batch) for batch in batches]
             found = output_sensitivity(
                 self._model, self._prefix, names, windows, groups, self._settings.seed, **options
             )
@@ -167,7 +174,7 @@ class CalibratedRun:
 
     def _run_block(self, number: int, block: DecoderBlock) -> None:
         """Quantize one block, unless an interrupted run has done so, and advance the hidden states past it."""
-        stored = self._store.load(number) if self._store else None
+        stored = self._stored(number)
         if stored is None:
             inputs = block.advance_original(keep=self._settings.correction != 0)
             result = self._quantize_block(block, inputs)
@@ -180,6 +187,14 @@ class CalibratedRun:
         block.advance()
         for name, layer in block.layers.items():
             self._replace(name, layer, result.packed[name])
+
+    def _stored(self, number: int) -> QuantizedLayers | None:
+        """What an interrupted run, whose store the first process has, has made of a block; None if it has not come so far."""
+        found = self._store.load(number) if self._store else None
+        tensors, records = self._processes.broadcast(
+            found.tensors() if found else {}, found.records if found else None, source=0
+        )
+        return None if records is None else QuantizedLayers.of(tensors, records)
 
     def _quantize_block(self, block: DecoderBlock, inputs: OriginalInputs) -> QuantizedLayers:
         """Quantize a block's layers in the order in which they run, each after the errors of those before it.
@@ -216,13 +231,15 @@ class CalibratedRun:
             weights.setdefault(self._codec_of(name), {})[name] = layer.weight
         result = QuantizedLayers()
         for codec, some in weights.items():
-            packed, records = quantize_layers(some, moments, codec, self._settings)
+            packed, records = quantize_layers(some, moments, codec, self._settings, self._processes)
             result.add(QuantizedLayers({name: {"weight": tensors} for name, tensors in packed.items()}, records))
         return result
 
     def _quantize_experts(self, name: str, experts: nn.Module, tokens: RoutedTokens | None) -> QuantizedLayers:
         """Quantize fused experts."""
-        packed, records = quantize_experts(name, experts, tokens, self._codec_of(name), self._settings)
+        packed, records = quantize_experts(
+            name, experts, tokens, self._codec_of(name), self._settings, self._processes
+        )
         return QuantizedLayers({name: packed}, records)
 
     def _round(self, name: str, layer: nn.Module) -> QuantizedLayers:
@@ -287,11 +304,13 @@ def _inside(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _error(original: Activations, hidden: Activations) -> float:
+def _error(original: Activations, hidden: Activations, processes: Processes) -> float:
     """Squared difference of the hidden states of all batches, relative to the squares of the first."""
-    error = energy = 0.0
+    own = []
     for batch in range(len(original)):
         states = original[batch].float()
-        error += (states - hidden[batch].float()).square().sum(dtype=torch.float64).item()
-        energy += states.square().sum(dtype=torch.float64).item()
+        change = states - hidden[batch].float()
+        own.append([squares.square().sum(dtype=torch.float64).item() for squares in (change, states)])
+    every = [pair for _, pairs in processes.gather({}, own) for pair in pairs]  # added in the order of the windows
+    error, energy = (sum(squares) for squares in zip(*every))
     return error / energy

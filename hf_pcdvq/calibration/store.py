@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .identity import Identity, differences, update_with_tensor
-from .records import LayerRecord, PackedLayers, QuantizedLayers
+from .records import LayerRecord, QuantizedLayers
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ class BlockStore:
         """A block's layers, on the CPU; None if it is not finished."""
         if not self.holds(number):
             return None
-        packed: PackedLayers = {}
-        tensors, records = _read(self._file(number))
-        for key, tensor in tensors.items():
+        found, records = _read(self._file(number))
+        tensors = {}
+        for key, tensor in found.items():
             name, parameter, suffix = key.split(_SEPARATOR)
-            packed.setdefault(name, {}).setdefault(parameter, {})[suffix] = tensor
-        return QuantizedLayers(packed, [LayerRecord(**record) for record in json.loads(records)])
+            tensors[name, parameter, suffix] = tensor
+        return QuantizedLayers.of(tensors, [LayerRecord(**record) for record in json.loads(records)])
 
     def save(self, number: int, result: QuantizedLayers) -> None:
         """Keep a finished block.
@@ -74,12 +74,7 @@ class BlockStore:
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {
-            _SEPARATOR.join((name, parameter, suffix)): tensor.cpu().contiguous()
-            for name, layer in result.packed.items()
-            for parameter, tensors in layer.items()
-            for suffix, tensor in tensors.items()
-        }
+        tensors = {_SEPARATOR.join(names): tensor.cpu().contiguous() for names, tensor in result.tensors().items()}
         records = json.dumps([asdict(record) for record in result.records])
         _save_whole(tensors, self._file(number), self._identity, records)
 

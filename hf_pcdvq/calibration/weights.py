@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..emulation import is_emulated
 from ..evaluation.metrics import window_logits
+from ..processes import Processes
 from .blocks import streamed
 from .identity import Identity, model_identity
 
@@ -34,8 +35,8 @@ class ModelWeights:
         self.model = model
         self.home = _device_of(model)
 
-    def identity(self) -> Identity:
-        """What the weights are, so that no run is resumed with others."""
+    def identity(self, processes: Processes) -> Identity:
+        """What the weights are, so that no run is resumed with others; the processes may share the work."""
         return model_identity(self.model)
 
     def outside(self, blocks: str) -> list[tuple[str, list[str] | None]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -185,21 +186,29 @@ def merged(headers: Iterable[Header]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def sort_metadata(file: Path) -> None:
+def rewrite_metadata(file: Path, change: Callable[[dict[str, str]], dict[str, str]] = dict) -> None:
     """Put the metadata of a safetensors file in the order of their names, in place.
 
     The safetensors library writes them in an order that differs from time to time.
+
+    Args:
+        change: makes other metadata from them, which must take as many bytes.
+
+    Raises:
+        ValueError: they take more or fewer; the file is unchanged.
     """
     with file.open("r+b") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
-        header[METADATA] = dict(sorted(header.get(METADATA, {}).items()))
-        text = json.dumps({METADATA: header.pop(METADATA), **header}, separators=(",", ":"), ensure_ascii=False)
+        metadata = dict(sorted(change(header.pop(METADATA, {})).items()))
+        text = json.dumps({METADATA: metadata, **header}, separators=(",", ":"), ensure_ascii=False)
         encoded = text.encode().ljust(length)
         if len(encoded) != length:
             raise ValueError(f"{file}: the header changed its length from {length} to {len(encoded)} bytes")
         stream.seek(8)
         stream.write(encoded)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .headers import METADATA, Header, StoredTensor, merged, read_header
+from .contents import byte_view
+from .headers import METADATA, Header, StoredTensor, merged, read_header, rewrite_metadata
 
 _ALIGNMENT = 8  # of the tensors in a file, in bytes
 
@@ -79,11 +80,10 @@ class HollowFiles:
                 f"{place.file}: {name!r} has a place for {place.dtype} {list(place.shape)}, "
                 f"{'filled already' if name not in self._missing else 'got'} {tensor.dtype} {list(tensor.shape)}"
             )
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         try:
             with place.file.open("r+b") as stream:
                 stream.seek(place.start)
-                stream.write(content)
+                stream.write(byte_view(tensor).numpy())
         except OSError as error:
             raise OSError(f"tensor {name!r} could not be written to {place.file}: {error}") from error
         self._missing.discard(name)
@@ -100,14 +100,5 @@ class HollowFiles:
         if self._missing:
             raise ValueError(f"tensors were never written: {', '.join(sorted(self._missing)[:4])}")
         for file, header in self._headers.items():
-            with file.open("r+b") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                fields = json.loads(stream.read(length))
-                fields[METADATA] = dict(sorted(final(header.metadata, header.tensors).items()))
-                text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-                if len(text) != length:
-                    raise ValueError(f"{file}: the header changed its length from {length} to {len(text)} bytes")
-                stream.seek(8)
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
+            names = list(header.tensors)
+            rewrite_metadata(file, lambda metadata, names=names: final(metadata, names))  # type: ignore[misc]

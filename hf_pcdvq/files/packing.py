@@ -29,7 +29,8 @@ from ..modules import STACKS, PackedModule, parameter_name
 from ..modules.divided import whole
 from ..modules.tied import is_tied
 from ..version import FORMAT_VERSION, INSTALL
-from .headers import DTYPES, Header, StoredTensor, merged, read_header, sort_metadata
+from .contents import content_hash, model_hash, tensor_hash
+from .headers import Header, StoredTensor, merged, read_header, rewrite_metadata
 from .hollow import HollowFiles, lay_out
 from .names import matched_names, name_in_files
 
@@ -46,7 +47,6 @@ _NOT_HASHED = {
     "_commit_hash", "_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype",
     "transformers_version", "transformers_weights",
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _THREADS = 4
 
 
@@ -142,33 +142,12 @@ _VALID = {
 # ------------------------------------------------------------------------------------------------------------- hashes
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """XXH3 (128 bits) of a tensor's dtype, shape and bytes, in hexadecimal."""
-    tensor = tensor.detach().cpu().contiguous()
-    dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
-    return _hash(dtype, tuple(tensor.shape), memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def _hash(dtype: str, shape: tuple[int, ...], content: memoryview) -> str:
-    digest = xxhash.xxh3_128(f"{dtype} {list(shape)} ".encode())
-    digest.update(content)
-    return digest.hexdigest()
-
-
 def _tensor_hashes(model: nn.Module) -> dict[str, str]:
     """Hashes of all tensors of a model; empty texts for those that are offloaded to disk."""
     return {
         name: tensor_hash(whole(tensor)) if isinstance(tensor, Tensor) and tensor.device.type != "meta" else ""
         for name, tensor in model.state_dict().items()
     }
-
-
-def model_hash(hashes: dict[str, str]) -> str:
-    """A hash of all tensors of a model, from theirs by name."""
-    digest = xxhash.xxh3_128()
-    for name, text in sorted(hashes.items()):
-        digest.update(f"{name} {text}\n".encode())
-    return digest.hexdigest()
 
 
 def config_hashes(fields: dict[str, Any]) -> dict[str, str]:
@@ -205,7 +184,7 @@ def save_file(tensors: dict[str, Tensor], filename: str | Path, metadata: dict[s
         return
     hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, filename, _with_hashes(metadata, hashes))
-    sort_metadata(Path(filename))
+    rewrite_metadata(Path(filename))
 
 
 def complete(files: HollowFiles, hashes: dict[str, str], model: str) -> None:
@@ -332,9 +311,8 @@ class PackedFiles:
 
 
 def _stored_hash(tensor: StoredTensor, file: memoryview) -> str:
-    dtype = tensor.dtype if isinstance(tensor.dtype, str) else _NAMES[tensor.dtype]
     with file[tensor.start : tensor.start + tensor.nbytes] as content:
-        return _hash(dtype, tensor.shape, content)
+        return content_hash(tensor.dtype, tensor.shape, content)
 
 
 def _common(records: dict[Path, PackingRecord | None]) -> PackingRecord | None:

@@ -23,7 +23,7 @@ from ..emulation import is_emulated, placed
 from ..evaluation.metrics import check_windows, number_of_tokens
 from ..files.records import device_name
 from ..modules import packed_modules
-from .processes import Processes
+from ..processes import Processes
 from .report import RecoveryReport, refuse_recovered
 from .settings import Recovery
 from .state import RunFolder

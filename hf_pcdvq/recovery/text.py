@@ -17,7 +17,7 @@ from ..calibration.settings import Calibration
 from ..calibration.store import keep_windows, kept_windows
 from ..emulation import placed
 from ..evaluation.metrics import check_length
-from .processes import Processes
+from ..processes import Processes
 from .settings import Recovery
 from .state import text_folder
 
@@ -93,7 +93,7 @@ def own_windows(
     def read_or_write() -> Tensor:
         return write() if folder is None else keep_windows(text_folder(folder), identity, write, restart)
 
-    return processes.from_first(read_or_write, (count, settings.length))
+    return processes.from_first(read_or_write)
 
 
 def held_out_windows(tokenizer: PreTrainedTokenizerBase | None, held_out: Any, settings: Recovery) -> Tensor:

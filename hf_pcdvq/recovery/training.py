@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.metrics import Evaluation, compare_logits
+from ..processes import Processes
 from .loss import divergence
-from .processes import Processes
 from .settings import Recovery
 from .state import Progress, RunFolder
 from .teacher import Teacher

@@ -28,12 +28,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..files.contents import model_hash, tensor_hash
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..quantizer import PackedHfQuantizer
+
 
 _PIECE = 16 << 20  # bytes that are hashed at a time
 
@@ -113,14 +116,43 @@ class Checkpoint:
             for name in names:
                 self._drop(self.units[name])
 
-    def contents(self) -> str:
-        """A hash of the files, which are read."""
-        digest = xxhash.xxh3_128()
-        for file in self.files:
+    def weights_hash(self, processes: Processes) -> str:
+        """The hash that `model_identity` takes of the model in memory, by reading it unit by unit."""
+        place, places = processes.on_this_machine
+        own: dict[str, str] = {}
+        for name in list(self.units)[place::places]:
+            with self.loaded(name):
+                state = self.model.state_dict().items()
+                own |= {key: tensor_hash(tensor) for key, tensor in state if self.units[name].holds(key)}
+        return self._hash_of_all(own, processes)
+
+    def files_hash(self, processes: Processes) -> str:
+        """A hash of the files, for which no unit has to be in memory."""
+        place, places = processes.on_this_machine
+        own: dict[str, str] = {}
+        for file in self.files[place::places]:
+            digest = xxhash.xxh3_128()
             with file.open("rb", buffering=0) as stream:
                 while piece := stream.read(_PIECE):
                     digest.update(piece)
-        return digest.hexdigest()
+            own[file.name] = digest.hexdigest()
+        return self._hash_of_all(own, processes)
+
+    def _hash_of_all(self, own: dict[str, str], processes: Processes) -> str:
+        """One hash of the hashes of all parts, of which the processes of every machine have each taken some.
+
+        Raises:
+            ValueError: machines hold different checkpoints.
+        """
+        hashes: dict[str, str] = {}
+        for rank, (_, found) in enumerate(processes.gather({}, own)):
+            for part, text in found.items():
+                if hashes.setdefault(part, text) != text:
+                    raise ValueError(
+                        f"process {rank} reads another {part} than one before it: the machines hold different checkpoints "
+                        f"in {self.files[0].parent}"
+                    )
+        return model_hash(hashes)
 
     # --------------------------------------------------------------------------------------------------- units
 

@@ -15,18 +15,16 @@ from torch import nn
 from ..calibration.activations import Activations, MappedActivations
 from ..calibration.blocks import find_blocks
 from ..calibration.held_out import with_comparison
-from ..calibration.identity import model_identity, run_identity
+from ..calibration.identity import agreed, model_identity, run_identity
 from ..calibration.model import calibrate_model
-from ..calibration.records import QuantizedLayers
 from ..calibration.report import QuantizationReport
 from ..calibration.store import BlockStore
-from ..codecs.base import Packed
 from ..config import PackedConfig
-from ..modules import count_matrices, parameter_name
-from ..modules.tied import share
+from ..processes import Processes
 from ..quantize import Quantized, name_of_dataset
 from ..quantizer import PackedHfQuantizer, replace_by_packed
 from .checkpoint import CannotStream, Checkpoint
+from .rounding import Rounding
 from .weights import Output, StreamedWeights
 
 if TYPE_CHECKING:
@@ -56,11 +54,15 @@ def quantize_checkpoint(
     comparing the result with the original, what is outside the blocks and one window's logits. All other activations
     are in files that are mapped while they are used.
 
+    Called in several processes (`torchrun`, `accelerate launch`) with the same arguments, each takes its share of the
+    windows and of the layers of every block, or of the blocks if they are rounded. The first of them alone reads the dataset,
+    uses `work_dir` and writes `folder`; `scratch` may be another folder in each.
+
     Args:
         model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
         tokenizer: see `quantize_model`.
         config: the format; its `calibration` decides whether the model is calibrated. It is not changed.
-        folder: receives the model; not the one that the original is read from.
+        folder: receives the model; it exists in the first process; not the one that the original is read from.
         scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
         dataset: see `quantize_model`; None takes what `config.calibration` names.
         device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
@@ -71,6 +73,8 @@ def quantize_checkpoint(
         ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
     """
     _refuse_whole(config)
+    processes = Processes()
+    device = processes.device if device is None else device
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     run = _Run(
@@ -81,7 +85,8 @@ def quantize_checkpoint(
         device=torch.device("cpu" if device is None else device),
         work_dir=None if work_dir is None else Path(work_dir),
         restart=restart,
-        progress=progress,
+        progress=progress and processes.rank == 0,
+        processes=processes,
     )
     if config.calibration is None:
         run.round()
@@ -119,6 +124,7 @@ class _Run:
     work_dir: Path | None
     restart: bool
     progress: bool
+    processes: Processes
 
     def calibrate(
         self,
@@ -147,8 +153,10 @@ class _Run:
             work_dir=self.work_dir,
             restart=self.restart,
             progress=self.progress,
+            processes=self.processes,
         )
-        output.finish()
+        if output is not None:
+            output.finish()
 
         def compare(out: Path) -> QuantizationReport:
             return with_comparison(report, lambda: _saved(type(self.model), out, activations), held_out)
@@ -162,14 +170,19 @@ class _Run:
         names = quantizer.select(_before_loading(self.model))
         store = None
         if self.work_dir is not None:
-            identity = model_identity(self.model, checkpoint.contents())
-            store = BlockStore(self.work_dir, run_identity(identity, names, self.config, None), self.restart)
+            identity = agreed(model_identity(self.model, checkpoint.files_hash(self.processes)), self.processes)
+            if self.processes.rank == 0:
+                owner = run_identity(identity, names, self.config, None, self.device)
+                store = BlockStore(self.work_dir, owner, self.restart)
         output = self._output(checkpoint, quantizer, names)
-        _round_units(checkpoint, output, quantizer, names, store, self.progress)
-        output.finish()
+        Rounding(checkpoint, quantizer, names, store, self.processes, self.progress).run(output)
+        if output is not None:
+            output.finish()
 
-    def _output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
-        """Save everything but the tensors of the packed model."""
+    def _output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output | None:
+        """Save everything but the tensors of the packed model; None in all processes but the first, which writes it."""
+        if self.processes.rank > 0:
+            return None
         if self.folder.resolve() in {file.parent.resolve() for file in checkpoint.files}:
             raise ValueError(
                 f"{self.folder} holds the original, which would be overwritten while it is read: choose another"
@@ -204,55 +217,3 @@ def _check_blocks(checkpoint: Checkpoint, names: list[str]) -> None:
 def _saved(kind: type[PreTrainedModel], folder: Path, activations: Callable[[], Activations]) -> StreamedWeights:
     """The weights of a packed model in a folder."""
     return StreamedWeights(Checkpoint(kind.from_pretrained(folder, device_map="meta")), activations)
-
-
-# ------------------------------------------------------------------------------------------------------------ rounding
-
-
-def _round_units(
-    checkpoint: Checkpoint,
-    output: Output,
-    quantizer: PackedHfQuantizer,
-    names: list[str],
-    store: BlockStore | None,
-    progress: bool,
-) -> None:
-    """Pack the layers of every unit while it is read, and write it."""
-    model, config = checkpoint.model, quantizer.quantization_config
-    matrices = {name: count_matrices(model.get_submodule(name)) for name in names}
-    for name in names:
-        replace_by_packed(model, name, config.codec_of(name))
-    checkpoint.packing(quantizer)
-    quantizer.show_progress(sum(matrices.values()), progress)
-    for number, (name, unit) in enumerate(checkpoint.units.items()):
-        layers = [layer for layer in names if layer in unit.modules]
-        stored = store.load(number) if store and layers else None
-        with checkpoint.loaded(name, without=frozenset(_packed_parameters(model, layers) if stored else ())):
-            if stored:
-                _install(model, stored)
-                quantizer.advance(sum(matrices[layer] for layer in layers))
-            elif store and layers:
-                store.save(number, QuantizedLayers({layer: _packed(model, layer) for layer in layers}))
-            output.write(model, unit)
-    quantizer.show_progress(0, False)
-
-
-def _packed_parameters(model: nn.Module, layers: list[str]) -> list[str]:
-    """Names of the dense parameters that packed modules have instead; those have others, such as biases, too."""
-    return [f"{layer}.{parameter}" for layer in layers for parameter in model.get_submodule(layer).packed_parameters]
-
-
-def _packed(model: nn.Module, layer: str) -> dict[str, Packed]:
-    module = model.get_submodule(layer)
-    return {parameter: module.packed_tensors(parameter) for parameter in module.packed_parameters}
-
-
-def _install(model: nn.Module, stored: QuantizedLayers) -> None:
-    """Give packed modules on the meta device their tensors."""
-    for layer, parameters in stored.packed.items():
-        module = model.get_submodule(layer)
-        for parameter, packed in parameters.items():
-            for suffix, tensor in packed.items():
-                name = parameter_name(suffix, parameter)
-                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-        share(model, layer)

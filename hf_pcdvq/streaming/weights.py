@@ -17,10 +17,12 @@ from ..calibration.identity import Identity, model_identity
 from ..calibration.weights import ModelWeights
 from ..emulation import is_emulated, placed
 from ..evaluation.metrics import window_logits
+from ..files.contents import model_hash, tensor_hash
 from ..files.headers import checkpoint_files
 from ..files.hollow import HollowFiles
-from ..files.packing import complete, model_hash, tensor_hash
+from ..files.packing import complete
 from ..modules import PackedModule
+from ..processes import Processes
 from .checkpoint import Checkpoint, Unit
 
 if TYPE_CHECKING:
@@ -83,8 +85,8 @@ class StreamedWeights(ModelWeights):
         self.model, self.home = checkpoint.model, torch.device("cpu")
         self._checkpoint, self._activations, self._output = checkpoint, activations, output
 
-    def identity(self) -> Identity:
-        return model_identity(self.model, self._checkpoint.contents())
+    def identity(self, processes: Processes) -> Identity:
+        return model_identity(self.model, self._checkpoint.weights_hash(processes))
 
     def outside(self, blocks: str) -> list[tuple[str, list[str] | None]]:
         units = self._checkpoint.units.items()

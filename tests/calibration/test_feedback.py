@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig
-from hf_pcdvq.calibration.feedback import proxy_loss, quantize_with_feedback
+from hf_pcdvq.calibration.feedback import quantize_with_feedback
 from hf_pcdvq.calibration.hessian import Hessian
 from hf_pcdvq.codecs.base import UnitEncoder
 
@@ -59,7 +59,7 @@ def test_target_of_a_unit_is_the_best_there_is_given_the_errors_made():
     weight, hessian = problem(rows=5, columns=12)
     weight = weight * 3
     encoder = Rounding([3, 4, 1, 4], rows=5)
-    _, quantized = quantize_with_feedback(weight, hessian, [encoder], PLAIN)
+    _, quantized = next(quantize_with_feedback([(weight, [encoder])], hessian, PLAIN))
     matrix, error = hessian.matrix.double(), (weight - quantized).double()
     for number, unit in enumerate(encoder.units):
         left = torch.linalg.inv(matrix[unit.start :, unit.start :])
@@ -73,7 +73,7 @@ def test_ordered_encodes_units_of_most_energy_first():
     energy = torch.tensor([1, 1, 1, 5, 5, 5, 5, 9, 2, 2, 2, 2]).float()
     encoder = Rounding([3, 4, 1, 4], rows=5)
     settings = Calibration(desc_act=True, sweeps=0, refit=False)
-    quantize_with_feedback(weight, hessian_of(energy.diag()), [encoder], settings)
+    next(quantize_with_feedback([(weight, [encoder])], hessian_of(energy.diag()), settings))
     assert list(encoder.targets) == [2, 1, 3, 0]
 
 
@@ -82,7 +82,7 @@ def test_without_correlations_it_is_rounding_to_the_nearest(name):
     codec = CODECS[name]
     weight, _ = problem()
     encoder = codec.unit_encoder(weight)
-    codes, _ = quantize_with_feedback(weight, hessian_of(torch.eye(128)), [encoder], PLAIN)
+    codes, _ = next(quantize_with_feedback([(weight, [encoder])], hessian_of(torch.eye(128)), PLAIN))
     packed, expected = encoder.pack(codes), codec.encode_rotated(weight)
     assert packed.keys() == expected.keys()
     for suffix in expected.keys() - (
@@ -97,7 +97,9 @@ def test_packed_codes_stand_for_the_weight_that_is_returned(name, desc_act):
     codec = CODECS[name]
     weight, hessian = problem()
     encoder = codec.unit_encoder(weight)
-    codes, quantized = quantize_with_feedback(weight, hessian, [encoder], Calibration(desc_act=desc_act, sweeps=2))
+    codes, quantized = next(
+        quantize_with_feedback([(weight, [encoder])], hessian, Calibration(desc_act=desc_act, sweeps=2))
+    )
     decoded = codec.decode_rotated(encoder.pack(codes), codec.tables(128), torch.float32)
     # Sweeps add differences of decoded values, so they agree only up to float32 rounding.
     assert (decoded - quantized).norm() <= 1e-5 * quantized.norm()
@@ -108,15 +110,15 @@ def test_every_step_lowers_the_loss(name):
     codec = CODECS[name]
     weight, hessian = problem()
     rounded = codec.decode_rotated(codec.encode_rotated(weight), codec.tables(128), torch.float32)
-    losses = [proxy_loss(weight - rounded, weight, hessian)]
+    losses = [hessian.loss(weight - rounded).sum()]
     for settings in (
         PLAIN,
         Calibration(desc_act=False, sweeps=0),
         Calibration(desc_act=False, sweeps=1),
         Calibration(desc_act=False, sweeps=3),
     ):
-        _, quantized = quantize_with_feedback(weight, hessian, [codec.unit_encoder(weight)], settings)
-        losses.append(proxy_loss(weight - quantized, weight, hessian))
+        _, quantized = next(quantize_with_feedback([(weight, [codec.unit_encoder(weight)])], hessian, settings))
+        losses.append(hessian.loss(weight - quantized).sum())
     assert losses[1] < 0.8 * losses[0]
     assert losses[1] >= losses[2] > losses[3] > losses[4]
 
@@ -127,10 +129,10 @@ def test_stacked_layers_are_quantized_as_if_alone(name):
     weight, hessian = problem(rows=300)
     parts = weight.split([44, 256])
     encoders = [codec.unit_encoder(part) for part in parts]
-    codes, _ = quantize_with_feedback(weight, hessian, encoders, Calibration())
+    codes, _ = next(quantize_with_feedback([(weight, encoders)], hessian, Calibration()))
     for part, encoder, rows in zip(parts, encoders, codes.split([44, 256])):
         alone = codec.unit_encoder(part)
-        expected, _ = quantize_with_feedback(part, hessian, [alone], Calibration())
+        expected, _ = next(quantize_with_feedback([(part, [alone])], hessian, Calibration()))
         stacked = codec.decode_rotated(encoder.pack(rows), {}, torch.float32)
         single = codec.decode_rotated(alone.pack(expected), {}, torch.float32)
         # Matrix products with different numbers of rows may round differently and flip a tied code.
@@ -141,6 +143,6 @@ def test_row_of_zeros_stays_zero():
     for codec in CODECS.values():
         weight, hessian = problem()
         weight[3] = 0
-        _, quantized = quantize_with_feedback(weight, hessian, [codec.unit_encoder(weight)], Calibration())
+        _, quantized = next(quantize_with_feedback([(weight, [codec.unit_encoder(weight)])], hessian, Calibration()))
         assert torch.isfinite(quantized).all()
         assert (quantized[3] == 0).all()

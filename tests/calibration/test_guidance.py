@@ -120,10 +120,10 @@ def groups_and_weight(rows=(40, 56), columns=64):
 def test_rows_that_do_not_share_codes_are_quantized_with_the_hessian_of_their_group():
     grouped, weight = groups_and_weight()
     codec, settings = PcdvqConfig().codec, Calibration(desc_act=False, sweeps=2)
-    _, together = quantize_with_feedback(weight, grouped, [codec.unit_encoder(weight)], settings)
+    _, together = next(quantize_with_feedback([(weight, [codec.unit_encoder(weight)])], grouped, settings))
     for part, matrix, expected in zip(weight.split(grouped.sizes), grouped.matrix, together.split(grouped.sizes)):
         alone = Hessian(matrix, tokens=1, dead=0, damp_percent=0.0, note=None)
-        _, quantized = quantize_with_feedback(part, alone, [codec.unit_encoder(part)], settings)
+        _, quantized = next(quantize_with_feedback([(part, [codec.unit_encoder(part)])], alone, settings))
         # Products of other shapes may round differently and flip a tied code.
         assert (quantized - expected).norm() <= 0.02 * expected.norm()
 
@@ -141,7 +141,7 @@ def test_rings_favor_the_rows_that_matter_more():
         encoder = codec.unit_encoder(weight)
         if weighed:
             encoder.weigh(grouped.importance)
-        _, quantized = quantize_with_feedback(weight, grouped, [encoder], settings)
+        _, quantized = next(quantize_with_feedback([(weight, [encoder])], grouped, settings))
         errors.append(losses(grouped, weight - quantized))
     assert errors[1][0] < 0.9 * errors[0][0]
     assert errors[1].sum() < 0.95 * errors[0].sum()

@@ -5,7 +5,7 @@ import torch
 
 from hf_pcdvq import Calibration, PcdvqConfig
 from hf_pcdvq.calibration.hessian import InputMoments, prepare_hessian
-from hf_pcdvq.calibration.layers import predicted_share, quantize_layers
+from hf_pcdvq.calibration.layers import output_changes, predicted_share, quantize_layers
 
 CODEC = PcdvqConfig().codec
 
@@ -62,7 +62,8 @@ def test_own_share_is_how_much_of_the_change_in_outputs_the_inputs_predict():
         assert 0.3 < share < 0.9
         missing = weight @ moments.cross / moments.tokens
         step = prepare_hessian(moments, 1e-8, None).solve(missing)
-        assert predicted_share(weight, missing, step, moments).item() == pytest.approx(share.item(), rel=1e-3)
+        predicted = predicted_share(output_changes(weight, missing, step, moments))
+        assert predicted.item() == pytest.approx(share.item(), rel=1e-3)
         fixed = Calibration(correction=share.item(), damp_percent=1e-6)
         alone, _ = quantize_layers({name: weight}, moments, CODEC, fixed)
         own, same = (CODEC.decode(tensors[name], CODEC.tables(64), torch.float32) for tensors in (packed, alone))

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_pcdvq import Calibration, quantize_model
+from hf_pcdvq.calibration import model as calibration_model
 from hf_pcdvq.calibration.activations import MappedActivations
 from hf_pcdvq.calibration.run import CalibratedRun
 from hf_pcdvq.config import config_of_setting
@@ -214,6 +215,32 @@ def test_finished_blocks_of_another_checkpoint_are_refused(dense, tmp_path):
         streamed(other, run, tmp_path / "second", work_dir=tmp_path / "work")
     with pytest.raises(ValueError, match="belongs to another run, which differs in the settings"):
         streamed(dense["llama"], configured("pcdvq-2.0", False, {}), tmp_path / "third", work_dir=tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", ["biased", "mixtral"])
+def test_finished_blocks_are_gone_on_with_in_memory(name, dense, tmp_path, monkeypatch):
+    run = configured("pcdvq-2.0", True, {})
+    streamed(dense[name], run, tmp_path / "found", work_dir=tmp_path / "work")
+    (tmp_path / "work" / "block-0001.safetensors").unlink()
+    saved, store = [], streaming.BlockStore.save
+    monkeypatch.setattr(streaming.BlockStore, "save", lambda *args: saved.append(args[1]) or store(*args))
+    model = AutoModelForCausalLM.from_pretrained(dense[name])
+    quantize_model(model, None, run, TOKENS, work_dir=tmp_path / "work", progress=False)
+    assert saved == [1]
+    model.save_pretrained(tmp_path / "expected")
+    assert_same_files(tmp_path / "found", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_finished_blocks_of_another_kind_of_device_are_refused(calibrated, dense, tmp_path, monkeypatch):
+    run = configured("pcdvq-2.0", calibrated, {})
+    with monkeypatch.context() as patch:  # as an accelerator would have recorded it
+        for module in (streaming, calibration_model):
+            of = module.run_identity
+            patch.setattr(module, "run_identity", lambda *args, of=of: {**of(*args), "the kind of device": "cuda"})
+        streamed(dense["llama"], run, tmp_path / "first", work_dir=tmp_path / "work")
+    with pytest.raises(ValueError, match="belongs to another run, which differs in the kind of device"):
+        streamed(dense["llama"], run, tmp_path / "second", work_dir=tmp_path / "work")
 
 
 def test_what_cannot_be_read_part_by_part_is_refused_with_the_reason(dense, tmp_path):
