@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Compile every Triton kernel and report registers, spills, shared memory and instructions per decoded weight.
 
+For an H100 (sm_90) it also says how long a product of one layer takes at least, by what the device issues and reads in a second, and which of
+the two is the bound. Latency comes on top: docs/gpu.md has what was measured.
+
 Needs no GPU. Every kernel is compiled with its default launch config for a layer of 8192 x 8192 on an H100. The first run
 takes some twenty minutes on two cores; Triton caches compiled kernels, so an interrupted run can be resumed.
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +23,14 @@ from typing import Any
 
 import torch
 import triton
+from hf_pcdvq_kernels.formats import FORMATS
 from hf_pcdvq_kernels.triton import compiled
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+# An H100 SXM: 132 multiprocessors issue for 128 lanes at 1.98 GHz; its memory is read at 3.35 TB/s.
+H100, LANE_INSTRUCTIONS, BYTES = "sm_90", 132 * 128 * 1.98e9, 3.35e12
 
 
 def chosen(parts: list[str]) -> list[str]:
@@ -42,18 +50,48 @@ def report(names: list[str], targets: list[str], jobs: int) -> list[dict[str, An
             figures[pair] = asdict(result)
             bar.update()
     warps = {name: compiled.variants()[name].warps for name in names}
-    return [{"kernel": pair[0], "target": pair[1], "warps": warps[pair[0]], **figures[pair]} for pair in pairs]
+    rows = [{"kernel": pair[0], "target": pair[1], "warps": warps[pair[0]], **figures[pair]} for pair in pairs]
+    return [{**row, **prediction(row)} for row in rows]
+
+
+def prediction(row: dict[str, Any]) -> dict[str, Any]:
+    """The least time of a product with the layer of the report, and its bound; empty for other kernels and devices."""
+    name = row["kernel"].split(",")[0]
+    if row["target"] != H100 or row["instructions"] is None or name not in FORMATS:
+        return {}
+    weights = compiled.ROWS * compiled.COLUMNS
+    specs = FORMATS[name].specs(name, compiled.ROWS, compiled.COLUMNS).values()
+    read = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+    seconds = {"instructions": row["instructions"] * weights / LANE_INSTRUCTIONS, "memory": read / BYTES}
+    bound = max(seconds, key=seconds.__getitem__)
+    return {
+        "least_microseconds": seconds[bound] * 1e6,
+        "bound": bound,
+        "most_times_bf16": 2 * weights / BYTES / seconds[bound],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table, spills in red."""
     made = Table("kernel", title="instructions: SASS instructions per decoded weight in the main loop")
-    for name in ("target", "warps", "registers", "spills", "shared bytes", "instructions"):
+    for name in (
+        "target",
+        "warps",
+        "registers",
+        "spills",
+        "shared bytes",
+        "instructions",
+        "least µs",
+        "times bf16, at most",
+    ):
         made.add_column(name, justify="right")
     for row in rows:
         count = "" if row["instructions"] is None else f"{row['instructions']:.2f}"
         spills = f"[red]{row['spills']}[/]" if row["spills"] else "0"
-        values = (row["target"], row["warps"], row["registers"], spills, row["shared"], count)
+        least = [""] * 2
+        if "bound" in row:
+            least = [f"{row['least_microseconds']:.1f} ({row['bound']})", f"{row['most_times_bf16']:.1f}"]
+        values = (row["target"], row["warps"], row["registers"], spills, row["shared"], count, *least)
         made.add_row(row["kernel"], *map(str, values))
     return made
 
@@ -74,7 +112,7 @@ def main() -> None:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     rows = report(chosen(args.kernel), args.target or list(compiled.TARGETS), args.jobs)
-    Console().print(table(rows))
+    Console(width=150).print(table(rows))
     if args.json is not None:
         content = {
             "command": "python tools/kernel_report.py",
@@ -84,6 +122,7 @@ def main() -> None:
                 "spills": "bytes per thread on NVIDIA, vector registers on AMD",
                 "shared": "bytes per thread block",
                 "instructions": "SASS instructions per decoded weight in the main loop of a thread",
+                "most_times_bf16": "against bf16 weights that are read at the rate of the memory",
             },
             "rows": rows,
         }

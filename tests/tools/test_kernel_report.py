@@ -29,6 +29,10 @@ def test_table_and_file_hold_the_same_figures(tmp_path):
     assert 2 < product["instructions"] < 3.5 and rotation["instructions"] is None
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in rows)
     assert f"{product['instructions']:.2f}" in done.stdout and "sm_90" in done.stdout
+    # 67 million weights of 2.5 bits and some are read in 6 us, and three instructions for each are issued in as many.
+    assert 5 < product["least_microseconds"] < 8 and product["bound"] in ("instructions", "memory")
+    assert product["most_times_bf16"] == pytest.approx(40.1 / product["least_microseconds"], rel=0.01)
+    assert "bound" not in rotation
     assert [file] == list(tmp_path.iterdir())
 
 
