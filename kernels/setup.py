@@ -4,6 +4,8 @@ It is a plain shared library, loaded with ctypes: no Python or PyTorch headers, 
 Where there is no compiler, the package installs without it.
 """
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,10 +16,10 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("torch-ext/hf_pcdvq_kernels/cpu/csrc")
 # Results must not depend on whether a compiler fuses multiplications and additions.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-# GCC would load the activations of the next step ahead of time, for which registers do not suffice.
-FLAGS += ["-fno-predictive-commoning"]
 # Nothing of the C++ runtime is used.
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wno-psabi"]
+# GCC would load the activations of the next step ahead of time, for which registers do not suffice. Clang does not know the flag.
+GCC_FLAGS = ["-fno-predictive-commoning"]
 
 
 class BuildLibrary(build_ext):
@@ -31,6 +33,7 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            ext.extra_compile_args += [flag for flag in GCC_FLAGS if self.accepts(flag)]
             super().build_extension(ext)
         except Exception as error:
             print(
@@ -38,6 +41,11 @@ class BuildLibrary(build_ext):
                 "which is slow. With a C++17 compiler (g++ or clang), install again.",
                 file=sys.stderr,
             )
+
+    def accepts(self, flag: str) -> bool:
+        """Whether the compiler knows a flag."""
+        command = [*self.compiler.compiler_so, "-Werror", flag, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 class PlatformWheel(bdist_wheel):

@@ -128,15 +128,18 @@ class QuantLinear(PackedModule, nn.Linear):
         parameters, buffers, entry = self._parameters, self._buffers, self.packed_parameters["weight"]
         tensors = [parameters[name] for name in entry.tensors.values()]
         tensors += [buffers[name] for name in entry.tables.values()]
-        product = self._direct
+        product, signs = self._direct, buffers.get("signs")
         if product is None or not product.holds(tensors):
-            if any(tensor.device != x.device for tensor in tensors):
+            # Those that are divided among processes have no memory of their own.
+            if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device != x.device for tensor in tensors):
                 return None
-            product = self._direct = direct_product(*self.op_arguments("weight"), buffers.get("signs"), tensors)
+            product = self._direct = direct_product(*self.op_arguments("weight"), signs, tensors)
         if not product.takes(x):
             return None
-        shared = self._shared_input
-        return product(x, None if shared is None else shared.prepared(x, product.prepare))
+        shared, prepared = self._shared_input, None
+        if shared is not None and product.shares(x):
+            prepared = shared.prepared(x, partial(product.prepare, signs=signs))
+        return product(x, signs, prepared)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the decoded weight in `dtype`, on the same device."""

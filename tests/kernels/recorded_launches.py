@@ -84,9 +84,9 @@ signs = torch.ones(64)
 tensors = [value for value in vars(weight).values() if isinstance(value, torch.Tensor)]
 KEPT = {tensor.data_ptr(): number for number, tensor in enumerate([*tensors, signs])}
 storage = torch.zeros(2, 4096 + 8, dtype=torch.bfloat16)
-direct = TritonProduct(weight, signs, [*tensors, signs])
+direct = TritonProduct(weight, [*tensors, signs])
 aligned, unaligned = storage[:1, :4096], storage[:1, 3:4099]  # for which Triton compiles different kernels
-prepared = direct.prepare(aligned)  # as layers do that share their input
+prepared = direct.prepare(aligned, signs)  # as layers do that share their input
 cases = [(aligned, None), (unaligned, None), (aligned, prepared)]
 
 product.launcher = lambda kernel, grid, device, *given: Forgetful(kernel, grid, *given)
@@ -96,6 +96,6 @@ wanted = [
 ]
 product.launcher = launcher.launcher
 product._preparation.cache_clear()
-found = [[recorded(lambda x=x, given=given: direct(x, given)) for x, given in cases] for _ in range(2)]
+found = [[recorded(lambda x=x, given=given: direct(x, signs, given)) for x, given in cases] for _ in range(2)]
 names = [[launch[0].name for launch in launches] for launches in wanted]
 print(json.dumps({"launches": names, "the same": [launches == wanted for launches in found]}))

@@ -16,6 +16,7 @@ from .cpu.library import DTYPE_CODES
 from .formats import PackedWeight, family_named
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16)
+SHARED_TOKENS = 64  # of which prepared activations are kept for several products
 
 
 class DirectProduct(ABC):
@@ -23,31 +24,40 @@ class DirectProduct(ABC):
 
     Args:
         weight: the weight.
-        signs: the signs of the rotation, or None.
-        watched: the tensors among these, in any order, which `holds` compares.
+        watched: its tensors and the signs of the rotation, in any order, which `holds` compares.
     """
 
-    def __init__(self, weight: PackedWeight, signs: Tensor | None, watched: Sequence[Tensor]):
+    def __init__(self, weight: PackedWeight, watched: Sequence[Tensor]):
         self._rows, self._columns, self._format = weight.rows, weight.columns, weight.name
         self._device = weight.weight.device
-        self._signs = None if signs is None else weakref.ref(signs)
-        # Weakly, so that a model whose weights are moved to disk does not keep them in memory.
-        self._tensors = [weakref.ref(tensor) for tensor in watched]
-        self._addresses = [tensor.data_ptr() for tensor in watched]
+        self._watch(watched)
 
     def __reduce__(self):
         return type(None), ()
 
-    @property
-    def signs(self) -> Tensor | None:
-        return None if self._signs is None else self._signs()
+    def _watch(self, tensors: Sequence[Tensor]) -> None:
+        # Weakly, so that a model whose weights are moved to disk does not keep them in memory.
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._kinds = [(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the watched tensors, with the memory that they had."""
+        """Whether these are the watched tensors, or others of the same kind in the same memory: tensor parallelism makes new ones
+        for every call."""
         for tensor, own, address in zip(tensors, self._tensors, self._addresses, strict=True):
             if own() is not tensor or tensor.data_ptr() != address:
-                return False
+                break
+        else:
+            return True
+        kinds = [(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        if kinds != self._kinds or [tensor.data_ptr() for tensor in tensors] != self._addresses:
+            return False
+        self._watch(tensors)
         return True
+
+    def shares(self, x: Tensor) -> bool:
+        """Whether products of `x` gain by preparing it once. For many tokens that takes little of their time, but memory."""
+        return x.numel() <= SHARED_TOKENS * self._columns
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x` can be multiplied in this way; if not, call the op, which also names what may be wrong with it."""
@@ -59,12 +69,13 @@ class DirectProduct(ABC):
         """Whether kernels multiply so many tokens straight from the codes."""
 
     @abstractmethod
-    def prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor, signs: Tensor | None) -> Tensor:
         """What `hf_pcdvq_kernels.prepare` returns for `x` `[..., K]` that `takes` accepts."""
 
     @abstractmethod
-    def __call__(self, x: Tensor, prepared: Tensor | None) -> Tensor:
-        """`x @ W.T` for `x` `[..., K]` that `takes` accepts, and what `prepare` returned for it, or None."""
+    def __call__(self, x: Tensor, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
+        """`x @ W.T` for `x` `[..., K]` that `takes` accepts, rotated with the signs that were checked, and what `prepare` returned for
+        it, or None."""
 
 
 def direct_product(
@@ -75,7 +86,8 @@ def direct_product(
     Args:
         family: family of the weight's format.
         packed: the arguments of the family's ops.
-        signs, watched: see `DirectProduct`.
+        signs: the signs of the rotation, or None.
+        watched: see `DirectProduct`.
 
     Raises:
         TypeError, ValueError: as `hf_pcdvq_kernels.matmul`.
@@ -86,10 +98,10 @@ def direct_product(
     if weight.weight.is_cpu:
         from .cpu.direct import CpuProduct
 
-        return CpuProduct(weight, signs, watched)
+        return CpuProduct(weight, watched)
     from .triton.direct import TritonProduct
 
-    return TritonProduct(weight, signs, watched)
+    return TritonProduct(weight, watched)
 
 
 def can_skip_dispatcher(x: Tensor, family: type[PackedWeight]) -> bool:

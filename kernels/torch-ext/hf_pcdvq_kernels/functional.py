@@ -17,6 +17,7 @@ from torch import Tensor
 from ._checks import check_prepare
 from ._ops import OPS
 from .backend import use_cpu, use_triton
+from .direct import SHARED_TOKENS
 from .formats import family_named, family_of
 
 # An op argument other than the activations: a packed tensor (None if the format lacks it), a table or a scalar.
@@ -77,7 +78,8 @@ def _prepare_on_cpu(x: Tensor, signs: Tensor | None, format: str) -> Tensor | No
     if not x.numel():
         return None
     check_prepare(x, signs)
-    if not launch.takes(x.numel() // x.shape[-1], x.dtype):
+    tokens = x.numel() // x.shape[-1]
+    if tokens > SHARED_TOKENS or not launch.takes(tokens, x.dtype):
         return None
     return OPS.prepare(x, signs, format)
 

@@ -19,8 +19,8 @@ from .launcher import Address
 class TritonProduct(DirectProduct):
     """See `DirectProduct`. Numbers of tokens that no kernel takes are left to the op."""
 
-    def __init__(self, weight: PackedWeight, signs: Tensor | None, watched: Sequence[Tensor]):
-        super().__init__(weight, signs, watched)
+    def __init__(self, weight: PackedWeight, watched: Sequence[Tensor]):
+        super().__init__(weight, watched)
         operands = kernels_of(weight.name).operands(weight).values()
         # A copy that was made for its alignment belongs to nobody, so its address would not stay valid.
         kept = all(operand.data_ptr() in self._addresses for operand in operands)
@@ -33,10 +33,10 @@ class TritonProduct(DirectProduct):
     def _takes(self, tokens: int, dtype: torch.dtype) -> bool:
         return self._has_kernel and tokens <= DOT_TOKENS
 
-    def prepare(self, x: Tensor) -> Tensor:
-        return product.prepare(x, self.signs, self._format)
+    def prepare(self, x: Tensor, signs: Tensor | None) -> Tensor:
+        return product.prepare(x, signs, self._format)
 
-    def __call__(self, x: Tensor, prepared: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
         configs = tuned.load(self._device)
         if self._configs is not configs:  # measured meanwhile
             self._products.clear()
@@ -48,7 +48,7 @@ class TritonProduct(DirectProduct):
             launched = product.Product(self._kind, tokens, x.dtype, self._device, prepared=prepared is not None)
             self._products[kind] = launched
         shape = (*x.shape[:-1], self._rows)
-        return launched(x.contiguous(), self._operands, self.signs, prepared, None, shape)
+        return launched(x.contiguous(), self._operands, signs, prepared, None, shape)
 
 
 def _without_memory(weight: PackedWeight) -> PackedWeight:

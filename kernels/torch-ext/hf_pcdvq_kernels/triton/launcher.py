@@ -2,6 +2,7 @@
 
 Triton's own call takes the host tens of microseconds to find that out, longer than most products of one token run. Everything but
 the pointers is the same here from one launch to the next, so that only their alignment, for which Triton compiles, is left to compare.
+Hooks of its compiler that are set later have no effect; those of its launches do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 _ALIGNMENT = 16  # bytes; what Triton distinguishes
 # Before Triton 3.3, a compiled kernel took the arguments without the constants.
@@ -65,7 +67,9 @@ class Launcher:
             compiled[self._grid](*pointers, *self._rest)
             return
         compiled = self._kernel[self._grid](*pointers, **self._keywords)
-        if compiled is not None:  # the interpreter compiles nothing
+        if isinstance(
+            compiled, CompiledKernel
+        ):  # not what is still being compiled, and the interpreter compiles nothing
             self._compiled[kind] = compiled
 
 

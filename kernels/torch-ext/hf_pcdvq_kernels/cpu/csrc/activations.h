@@ -126,7 +126,7 @@ struct Place {
     int64_t tokens;
 
     Place(int64_t token, int64_t tokens_of_all, int64_t columns, int32_t* prepared) {
-        int64_t first = 0;
+        int64_t first = token / TOKENS_AT_ONCE * TOKENS_AT_ONCE;  // groups before the last eight tokens or fewer are whole
         while (tokens = group_size(tokens_of_all - first), first + tokens <= token) first += tokens;
         int16_t* start = (int16_t*)(prepared + first * prepared_words(columns));
         values = start + (token - first) * BLOCK;
