@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -35,7 +35,7 @@ def select_layers(
     tied: set[str],
     base_prefix: str,
     added: dict[str, str],
-    vocabulary: list[str],
+    vocabulary: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Decide which layers of a model are packed.
 

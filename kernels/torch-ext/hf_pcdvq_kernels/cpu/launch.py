@@ -16,10 +16,10 @@ from .library import DTYPE_CODES, FORMAT_CODES, Library, Weight, describe, load
 # Up to this many tokens are multiplied straight from the codes; for more, decoding a slice of rows and leaving the product to
 # PyTorch is faster. Measured, see docs/cpu.md; with AVX2 PyTorch multiplies 16-bit numbers so slowly that there is no such limit.
 MOST_TOKENS = {
-    "avx512": {2: 32, 4: 128},
-    "avx2": {2: 1 << 30, 4: 128},
+    "avx512": {2: 32, 4: 16},
+    "avx2": {2: 1 << 30, 4: 16},
     "portable": {2: 16, 4: 16},
-}  # by size of an element
+}  # by size of an element; float32 is asked for because it is exact, to which activations of 15 bits come only close
 # Fewer rows than this at a time, as there would be in layers with many inputs, PyTorch multiplies less efficiently.
 SLICE_ROWS = 256
 
