@@ -80,7 +80,7 @@ def inputs_of(
     evaluation = hashlib.sha256()
     update_with_tensor(evaluation, "windows", read_tokens(args.evaluation)[: args.windows])
     return {
-        **run_identity(model_identity(model), [], config, calibration),
+        **run_identity(model_identity(model), [], config, calibration, torch.device(args.device)),
         "the evaluation data": evaluation.hexdigest(),
         "the device": device_name(torch.device(args.device)),
     }

@@ -82,9 +82,9 @@ PRODUCTS = [
 def in_turn(settings, cases):
     """All pairs on a GPU; in the interpreter, which is slow, every setting with every other case, and the other way round."""
     return [
-        (setting, *case)
+        pytest.param(setting, shape, tokens, dtype, id=f"{setting}-{shape[0]}x{shape[1]}-{tokens}-{str(dtype)[6:]}")
         for i, setting in enumerate(settings)
-        for j, case in enumerate(cases)
+        for j, (shape, tokens, dtype) in enumerate(cases)
         if GPU or (i + j // 2) % 2 == 0
     ]
 
