@@ -31,10 +31,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .calibration.blocks import not_reached_by_text
 from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
+from .calibration.towers import not_reached_by_text
 from .calibration.weights import ModelWeights
 from .codecs import Codec
 from .config import PackedConfig
@@ -140,7 +140,7 @@ class PackedHfQuantizer(HfQuantizer):
         selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
         layers = [name for name in selected if name not in vocabulary]
         if layers and config.calibration is not None and config.modules_to_convert is None:
-            added = {**not_reached_by_text(model, layers), **added}
+            added = {**not_reached_by_text(model, layers, config.overridden), **added}
             selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
