@@ -28,6 +28,7 @@ from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import codec_of_setting
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantEmbedding, QuantLinear
+from hf_pcdvq.recovery.student import as_student
 from hf_pcdvq.vocabulary import check_vocabulary
 
 SIZES = {
@@ -167,6 +168,26 @@ def test_checkpoints_that_name_the_tied_weight_otherwise(change, folders, tmp_pa
     assert torch.equal(logits(packed), expected.flip(-1) if change == "two that differ" else expected)
     packed.save_pretrained(tmp_path / "packed")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(packed))
+
+
+def test_a_tied_head_that_differs_in_its_scales_alone_decodes_to_its_own_weight(folders, tmp_path):
+    tensors = load_file(folders["tied"] / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    LlamaConfig.from_pretrained(folders["tied"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    packed = rounded({"tied": tmp_path}, "tied")
+    expected = 2 * logits(rounded(folders, "tied"))
+    assert torch.equal(logits(packed), expected)
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits(loaded), expected)
+    with as_student(loaded, torch.float32) as student:
+        head, embeddings = (student.frozen[name][1].weight for name in ("lm_head", "model.embed_tokens"))
+        assert torch.equal(head, 2 * embeddings)
+    loaded.dequantize(torch.float32)
+    loaded.save_pretrained(tmp_path / "dense")
+    for dense in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
+        torch.testing.assert_close(dense.lm_head.weight, 2 * dense.model.embed_tokens.weight)
 
 
 def test_generation_and_compilation(folders):
