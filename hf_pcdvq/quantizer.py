@@ -176,9 +176,11 @@ class PackedHfQuantizer(HfQuantizer):
         # Owners of tied weights first: where the file has two weights all the same, the other one is replaced once more.
         for name, stored in sorted(found.items(), key=lambda pair: is_tied(model, pair[0])):
             codec = files.codecs[stored]
-            if isinstance(modules[name], nn.Embedding) and not is_tied(model, name):
+            vocabulary = is_tied(model, name) or tied_to(model, name) or isinstance(modules[name], nn.Embedding)
+            if vocabulary and owner_of(model, name) in found:
+                model.set_submodule(name, modules[name])  # dense again where it was packed with its owner
                 check_vocabulary(model, name, codec)  # and what is tied to it
-            elif owner_of(model, name) not in found or not is_tied(model, name):
+            else:
                 check_packable(name, modules[name], codec, tied)
             packed = replace_by_packed(model, name, codec)
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})

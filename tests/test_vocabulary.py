@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTDoubleHeadsModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -168,6 +170,41 @@ def test_checkpoints_that_name_the_tied_weight_otherwise(change, folders, tmp_pa
     assert torch.equal(logits(packed), expected.flip(-1) if change == "two that differ" else expected)
     packed.save_pretrained(tmp_path / "packed")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(packed))
+
+
+def test_tied_embeddings_that_differ_are_packed_and_loaded_as_they_are(folders, tmp_path):
+    tensors = load_file(folders["in three places"] / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].flip(0).clone()
+    T5Config.from_pretrained(folders["in three places"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    packed = rounded({"in three places": tmp_path}, "in three places")
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(packed))
+    assert torch.equal(loaded.encoder.embed_tokens(IDS), loaded.shared(95 - IDS))
+
+
+def test_a_head_that_differs_from_the_embeddings_keeps_the_dtype_of_dense_weights(folders, tmp_path):
+    tensors = load_file(folders["tied"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
+    LlamaConfig.from_pretrained(folders["tied"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    rounded({"tied": tmp_path}, "tied").save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert loaded.lm_head.weight.dtype == loaded.lm_head(torch.ones(1, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_head_that_the_embeddings_are_tied_to(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=96, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    OpenAIGPTDoubleHeadsModel(config).save_pretrained(tmp_path / "dense")
+    packed = OpenAIGPTDoubleHeadsModel.from_pretrained(
+        tmp_path / "dense", quantization_config=PcdvqConfig(**BITS, head="int8")
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = OpenAIGPTDoubleHeadsModel.from_pretrained(tmp_path / "packed").eval()
+    assert isinstance(loaded.transformer.tokens_embed, QuantEmbedding)
+    assert words(loaded.transformer.tokens_embed) is words(loaded.lm_head)
+    assert torch.equal(logits(loaded), logits(packed.eval()))
 
 
 def test_a_tied_head_that_differs_in_its_scales_alone_decodes_to_its_own_weight(folders, tmp_path):
