@@ -275,7 +275,25 @@ def test_resizing_is_refused_before_anything_changes(name, folders):
         with pytest.raises(RuntimeError, match="packed and cannot be resized: resize those of the original"):
             part.resize_token_embeddings(300)
     assert torch.equal(logits(packed), before)
-    assert packed.resize_token_embeddings() is packed.get_input_embeddings()
+    with pytest.raises(RuntimeError, match="cannot be resized"):
+        packed.resize_token_embeddings(pad_to_multiple_of=64)
+    for same in ({}, {"new_num_tokens": 258}, {"new_num_tokens": 257, "pad_to_multiple_of": 43}):
+        assert packed.resize_token_embeddings(**same) is packed.get_input_embeddings()
+
+
+def test_adapters_with_a_tokenizer_beside_them_are_loaded_onto_packed_embeddings(folders, tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra `train` is not installed")
+    rounded(folders, "tied").save_pretrained(tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+    weight = loaded.get_input_embeddings().weight
+    assert (weight.shape, weight.size(), weight.size(0), weight.size(dim=-1)) == ((258, 64), (258, 64), 258, 64)
+    with pytest.raises(RuntimeError, match="is packed"):
+        loaded.base_model.model.model.layers[0].mlp.up_proj.weight.shape  # noqa: B018
 
 
 def test_a_head_of_its_own_may_have_any_setting_of_layers(folders, tmp_path):
