@@ -263,6 +263,14 @@ def test_offloaded(where, folders, tmp_path):
         tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offloaded"
     )
     assert torch.equal(logits(offloaded), logits(packed))
+    dense = AutoModelForCausalLM.from_pretrained(
+        folders["tied"], device_map=device_map, offload_folder=tmp_path / "dense"
+    )
+    assert (offloaded.device, offloaded.dtype) == (dense.device, dense.dtype)
+    if "model.embed_tokens" not in where:
+        written = offloaded.generate(IDS.to(offloaded.device), max_new_tokens=4, do_sample=False)
+        assert torch.equal(written, packed.generate(IDS, max_new_tokens=4, do_sample=False))
+    assert {id(one) for one in packed.parameters()} == {id(one) for _, one in packed.named_parameters()}
     offloaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(packed))
 
