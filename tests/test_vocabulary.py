@@ -144,6 +144,14 @@ def test_the_file_holds_tied_tensors_once_and_is_counted(folders, tmp_path):
     assert count.parameters == AutoModelForCausalLM.from_pretrained(folders["tied"]).num_parameters()
 
 
+@pytest.mark.parametrize(("packed", "sizes"), [("embeddings", (0, 258 * 128)), ("head", (258 * 128, 0))])
+def test_the_one_that_is_not_packed_is_counted_as_what_it_is(packed, sizes, folders, tmp_path):
+    options = {"embeddings": None, "head": None, packed: "int8"}
+    rounded(folders, "not tied", **options).save_pretrained(tmp_path)
+    count = count_folder(tmp_path)
+    assert (count.embedding_bytes, count.head_bytes) == sizes
+
+
 def test_classes_without_the_head(folders, tmp_path):
     packed = rounded(folders, "tied")
     packed.save_pretrained(tmp_path / "packed")
