@@ -235,8 +235,9 @@ def test_a_tied_head_that_differs_in_its_scales_alone_decodes_to_its_own_weight(
         torch.testing.assert_close(dense.lm_head.weight, 2 * dense.model.embed_tokens.weight)
 
 
-def test_generation_and_compilation(folders):
-    packed = rounded(folders, "tied")
+@pytest.mark.parametrize("name", ["tied", "with a factor"])
+def test_generation_and_compilation(name, folders):
+    packed = rounded(folders, name)
     written = packed.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(written[0, len(IDS[0])], logits(packed)[0, -1].argmax())
     compiled = torch.compile(packed.get_input_embeddings(), backend="eager", fullgraph=True)

@@ -64,6 +64,18 @@ class PackedWords(Tensor):
         return f"PackedWords({self.owner}, device={self.device})"
 
 
+class CompiledName:
+    """What `torch.compile` finds for a packed parameter, where it cannot trace an alias: its place and its dtype alone.
+
+    It is no tensor, so that nothing can be computed with it.
+    """
+
+    def __init__(self, words: Tensor, dtype: torch.dtype):
+        self.device, self.dtype, self.layout = words.device, dtype, words.layout
+        self.is_cpu, self.is_cuda, self.is_meta = words.is_cpu, words.is_cuda, words.is_meta
+        self.requires_grad = words.requires_grad
+
+
 class DenseName:
     """The attribute of a packed module that has the name of a dense parameter."""
 
@@ -76,6 +88,8 @@ class DenseName:
             raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
         # On meta there is nothing to protect, and what loads or offloads it compares shapes. Where a forward was
         # interrupted, accelerate finds words that it has put there, and it ties again what it has moved; FSDP finds parts.
+        if torch.compiler.is_dynamo_compiling():
+            return CompiledName(words, module.dense_dtype)
         if words.is_meta or _asks_who_moves() or _asks_who_ties():
             return words
         alias = local_part(words).detach().as_subclass(PackedWords)
