@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .modules import PackedModule, encode_stack, parameter_name
@@ -157,3 +165,24 @@ def _loaded(layer: nn.Module, name: str, tensor: Tensor) -> bool:
         return True
     weights = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     return weights is not None and name in weights
+
+
+def one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:
+    """A conversion that merges experts, with each packed as it arrives; any other as it is."""
+    first = conversion.operations[0] if isinstance(conversion, WeightConverter) else None
+    if isinstance(first, MergeModulelist) and first.dim == 0:
+        return OneExpertAtATime.of(conversion)
+    return conversion
+
+
+def changes(conversion: WeightTransform, names: list[str]) -> bool:
+    """Whether a conversion makes one of these parameters from tensors with other names."""
+    if isinstance(conversion, PrefixChange):
+        return False
+    if isinstance(conversion, WeightRenaming):
+        return any(conversion.reverse_transform().rename_source_key(name)[0] != name for name in names)
+    if isinstance(conversion.operations[0], PassThrough):
+        return False
+    # A target may be a parameter or a whole module.
+    patterns = [re.compile(target.replace(r"\1", ".*") + r"(\.|$)") for target in conversion.target_patterns]
+    return any(pattern.search(name) for pattern in patterns for name in names)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from math import prod
 from typing import Any
 
@@ -21,27 +20,25 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    MergeModulelist,
     PrefixChange,
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .calibration.blocks import not_reached_by_text
 from .calibration.held_out import with_comparison
 from .calibration.model import calibrate_model, find_tokenizer
 from .calibration.report import QuantizationReport
+from .calibration.towers import not_reached_by_text
 from .calibration.weights import ModelWeights
 from .codecs import Codec
 from .config import PackedConfig
 from .files.marks import drop_marks
 from .files.names import matched_names, renaming_of
 from .files.packing import PackedFiles, PackingRecord, save_with
-from .load_operations import OneExpertAtATime, PassThrough, Quantize, check_loaded
+from .load_operations import PassThrough, Quantize, changes, check_loaded, one_expert_at_a_time
 from .modules import (
     PackedModule,
     QuantEmbedding,
@@ -140,7 +137,7 @@ class PackedHfQuantizer(HfQuantizer):
         selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
         layers = [name for name in selected if name not in vocabulary]
         if layers and config.calibration is not None and config.modules_to_convert is None:
-            added = {**not_reached_by_text(model, layers), **added}
+            added = {**not_reached_by_text(model, layers, config.overridden), **added}
             selected, left = select_layers(model, config.codec_of, *options, added, list(vocabulary))
         if not selected:
             raise ValueError(f"{type(model).__name__} has no layer that {config.codec} can pack: {left}")
@@ -179,9 +176,11 @@ class PackedHfQuantizer(HfQuantizer):
         # Owners of tied weights first: where the file has two weights all the same, the other one is replaced once more.
         for name, stored in sorted(found.items(), key=lambda pair: is_tied(model, pair[0])):
             codec = files.codecs[stored]
-            if isinstance(modules[name], nn.Embedding) and not is_tied(model, name):
+            vocabulary = is_tied(model, name) or tied_to(model, name) or isinstance(modules[name], nn.Embedding)
+            if vocabulary and owner_of(model, name) in found:
+                model.set_submodule(name, modules[name])  # dense again where it was packed with its owner
                 check_vocabulary(model, name, codec)  # and what is tied to it
-            elif owner_of(model, name) not in found or not is_tied(model, name):
+            else:
                 check_packable(name, modules[name], codec, tied)
             packed = replace_by_packed(model, name, codec)
             files.check_shapes(stored, {key: tensor for key, tensor in packed.named_parameters() if key != "bias"})
@@ -229,7 +228,7 @@ class PackedHfQuantizer(HfQuantizer):
     ) -> list[WeightTransform]:
         """The conversions between files and parameters, with fused experts packed one expert at a time."""
         if not self.pre_quantized:
-            weight_conversions = [_one_expert_at_a_time(conversion) for conversion in weight_conversions]
+            weight_conversions = [one_expert_at_a_time(conversion) for conversion in weight_conversions]
             for conversion in weight_conversions:
                 # Transformers asks only whether the first of several targets needs quantization.
                 if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
@@ -313,7 +312,7 @@ class PackedHfQuantizer(HfQuantizer):
             for name, module in packed_modules(model).items()
             for parameter in module.packed_parameters
         ]
-        model._weight_conversions = [entry for entry in conversions if not _changes(entry, packed)]
+        model._weight_conversions = [entry for entry in conversions if not changes(entry, packed)]
 
     def _print_summary(self, layers: int) -> None:
         left = self.quantization_config.left_unpacked
@@ -377,23 +376,3 @@ def replace_by_packed(model: nn.Module, name: str, codec: Codec) -> PackedModule
     empty._is_hf_initialized = not (isinstance(empty, QuantEmbedding) and empty.buffers_to_initialize)
     install(model, name, empty)
     return empty
-
-
-def _one_expert_at_a_time(conversion: WeightTransform) -> WeightTransform:
-    first = conversion.operations[0] if isinstance(conversion, WeightConverter) else None
-    if isinstance(first, MergeModulelist) and first.dim == 0:
-        return OneExpertAtATime.of(conversion)
-    return conversion
-
-
-def _changes(conversion: WeightTransform, names: list[str]) -> bool:
-    """Whether a conversion makes one of these parameters from tensors with other names."""
-    if isinstance(conversion, PrefixChange):
-        return False
-    if isinstance(conversion, WeightRenaming):
-        return any(conversion.reverse_transform().rename_source_key(name)[0] != name for name in names)
-    if isinstance(conversion.operations[0], PassThrough):
-        return False
-    # A target may be a parameter or a whole module.
-    patterns = [re.compile(target.replace(r"\1", ".*") + r"(\.|$)") for target in conversion.target_patterns]
-    return any(pattern.search(name) for pattern in patterns for name in names)

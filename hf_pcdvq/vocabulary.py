@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -69,9 +70,18 @@ def refuse_resizing(model: PreTrainedModel) -> None:
         replace_method(model, RESIZE, _refuse_resizing)
 
 
-def _refuse_resizing(model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def _refuse_resizing(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     embeddings = model.get_input_embeddings()
-    if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
+    asked = embeddings.num_embeddings if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        asked = ceil(asked / pad_to_multiple_of) * pad_to_multiple_of
+    if asked == embeddings.num_embeddings:
         return embeddings  # as Transformers does
     raise RuntimeError(
         f"the token embeddings or the output head of {type(model).__name__} are packed and cannot be resized: resize those of "

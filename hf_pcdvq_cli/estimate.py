@@ -57,6 +57,7 @@ def estimate(
     Example:
       hf-pcdvq estimate Qwen/Qwen3-30B-A3B --setting stream-2.0 --override "self_attn=int8"
     """
+    from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import config_of_setting
     from hf_pcdvq.estimate import effort_table, estimate_table, read_model_config
     from hf_pcdvq.estimate import estimate as run
@@ -64,6 +65,9 @@ def estimate(
     from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
+    options["calibration"] = (
+        Calibration()
+    )  # as `hf-pcdvq quantize` does, which then leaves alone what text does not reach
     config = config_of_setting(setting, embeddings=embeddings, head=head, **options)
     result = run(read_model_config(model), config, context, timed=True, processes=processes)
     if as_json:

@@ -63,7 +63,9 @@ def chat(arguments: tuple[str, ...]) -> None:
 
     try:
         _run("chat", arguments)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
         raise click.ClickException(
             f"no server answers ({error}); start one in another terminal: hf-pcdvq serve MODEL"
         ) from error
+    except httpx.HTTPError as error:
+        raise click.ClickException(f"the server answered with an error: {error or type(error).__name__}") from error

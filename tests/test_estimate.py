@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from vision_models import save_tiny_gemma3
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.emulation import is_emulated
@@ -123,3 +125,11 @@ def test_the_command(tiny_model_dir, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     bad = run(str(tmp_path / "config.json"))
     assert bad.exit_code == 1 and "no model_type" in bad.stderr
+
+
+def test_a_tower_that_a_calibrated_run_leaves_alone_is_not_counted_as_packed(tmp_path):
+    save_tiny_gemma3(tmp_path, byte_tokenizer())
+    result = CliRunner().invoke(main, ["estimate", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.stderr
+    left = json.loads(result.stdout)["left_unpacked"]
+    assert "does not reach it" in left["model.vision_tower.encoder.layers.*.mlp.fc1.weight"]

@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTDoubleHeadsModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -28,6 +30,7 @@ from hf_pcdvq import PcdvqConfig
 from hf_pcdvq.codecs import codec_of_setting
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantEmbedding, QuantLinear
+from hf_pcdvq.recovery.student import as_student
 from hf_pcdvq.vocabulary import check_vocabulary
 
 SIZES = {
@@ -141,6 +144,14 @@ def test_the_file_holds_tied_tensors_once_and_is_counted(folders, tmp_path):
     assert count.parameters == AutoModelForCausalLM.from_pretrained(folders["tied"]).num_parameters()
 
 
+@pytest.mark.parametrize(("packed", "sizes"), [("embeddings", (0, 258 * 128)), ("head", (258 * 128, 0))])
+def test_the_one_that_is_not_packed_is_counted_as_what_it_is(packed, sizes, folders, tmp_path):
+    options = {"embeddings": None, "head": None, packed: "int8"}
+    rounded(folders, "not tied", **options).save_pretrained(tmp_path)
+    count = count_folder(tmp_path)
+    assert (count.embedding_bytes, count.head_bytes) == sizes
+
+
 def test_classes_without_the_head(folders, tmp_path):
     packed = rounded(folders, "tied")
     packed.save_pretrained(tmp_path / "packed")
@@ -169,8 +180,64 @@ def test_checkpoints_that_name_the_tied_weight_otherwise(change, folders, tmp_pa
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(packed))
 
 
-def test_generation_and_compilation(folders):
-    packed = rounded(folders, "tied")
+def test_tied_embeddings_that_differ_are_packed_and_loaded_as_they_are(folders, tmp_path):
+    tensors = load_file(folders["in three places"] / "model.safetensors")
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].flip(0).clone()
+    T5Config.from_pretrained(folders["in three places"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    packed = rounded({"in three places": tmp_path}, "in three places")
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(packed))
+    assert torch.equal(loaded.encoder.embed_tokens(IDS), loaded.shared(95 - IDS))
+
+
+def test_a_head_that_differs_from_the_embeddings_keeps_the_dtype_of_dense_weights(folders, tmp_path):
+    tensors = load_file(folders["tied"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).clone()
+    LlamaConfig.from_pretrained(folders["tied"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    rounded({"tied": tmp_path}, "tied").save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert loaded.lm_head.weight.dtype == loaded.lm_head(torch.ones(1, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_head_that_the_embeddings_are_tied_to(tmp_path):
+    config = OpenAIGPTConfig(vocab_size=96, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    OpenAIGPTDoubleHeadsModel(config).save_pretrained(tmp_path / "dense")
+    packed = OpenAIGPTDoubleHeadsModel.from_pretrained(
+        tmp_path / "dense", quantization_config=PcdvqConfig(**BITS, head="int8")
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = OpenAIGPTDoubleHeadsModel.from_pretrained(tmp_path / "packed").eval()
+    assert isinstance(loaded.transformer.tokens_embed, QuantEmbedding)
+    assert words(loaded.transformer.tokens_embed) is words(loaded.lm_head)
+    assert torch.equal(logits(loaded), logits(packed.eval()))
+
+
+def test_a_tied_head_that_differs_in_its_scales_alone_decodes_to_its_own_weight(folders, tmp_path):
+    tensors = load_file(folders["tied"] / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    LlamaConfig.from_pretrained(folders["tied"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    packed = rounded({"tied": tmp_path}, "tied")
+    expected = 2 * logits(rounded(folders, "tied"))
+    assert torch.equal(logits(packed), expected)
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits(loaded), expected)
+    with as_student(loaded, torch.float32) as student:
+        head, embeddings = (student.frozen[name][1].weight for name in ("lm_head", "model.embed_tokens"))
+        assert torch.equal(head, 2 * embeddings)
+    loaded.dequantize(torch.float32)
+    loaded.save_pretrained(tmp_path / "dense")
+    for dense in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "dense")):
+        torch.testing.assert_close(dense.lm_head.weight, 2 * dense.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("name", ["tied", "with a factor"])
+def test_generation_and_compilation(name, folders):
+    packed = rounded(folders, name)
     written = packed.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(written[0, len(IDS[0])], logits(packed)[0, -1].argmax())
     compiled = torch.compile(packed.get_input_embeddings(), backend="eager", fullgraph=True)
@@ -205,6 +272,14 @@ def test_offloaded(where, folders, tmp_path):
         tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offloaded"
     )
     assert torch.equal(logits(offloaded), logits(packed))
+    dense = AutoModelForCausalLM.from_pretrained(
+        folders["tied"], device_map=device_map, offload_folder=tmp_path / "dense"
+    )
+    assert (offloaded.device, offloaded.dtype) == (dense.device, dense.dtype)
+    if "model.embed_tokens" not in where:
+        written = offloaded.generate(IDS.to(offloaded.device), max_new_tokens=4, do_sample=False)
+        assert torch.equal(written, packed.generate(IDS, max_new_tokens=4, do_sample=False))
+    assert {id(one) for one in packed.parameters()} == {id(one) for _, one in packed.named_parameters()}
     offloaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(packed))
 
@@ -217,7 +292,25 @@ def test_resizing_is_refused_before_anything_changes(name, folders):
         with pytest.raises(RuntimeError, match="packed and cannot be resized: resize those of the original"):
             part.resize_token_embeddings(300)
     assert torch.equal(logits(packed), before)
-    assert packed.resize_token_embeddings() is packed.get_input_embeddings()
+    with pytest.raises(RuntimeError, match="cannot be resized"):
+        packed.resize_token_embeddings(pad_to_multiple_of=64)
+    for same in ({}, {"new_num_tokens": 258}, {"new_num_tokens": 257, "pad_to_multiple_of": 43}):
+        assert packed.resize_token_embeddings(**same) is packed.get_input_embeddings()
+
+
+def test_adapters_with_a_tokenizer_beside_them_are_loaded_onto_packed_embeddings(folders, tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra `train` is not installed")
+    rounded(folders, "tied").save_pretrained(tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+    weight = loaded.get_input_embeddings().weight
+    assert (weight.shape, weight.size(), weight.size(0), weight.size(dim=-1)) == ((258, 64), (258, 64), 258, 64)
+    with pytest.raises(RuntimeError, match="is packed"):
+        loaded.base_model.model.model.layers[0].mlp.up_proj.weight.shape  # noqa: B018
 
 
 def test_a_head_of_its_own_may_have_any_setting_of_layers(folders, tmp_path):

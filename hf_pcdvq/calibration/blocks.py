@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..emulation import placed, to_device
 from .activations import Activations
@@ -63,7 +62,7 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
-    around = _embeddings_name(model)
+    around = embeddings_name(model)
     while True:
         around = around.rpartition(".")[0]
         inside = [name for name, count in counts.items() if count and name.startswith(around and f"{around}.")]
@@ -75,41 +74,10 @@ def find_blocks(model: nn.Module, layers: list[str]) -> str:
             )
 
 
-def _embeddings_name(model: nn.Module) -> str:
+def embeddings_name(model: nn.Module) -> str:
+    """The name of the input embeddings."""
     embeddings = model.get_input_embeddings()
     return next((name for name, module in model.named_modules() if module is embeddings), "")
-
-
-def not_reached_by_text(model: nn.Module, layers: list[str]) -> dict[str, str]:
-    """What a model has for other inputs than text, such as a tower for images and its projector.
-
-    These are the modules beside the language model, which is the smallest module that holds the input embeddings and the
-    decoder blocks, and the models of their own in it that hold neither.
-
-    Args:
-        layers: names of those that could be packed.
-
-    Returns:
-        Reasons not to pack the modules that hold some of them, by name.
-
-    Raises:
-        As `find_blocks`.
-    """
-    blocks, embeddings, head = find_blocks(model, layers), _embeddings_name(model), model.get_output_embeddings()
-    language = max((name for name, _ in model.named_modules() if _holds(name, blocks, embeddings)), key=len)
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if module is head or _holds(name, blocks) or any(_holds(part, name) for part in (*found, blocks)):
-            continue
-        own = isinstance(module, PreTrainedModel) and not _holds(name, embeddings)
-        if (own or not _holds(language, name)) and any(_holds(name, layer) for layer in layers):
-            found[name] = "calibration runs text, which does not reach it"
-    return found
-
-
-def _holds(module: str, *names: str) -> bool:
-    """Whether modules are this one, or in it, by their names."""
-    return not module or all(f"{name}.".startswith(f"{module}.") for name in names)
 
 
 def refuse_shared(model: nn.Module, prefix: str, layers: list[str]) -> None:

@@ -171,7 +171,7 @@ def count_folder(folder: Path) -> FolderCount:
     layers = _packed_layers(packed_files) if packed_files else ()
     packed = {tensor.name for layer in layers for tensor in layer.tensors}
     dense = [tensor for name, tensor in stored.items() if name not in packed]
-    embeddings, heads = _vocabulary_tensors(dense, settings)
+    embeddings, heads = _vocabulary_tensors(dense, layers, settings)
     file_bytes = sum(file.stat().st_size for file in files)
     dense_bytes = sum(tensor.nbytes for tensor in dense)
     embedding_bytes = sum(tensor.nbytes for tensor in embeddings)
@@ -260,9 +260,10 @@ def _packed_layer(name: str, stored: dict[str, StoredTensor], codec: Codec) -> L
 
 
 def _vocabulary_tensors(
-    dense: list[StoredTensor], settings: dict[str, Any]
+    dense: list[StoredTensor], layers: tuple[LayerCount, ...], settings: dict[str, Any]
 ) -> tuple[list[StoredTensor], list[StoredTensor]]:
-    """Embeddings and output head, recognized by shape and position, so that no list of architectures is needed.
+    """Those of embeddings and output head that are not packed, recognized by shape and position, so that no list of
+    architectures is needed.
 
     Both are matrices with one row per token. The head is a module of the outer model, the embeddings are deeper, in
     its base model. If there is only one such matrix, it is the embedding, and the head is tied to it.
@@ -270,9 +271,12 @@ def _vocabulary_tensors(
     text = settings.get("text_config")
     vocabulary = (text if isinstance(text, dict) else settings).get("vocab_size")
     matrices = [tensor for tensor in dense if len(tensor.shape) == 2 and tensor.shape[0] == vocabulary]
-    depths = [tensor.name.count(".") for tensor in matrices]
-    outer = min(depths, default=0) if len(set(depths)) > 1 else -1
-    heads = [tensor for tensor, depth in zip(matrices, depths) if depth == outer]
+    # One of the two may be packed; what has as many outputs in a decoder block, which has a number, is neither.
+    wide = [layer.tensors[0] for layer in layers if layer.out_features == vocabulary]
+    packed = [tensor for tensor in wide if not any(part.isdigit() for part in tensor.name.split("."))]
+    depths = {tensor.name.count(".") for tensor in matrices + packed}
+    outer = min(depths) if len(depths) > 1 else -1
+    heads = [tensor for tensor in matrices if tensor.name.count(".") == outer]
     return [tensor for tensor in matrices if tensor not in heads], heads
 
 

@@ -39,22 +39,21 @@ def replace_method(model: nn.Module, name: str, function: Callable | None) -> No
 
 
 def parameters_dense_first(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-    """`parameters()` with those of packed modules last.
+    """`parameters()` with the scales and levels of packed modules last.
 
     Transformers takes the dtype of the first floating one for that of the model. With packed embeddings it would be that of
-    their scales.
+    their scales. The device it takes from the first one, so packed words, which are integers, keep their place.
     """
-    last = []
-    packed = {
-        module._parameters[name]
-        for module in (model.modules() if recurse else [model])
-        if isinstance(module, PackedModule)
-        for entry in module.packed_parameters.values()
-        for name in entry.tensors.values()
-    }
-    for _, parameter in model.named_parameters(recurse=recurse):
-        if parameter in packed:
-            last.append(parameter)
-        else:
-            yield parameter
+    seen, last = set(), []
+    for module in model.modules() if recurse else [model]:
+        entries = module.packed_parameters.values() if isinstance(module, PackedModule) else ()
+        packed = {name for entry in entries for name in entry.tensors.values()}
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter in seen:
+                continue
+            seen.add(parameter)
+            if name in packed and parameter.is_floating_point():
+                last.append(parameter)
+            else:
+                yield parameter
     yield from last

@@ -26,12 +26,14 @@ _ALLOWED |= {Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.data_pt
 class PackedWords(Tensor):
     """An alias of packed words that raises when anything but its place is read, and when it is written to.
 
-    Its `dtype` is that of the dense parameter: adapters and inputs are cast to it.
+    Its `dtype` is that of the dense parameter: adapters and inputs are cast to it. So is the shape of an embedding, whose
+    rows are counted to compare them with a tokenizer. That of a layer raises, because adapters would be made for it.
     """
 
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)` holds, as for a dense layer
     owner: str  # class of the module, and name of the parameter
     dense_dtype: torch.dtype
+    dense_shape: torch.Size | None  # of an embedding
     words: nn.Parameter  # possibly divided among processes
 
     @classmethod
@@ -41,6 +43,9 @@ class PackedWords(Tensor):
         alias = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         if func == Tensor.dtype.__get__:
             return alias.dense_dtype
+        if func in (Tensor.shape.__get__, Tensor.size) and alias.dense_shape is not None:
+            dim = (*args[1:], *(kwargs or {}).values())
+            return alias.dense_shape[dim[0]] if dim and dim[0] is not None else alias.dense_shape
         if func is Tensor.to and args[0] is alias:
             return alias._moved(*args[1:], **(kwargs or {}))
         raise packed_error(alias.owner, is_divided(alias.words))
@@ -59,6 +64,18 @@ class PackedWords(Tensor):
         return f"PackedWords({self.owner}, device={self.device})"
 
 
+class CompiledName:
+    """What `torch.compile` finds for a packed parameter, where it cannot trace an alias: its place and its dtype alone.
+
+    It is no tensor, so that nothing can be computed with it.
+    """
+
+    def __init__(self, words: Tensor, dtype: torch.dtype):
+        self.device, self.dtype, self.layout = words.device, dtype, words.layout
+        self.is_cpu, self.is_cuda, self.is_meta = words.is_cpu, words.is_cuda, words.is_meta
+        self.requires_grad = words.requires_grad
+
+
 class DenseName:
     """The attribute of a packed module that has the name of a dense parameter."""
 
@@ -71,11 +88,16 @@ class DenseName:
             raise AttributeError(f"{kind.__name__} has no parameter {self._name} yet")
         # On meta there is nothing to protect, and what loads or offloads it compares shapes. Where a forward was
         # interrupted, accelerate finds words that it has put there, and it ties again what it has moved; FSDP finds parts.
+        if torch.compiler.is_dynamo_compiling():
+            return CompiledName(words, module.dense_dtype)
         if words.is_meta or _asks_who_moves() or _asks_who_ties():
             return words
         alias = local_part(words).detach().as_subclass(PackedWords)
         vars(alias).update(vars(words))  # Transformers marks what is loaded
         alias.owner, alias.dense_dtype, alias.words = f"{kind.__name__}: {self._name}", module.dense_dtype, words
+        alias.dense_shape = None
+        if isinstance(module, nn.Embedding):
+            alias.dense_shape = torch.Size(module.packed_parameters[self._name].shape)
         return alias
 
 

@@ -6,7 +6,7 @@ names of the packed tensors join those of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -68,11 +68,16 @@ def share(model: nn.Module, name: str) -> None:
         tied.reset_tables()
 
 
-def tie_dense(model: nn.Module, names: Iterable[str]) -> None:
-    """Tie modules, by name, that have become dense again, to those of them that the model ties them to."""
-    for name in names:
+def tie_dense(model: nn.Module, layers: dict[str, PackedModule]) -> None:
+    """Tie modules that have become dense again as the packed ones, by name, that they were.
+
+    A checkpoint may have two weights where the model ties one to the other. Transformers then keeps those packed tensors
+    apart that differ, and ties the rest: such modules have weights of their own.
+    """
+    for name, layer in layers.items():
         for other in tied_to(model, name):
-            model.get_submodule(other).weight = model.get_submodule(name).weight
+            if _same(layer, layers[other]):
+                model.get_submodule(other).weight = model.get_submodule(name).weight
 
 
 def uninstall(model: nn.Module, name: str) -> None:
@@ -81,7 +86,7 @@ def uninstall(model: nn.Module, name: str) -> None:
         replace_method(model, "parameters", None)
     for part, names in _declared(model, name):
         for target in names:
-            del getattr(part, _KEYS)[target]
+            getattr(part, _KEYS).pop(target, None)  # Transformers forgets those that differ
         declared = getattr(part, "_tied_weights_keys", None) or {}
         if names.keys() & declared.keys():
             part._tied_weights_keys = {key: value for key, value in declared.items() if key not in names}
@@ -113,6 +118,11 @@ def _declared(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, dict[str
 def _has_embeddings(model: nn.Module, name: str) -> bool:
     """Whether a packed module, or one that is tied to it, is an embedding."""
     return any(isinstance(model.get_submodule(one), QuantEmbedding) for one in (name, *tied_to(model, name)))
+
+
+def _same(packed: PackedModule, other: PackedModule) -> bool:
+    """Whether two packed modules hold the same packed tensors."""
+    return all(packed._parameters[key] is other._parameters[key] for key in _tensors(packed))
 
 
 def _tensors(packed: PackedModule) -> list[str]:

@@ -144,7 +144,7 @@ def as_student(model: nn.Module, dtype: torch.dtype) -> Iterator[Student]:
     try:
         for name, (_, standing_in) in (student.layers | student.frozen).items():
             model.set_submodule(name, standing_in)
-        tie_dense(model, student.frozen)
+        tie_dense(model, {name: packed for name, (packed, _) in student.frozen.items()})
         yield student
     finally:
         for name, (packed, _) in (student.layers | student.frozen).items():

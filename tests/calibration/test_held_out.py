@@ -9,6 +9,8 @@ from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     AutoModelForImageTextToText,
+    BltConfig,
+    BltForCausalLM,
     GitConfig,
     GitForCausalLM,
     OPTConfig,
@@ -22,6 +24,7 @@ from hf_pcdvq.calibration import held_out
 from hf_pcdvq.calibration.blocks import find_blocks, streamed
 from hf_pcdvq.evaluation.metrics import evaluate, window_logits
 from hf_pcdvq.modules import QuantLinear
+from hf_pcdvq.quantizer import PackedHfQuantizer
 
 TOKENS = torch.randint(2, 90, (10, 16), generator=torch.Generator().manual_seed(0))
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 2}
@@ -142,6 +145,28 @@ def test_without_calibration_or_when_it_is_asked_for_a_tower_is_packed(tmp_path)
     paligemma().save_pretrained(tmp_path)
     rounded = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=PcdvqConfig())
     assert isinstance(rounded.model.vision_tower.encoder.layers[0].mlp.fc1, QuantLinear)
+
+
+def test_layers_of_a_tower_that_overrides_ask_for_are_packed_and_the_others_are_not():
+    model = quantize(paligemma(), overrides={r"vision_tower.*fc1": "int8"})
+    mlp = model.model.vision_tower.encoder.layers[0].mlp
+    assert isinstance(mlp.fc1, QuantLinear) and mlp.fc1.codec.format == "int8"
+    assert not isinstance(mlp.fc2, QuantLinear)
+    skipped = model.config.quantization_config.modules_to_not_convert
+    assert not any("model.vision_tower.encoder.layers.0.mlp.fc1".startswith(name) for name in skipped)
+
+
+def test_parts_for_text_beside_the_decoder_blocks_are_packed():
+    """A model of bytes has several stacks for text, of which only one is the list of blocks."""
+    part = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    parts = ("encoder_config", "decoder_config", "global_config", "patcher_config")
+    with torch.device("meta"):
+        model = BltForCausalLM(BltConfig(vocab_size=96, **dict.fromkeys(parts, part)))
+    rounded, calibrated = (
+        PackedHfQuantizer(PcdvqConfig(hadamard_block=16, calibration=calibration), pre_quantized=False).select(model)
+        for calibration in (None, Calibration())
+    )
+    assert calibrated == rounded and any(".global_transformer." in name for name in calibrated)
 
 
 def test_blocks_computed_one_at_a_time_give_the_same_logits_and_go_back():

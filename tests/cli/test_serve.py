@@ -8,6 +8,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import click
 import pytest
@@ -109,3 +111,26 @@ def test_an_exit_code_of_transformers_is_kept(monkeypatch):
 @pytest.mark.parametrize("address", ["http://localhost:9", "localhost:9"])
 def test_chat_without_a_server_says_how_to_start_one(address):
     fail(1, "hf-pcdvq serve", "chat", "model", address)
+
+
+class Refuses(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_chat_with_a_server_that_refuses_says_what_it_answers():
+    with HTTPServer(("localhost", 0), Refuses) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://localhost:{server.server_port}"
+            result = fail(1, "the server answered with an error: ", "chat", "model", address)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "404" in result.stderr and "no server answers" not in result.stderr
