@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .blocks import embeddings_name, find_blocks
 
@@ -33,6 +32,8 @@ def not_reached_by_text(model: nn.Module, layers: list[str], asked: Callable[[st
     Raises:
         As `find_blocks`.
     """
+    from transformers import PreTrainedModel  # not when this package is imported: it takes seconds
+
     blocks, embeddings, head = find_blocks(model, layers), embeddings_name(model), model.get_output_embeddings()
     around = [name for name, _ in model.named_modules() if _holds(name, blocks)]
     if not any(_takes_more_than_text(model.get_submodule(name)) for name in around):
