@@ -25,6 +25,29 @@ class ProcessesLost(RuntimeError):
     """Another process has ended, or has not answered in time."""
 
 
+def launched() -> tuple[int, int]:
+    """The number of this process among those that `torchrun` or `accelerate launch` has started, and how many these are."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def refuse_unlaunched() -> None:
+    """Reject a process that its environment numbers among several, and that has no way to the others.
+
+    Each of them would take itself for the only one and write the same files.
+
+    Raises:
+        RuntimeError: it is one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != str(launched()[1]):
+        raise RuntimeError(
+            f"the environment says WORLD_SIZE={count}, but neither torchrun nor accelerate launch has started this process: "
+            "start it with one of them, or for one process alone unset WORLD_SIZE and RANK"
+        )
+
+
 class Processes:
     """What a process needs to know of the others. A program that was started alone is one process.
 
@@ -38,7 +61,7 @@ class Processes:
         self.count, self.rank, self.device = 1, 0, None
         if not torch.distributed.is_available():
             return
-        if torch.distributed.is_initialized() or torch.distributed.is_torchelastic_launched():
+        if torch.distributed.is_initialized() or launched()[1] > 1:
             from accelerate import PartialState
 
             # Unless it is told so, it takes processes without accelerators for single ones.
