@@ -1,5 +1,7 @@
 """The processes that share a quantization or a recovery: one per GPU, as `torchrun` or `accelerate launch` start them.
 
+Make one `Processes()` in every process of a program, and pass it on: `quantize_model(..., processes=Processes())`.
+
 What they exchange besides sums passes through gloo and main memory, whatever accelerators they have, and no file system
 needs to be shared. Every process must call the methods in the same order.
 """
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from .files.contents import byte_view
 
-# How long a process waits for the others. One that ends is noticed at once; this is for one that hangs.
-_TIMEOUT = timedelta(hours=2)
+# How long a process waits for the others: at first, and at work. One that ends is noticed at once; this is for one that
+# never comes, or hangs.
+_MEETING, _TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
 
 
 class ProcessesLost(RuntimeError):
@@ -51,10 +54,15 @@ def refuse_unlaunched() -> None:
 class Processes:
     """What a process needs to know of the others. A program that was started alone is one process.
 
+    Made in all of them: each waits until the others have come.
+
     Attributes:
         count: number of processes.
         rank: number of this one.
         device: of this one; None if it is alone.
+
+    Raises:
+        ProcessesLost: another has ended, or has not come within 10 minutes.
     """
 
     def __init__(self) -> None:
@@ -64,12 +72,19 @@ class Processes:
         if torch.distributed.is_initialized() or launched()[1] > 1:
             from accelerate import PartialState
 
-            # Unless it is told so, it takes processes without accelerators for single ones.
-            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
-            self.count, self.rank, self.device = state.num_processes, state.process_index, state.device
+            with _coming():
+                # Unless it is told so, it takes processes without accelerators for single ones.
+                state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_MEETING)
+                self.count, self.rank, self.device = state.num_processes, state.process_index, state.device
+                if self.count > 1:
+                    # It is left in place: the first to leave would disconnect others that have not met everyone yet.
+                    torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=_MEETING))
         if self.count > 1:
             with self._answering():
                 self._group = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+                self._device_group = self._group
+                if self.device.type != "cpu":  # as theirs, but as patient: it may have been made to meet in
+                    self._device_group = torch.distributed.new_group(timeout=_TIMEOUT)
 
     @classmethod
     def alone(cls) -> Processes:
@@ -99,7 +114,7 @@ class Processes:
         The same bits in all of them. Another number of processes adds in another order.
         """
         if self.count > 1:
-            group = self._group if tensor.device.type == "cpu" else None
+            group = self._group if tensor.device.type == "cpu" else self._device_group
             with self._answering():
                 torch.distributed.all_reduce(tensor, group=group)
         return tensor
@@ -107,7 +122,7 @@ class Processes:
     def spread(self, tensor: Tensor, source: int) -> None:
         """Overwrite a tensor with that of process `source`, which has the same dtype and shape, where it is."""
         if self.count > 1:
-            group = self._group if tensor.device.type == "cpu" else None
+            group = self._group if tensor.device.type == "cpu" else self._device_group
             with self._answering():
                 torch.distributed.broadcast(tensor, source, group=group)
 
@@ -190,3 +205,16 @@ class Processes:
                 "Start all of them again with the same command: with a work folder, it goes on where it was. "
                 f"({str(error).splitlines()[0]:.200})"
             ) from error
+
+
+@contextmanager
+def _coming() -> Iterator[None]:
+    """Say what it means when another process does not come to the first meeting."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessesLost(
+            f"not all processes that were started have come here within {_MEETING}: call this in every one of them, or in none. A "
+            "program that one of them starts takes itself for it: start it without the variables of torchrun "
+            f"({str(error).splitlines()[0]:.200})"
+        ) from error

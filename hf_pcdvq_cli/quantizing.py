@@ -51,6 +51,7 @@ class Run(NamedTuple):
             "restart": self.options["force"],
             "batch_tokens": self.options["batch_tokens"],
             "progress": bars_wanted(),
+            "processes": self.processes,
         }
 
 

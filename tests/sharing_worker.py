@@ -21,6 +21,7 @@ from hf_pcdvq import Calibration, Recovery, quantize_model, recover
 from hf_pcdvq.calibration.run import CalibratedRun
 from hf_pcdvq.calibration.store import BlockStore
 from hf_pcdvq.config import config_of_setting
+from hf_pcdvq.processes import Processes
 from hf_pcdvq.streaming.quantize import quantize_checkpoint
 from hf_pcdvq_cli import main as command
 
@@ -67,16 +68,17 @@ def streamed(folder, case, out, **options):
     return quantize_checkpoint(model, None, config_of(case), out, scratch, TOKENS, progress=False, **options)
 
 
-def in_memory(folder, case):
+def in_memory(folder, case, **options):
     model = AutoModelForCausalLM.from_pretrained(folder / CASES[case][0])
-    return quantize_model(model, None, config_of(case), TOKENS, progress=False)
+    return quantize_model(model, None, config_of(case), TOKENS, progress=False, **options)
 
 
-def refusal(folder, **fields):
+def refusal(folder, processes, **fields):
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     settings = {"samples": 18, "length": 16, "holdout": 2, **fields}
     try:
-        quantize_model(model, None, config_of_setting("pcdvq-2.0", calibration=settings), TOKENS, progress=False)
+        config = config_of_setting("pcdvq-2.0", calibration=settings)
+        quantize_model(model, None, config, TOKENS, progress=False, processes=processes)
     except ValueError as error:
         return str(error)
     return "was not refused"
@@ -98,13 +100,13 @@ def run_command(folder, out):
     command(command_line(folder, folder / out), standalone_mode=False)
 
 
-def resumed(folder, case, rank):
+def resumed(folder, case, processes):
     """Run a case again without its second block, and return the numbers of the blocks that are kept now."""
-    if rank == 0:
+    if processes.rank == 0:
         (folder / f"{case} work" / f"block-{2 if case == 'rounded' else 1:04d}.safetensors").unlink()
     saved, save = [], BlockStore.save
     BlockStore.save = lambda self, number, result: saved.append(number) or save(self, number, result)
-    streamed(folder, case, folder / f"{case} resumed", work_dir=folder / f"{case} work")
+    streamed(folder, case, folder / f"{case} resumed", work_dir=folder / f"{case} work", processes=processes)
     BlockStore.save = save
     return saved
 
@@ -121,13 +123,17 @@ def die_at_the_second_block(rank):
 
 
 def main(folder):
-    rank, found = int(os.environ["RANK"]), {}
+    processes, found = Processes(), {}
+    rank = processes.rank
     for case in CASES:
-        report = streamed(folder, case, folder / case, work_dir=folder / f"{case} work").report
+        report = streamed(folder, case, folder / case, work_dir=folder / f"{case} work", processes=processes).report
         found[case] = report and [block.output_error for block in report.blocks]
-    found["resumed"] = {case: resumed(folder, case, rank) for case in ("dense", "rounded")}
-    found["in memory"] = in_memory(folder, "dense").state_dict()
-    found["refused"] = {"fisher": refusal(folder, fisher_groups=2), "few": refusal(folder, samples=8)}
+    found["resumed"] = {case: resumed(folder, case, processes) for case in ("dense", "rounded")}
+    found["in memory"] = in_memory(folder, "dense", processes=processes).state_dict()
+    if rank == 0:  # as a program does that trains in several processes and quantizes the result in one
+        found["alone"] = in_memory(folder, "dense").state_dict()
+    refused = {"fisher": {"fisher_groups": 2}, "few": {"samples": 8}}
+    found["refused"] = {what: refusal(folder, processes, **fields) for what, fields in refused.items()}
     found["recovered"] = recovered(folder / "llama", folder / "state")
     torch.save(found, folder / f"{rank}.pt")
     run_command(folder, "command")

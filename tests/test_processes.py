@@ -45,12 +45,12 @@ def test_two_processes_write_the_files_of_one(runs, case, tmp_path):
     assert ranks[0][case] == errors and ranks[1][case] == errors
 
 
-def test_each_process_has_the_whole_model_in_memory(runs):
+def test_each_process_has_the_whole_model_in_memory_and_one_can_quantize_alone(runs):
     folder, ranks, _ = runs
     expected = worker.in_memory(folder, "dense").state_dict()
-    for found in ranks:
-        assert found["in memory"].keys() == expected.keys()
-        assert all(torch.equal(found["in memory"][name], tensor) for name, tensor in expected.items())
+    for found in (ranks[0]["in memory"], ranks[1]["in memory"], ranks[0]["alone"]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("case", ["dense", "rounded"])

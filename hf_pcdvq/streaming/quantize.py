@@ -45,6 +45,7 @@ def quantize_checkpoint(
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> Quantized:
     """Quantize a model that need not fit in memory, and save it.
 
@@ -54,9 +55,9 @@ def quantize_checkpoint(
     comparing the result with the original, what is outside the blocks and one window's logits. All other activations
     are in files that are mapped while they are used.
 
-    Called in several processes (`torchrun`, `accelerate launch`) with the same arguments, each takes its share of the
-    windows and of the layers of every block, or of the blocks if they are rounded. The first of them alone reads the dataset,
-    uses `work_dir` and writes `folder`; `scratch` may be another folder in each.
+    With several `processes`, all of which call this with the same arguments, each takes its share of the windows and of the
+    layers of every block, or of the blocks if they are rounded. The first of them alone reads the dataset, uses `work_dir`
+    and writes `folder`; `scratch` may be another folder in each.
 
     Args:
         model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
@@ -65,7 +66,7 @@ def quantize_checkpoint(
         folder: receives the model; it exists in the first process; not the one that the original is read from.
         scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
         dataset: see `quantize_model`; None takes what `config.calibration` names.
-        device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
+        device, batch_tokens, work_dir, restart, progress, processes: see `quantize_model`.
         max_shard_size: see `save_pretrained`.
 
     Raises:
@@ -73,7 +74,7 @@ def quantize_checkpoint(
         ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
     """
     _refuse_whole(config)
-    processes = Processes()
+    processes = processes or Processes.alone()
     device = processes.device if device is None else device
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
