@@ -17,8 +17,11 @@ from torch import nn
 
 from .calibration.blocks import find_blocks
 from .calibration.data import window_batches
+from .calibration.decoder_block import PARTS
 from .calibration.inputs import OriginalInputs, recorded_inputs
-from .calibration.settings import Calibration
+from .calibration.run import MAX_STAGES
+from .calibration.settings import OWN_SHARE, Calibration
+from .calibration.shares import sums_at_once
 from .emulation import is_emulated
 from .modules import dense_weights
 from .streaming.checkpoint import unit_name
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from .config import PackedConfig
 
 # Measured on a CPU: libraries and the process itself; bytes per element of a matrix that is rounded, of the weights of a
-# group of layers with one input that are calibrated, and of the square of the number of their inputs.
+# group of layers with one input that are calibrated, and of the square of the number of their inputs while they are.
 _PROCESS = 700 << 20
 _ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 40
 _PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
@@ -130,7 +133,11 @@ def _calibrated(
     groups: dict[str, list[_Matrix]] = {}
     for matrix in matrices:
         groups.setdefault(matrix.group, []).append(matrix)
-    work = max(_working_memory(group) for group in groups.values())
+    sums = 4 * (3 if settings.correction == OWN_SHARE else 2)
+    work = max(
+        max(_working_memory(group, max(_SQUARED, sums * sums_at_once(processes))) for group in groups.values()),
+        max(sums * _squares_at_once(groups, unit, processes) for unit in units),
+    )
     widest = max(matrix.shape[-1] for matrix in matrices)
     blocks = find_blocks(model, [matrix.module for matrix in matrices])
     block = max(unit.dense for name, unit in units.items() if name.startswith(f"{blocks}.")) * (2 if upcast else 1)
@@ -190,10 +197,22 @@ def _shared_inputs(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     return {name: group[0] for group in found.groups() for name in group}
 
 
-def _working_memory(group: list[_Matrix]) -> int:
-    """Bytes for calibrating matrices with one input: of a stack, one matrix at a time."""
+def _working_memory(group: list[_Matrix], squared: int) -> int:
+    """Bytes for calibrating matrices with one input, `squared` of them for the square of it: of a stack, one matrix at a time."""
     rows, columns = sum(matrix.shape[-2] for matrix in group), group[0].shape[-1]
-    return _CALIBRATED * rows * columns + _SQUARED * columns * columns
+    return _CALIBRATED * rows * columns + squared * columns * columns
+
+
+def _squares_at_once(groups: dict[str, list[_Matrix]], unit: str, processes: int) -> int:
+    """Squares of the numbers of inputs for which sums are in memory, where a block has too many groups for one after another."""
+    linear = [
+        group[0].shape[-1] ** 2
+        for group in groups.values()
+        if group[0].module.startswith(f"{unit}.") and len(group[0].shape) == 2
+    ]
+    if len(linear) <= MAX_STAGES:
+        return 0
+    return sum(linear) * (PARTS + sums_at_once(processes) - 1) // PARTS
 
 
 def _inputs(matrices: list[_Matrix], unit: str) -> int:
