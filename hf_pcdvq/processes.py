@@ -9,10 +9,11 @@ needs to be shared. Every process must call the methods in the same order.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .files.contents import byte_view
 # How long a process waits for the others: at first, and at work. One that ends is noticed at once; this is for one that
 # never comes, or hangs.
 _MEETING, _TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
+
+
+Made = TypeVar("Made")
 
 
 class ProcessesLost(RuntimeError):
@@ -126,10 +130,28 @@ class Processes:
             with self._answering():
                 torch.distributed.broadcast(tensor, source, group=group)
 
+    def in_first(self, make: Callable[[], Made]) -> Made | None:
+        """What `make` returns in the first process, and None in the others, which wait for it.
+
+        If it raises an error, all of them do: none is left waiting for the first, and a program may go on in all.
+        """
+        if self.count == 1:
+            return make()
+        made, error = None, None
+        if self.rank == 0:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        _, elsewhere = self.broadcast({}, _that_can_be_sent(error), 0)
+        if elsewhere is not None:
+            raise error or elsewhere
+        return made
+
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns in the first process, in each of them, on the CPU."""
-        found = {"": make()} if self.rank == 0 else {}
-        return self.broadcast(found, None, 0)[0][""]
+        """What `make` returns in the first process, in each of them, on the CPU; errors as by `in_first`."""
+        made = self.in_first(make)
+        return self.broadcast({} if made is None else {"": made}, None, 0)[0][""]
 
     def broadcast(self, tensors: Mapping[Any, Tensor], note: Any, source: int) -> tuple[dict[Any, Tensor], Any]:
         """Tensors by any key, and a note that can be pickled, as process `source` passes them, in each of them.
@@ -205,6 +227,14 @@ class Processes:
                 "Start all of them again with the same command: with a work folder, it goes on where it was. "
                 f"({str(error).splitlines()[0]:.200})"
             ) from error
+
+
+def _that_can_be_sent(error: Exception | None) -> Exception | None:
+    """An error of the same type and message, or one with both in its message if the type cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -73,14 +73,15 @@ def in_memory(folder, case, **options):
     return quantize_model(model, None, config_of(case), TOKENS, progress=False, **options)
 
 
-def refusal(folder, processes, **fields):
+def refusal(folder, processes, dataset=TOKENS, work_dir=None, **fields):
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     settings = {"samples": 18, "length": 16, "holdout": 2, **fields}
     try:
         config = config_of_setting("pcdvq-2.0", calibration=settings)
-        quantize_model(model, None, config, TOKENS, progress=False, processes=processes)
-    except ValueError as error:
-        return str(error)
+        options = {"progress": False, "work_dir": work_dir, "processes": processes}
+        quantize_model(model, byte_tokenizer(), config, dataset, **options)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
     return "was not refused"
 
 
@@ -126,14 +127,25 @@ def main(folder):
     processes, found = Processes(), {}
     rank = processes.rank
     for case in CASES:
-        report = streamed(folder, case, folder / case, work_dir=folder / f"{case} work", processes=processes).report
+        out = folder / case
+        quantized = streamed(folder, case, out, work_dir=folder / f"{case} work", processes=processes)
+        found["files", case] = {file.name: file.read_bytes() for file in out.iterdir()}
+        report = quantized.compare(out)
         found[case] = report and [block.output_error for block in report.blocks]
+        found["compared", case] = report and (report.comparison is not None, report.comparison_failure)
     found["resumed"] = {case: resumed(folder, case, processes) for case in ("dense", "rounded")}
+    # All of them go on after what is refused.
+    (folder / "a file").touch()
+    refused = {
+        "fisher": {"fisher_groups": 2},
+        "few": {"samples": 8},
+        "missing": {"dataset": "missing.txt"},
+        "work": {"work_dir": folder / "a file"},
+    }
+    found["refused"] = {what: refusal(folder, processes, **fields) for what, fields in refused.items()}
     found["in memory"] = in_memory(folder, "dense", processes=processes).state_dict()
     if rank == 0:  # as a program does that trains in several processes and quantizes the result in one
         found["alone"] = in_memory(folder, "dense").state_dict()
-    refused = {"fisher": {"fisher_groups": 2}, "few": {"samples": 8}}
-    found["refused"] = {what: refusal(folder, processes, **fields) for what, fields in refused.items()}
     found["recovered"] = recovered(folder / "llama", folder / "state")
     torch.save(found, folder / f"{rank}.pt")
     run_command(folder, "command")

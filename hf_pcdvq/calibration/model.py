@@ -99,7 +99,7 @@ def calibrate_model(
     store = None
     if work_dir is not None:
         owner = run_identity(identity, names, config, windows, device, shares.at_once, processes.count)
-        store = BlockStore(work_dir, owner, restart) if processes.rank == 0 else None
+        store = processes.in_first(lambda: BlockStore(work_dir, owner, restart))
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = _held_out(weights, blocks, holdout, device, activations, progress, processes)

@@ -156,10 +156,11 @@ class _Run:
             progress=self.progress,
             processes=self.processes,
         )
-        if output is not None:
-            output.finish()
+        self._finish(output)
 
         def compare(out: Path) -> QuantizationReport:
+            if self.processes.rank > 0:  # the first has the original's logits
+                return report
             return with_comparison(report, lambda: _saved(type(self.model), out, activations), held_out)
 
         return Quantized(report, compare)
@@ -172,18 +173,21 @@ class _Run:
         store = None
         if self.work_dir is not None:
             identity = agreed(model_identity(self.model, checkpoint.files_hash(self.processes)), self.processes)
-            if self.processes.rank == 0:
-                owner = run_identity(identity, names, self.config, None, self.device)
-                store = BlockStore(self.work_dir, owner, self.restart)
+            owner = run_identity(identity, names, self.config, None, self.device)
+            store = self.processes.in_first(lambda: BlockStore(self.work_dir, owner, self.restart))
         output = self._output(checkpoint, quantizer, names)
         Rounding(checkpoint, quantizer, names, store, self.processes, self.progress).run(output)
-        if output is not None:
-            output.finish()
+        self._finish(output)
+
+    def _finish(self, output: Output | None) -> None:
+        """Complete the files, before any process goes on: it may want to read them."""
+        self.processes.in_first(lambda: output.finish())
 
     def _output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output | None:
         """Save everything but the tensors of the packed model; None in all processes but the first, which writes it."""
-        if self.processes.rank > 0:
-            return None
+        return self.processes.in_first(lambda: self._started_output(checkpoint, quantizer, names))
+
+    def _started_output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
         if self.folder.resolve() in {file.parent.resolve() for file in checkpoint.files}:
             raise ValueError(
                 f"{self.folder} holds the original, which would be overwritten while it is read: choose another"
