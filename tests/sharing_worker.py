@@ -141,6 +141,10 @@ def main(folder):
         "few": {"samples": 8},
         "missing": {"dataset": "missing.txt"},
         "work": {"work_dir": folder / "a file"},
+        "unwritten": {"dataset": None},
+        "settings": {"damp_percent": 0.01 * (1 + rank)},
+        "kept": {"damp_percent": 0.01 * (1 + rank), "work_dir": folder / "differing work"},
+        "one kept": {"work_dir": folder / "differing work" if rank else None},
     }
     found["refused"] = {what: refusal(folder, processes, **fields) for what, fields in refused.items()}
     found["in memory"] = in_memory(folder, "dense", processes=processes).state_dict()

@@ -85,7 +85,15 @@ def test_what_takes_the_whole_model_and_too_few_windows_are_refused_by_name(runs
         assert (
             "fisher_groups=2 takes the whole model in one process, and 2 were started" in found["refused"]["fisher"]
         )
+        assert "dataset=None" in found["refused"]["unwritten"] and "name a dataset" in found["refused"]["unwritten"]
         assert "8 windows make 1 shares" in found["refused"]["few"] and "start at most 1" in found["refused"]["few"]
+
+
+def test_processes_that_were_told_different_things_are_refused(runs):
+    first, second = (found["refused"] for found in runs[1])
+    for what, named in (("settings", "the settings"), ("kept", "the settings"), ("one kept", "work_dir")):
+        assert first[what].endswith(f"process 0 and process 1 were started differently: they differ in {named}")
+        assert second[what].endswith(f"process 1 and process 0 were started differently: they differ in {named}")
 
 
 def test_what_fails_in_the_first_process_fails_alike_in_the_other(runs):

@@ -15,8 +15,8 @@ from torch import nn
 from ..calibration.activations import Activations, MappedActivations
 from ..calibration.blocks import find_blocks
 from ..calibration.held_out import with_comparison
-from ..calibration.identity import agreed, model_identity, run_identity
-from ..calibration.model import calibrate_model
+from ..calibration.identity import agree, agreed, model_identity, run_identity
+from ..calibration.model import calibrate_model, refuse_shared
 from ..calibration.report import QuantizationReport
 from ..calibration.store import BlockStore
 from ..config import PackedConfig
@@ -94,6 +94,7 @@ def quantize_checkpoint(
         return Quantized(None, lambda out: None)
     dataset = config.calibration.dataset if dataset is None else dataset
     if dataset is None:
+        refuse_shared(config, dataset, processes)
         raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
     return run.calibrate(tokenizer, dataset, partial(MappedActivations, Path(scratch)), batch_tokens)
 
@@ -170,8 +171,10 @@ class _Run:
         checkpoint = Checkpoint(self.model, self.device)
         quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
         names = quantizer.select(_before_loading(self.model))
+        kept = self.work_dir is not None
+        agree(self.model, names, self.config, self.device, self.processes, work_dir=kept)
         store = None
-        if self.work_dir is not None:
+        if kept:
             identity = agreed(model_identity(self.model, checkpoint.files_hash(self.processes)), self.processes)
             owner = run_identity(identity, names, self.config, None, self.device)
             store = self.processes.in_first(lambda: BlockStore(self.work_dir, owner, self.restart))
