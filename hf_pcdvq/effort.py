@@ -22,6 +22,7 @@ from .calibration.inputs import OriginalInputs, recorded_inputs
 from .calibration.run import MAX_STAGES
 from .calibration.settings import OWN_SHARE, Calibration
 from .calibration.shares import sums_at_once
+from .codecs.base import slice_size
 from .emulation import is_emulated
 from .modules import dense_weights
 from .streaming.checkpoint import unit_name
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 # group of layers with one input that are calibrated, and of the square of the number of their inputs while they are.
 _PROCESS = 700 << 20
 _ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 40
+_ENCODED, _IN_SLICE = (
+    8,
+    40,
+)  # bytes per element of a large matrix that is rounded, and of the slice that is encoded at once
 _PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
 
 
@@ -99,31 +104,47 @@ def efforts(
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     matrices, units = _matrices(model, names, config), _units(model, packed_bytes)
+    blocks = f"{find_blocks(model, names)}."
+    inside = [matrix for matrix in matrices if matrix.module.startswith(blocks)]
+    outside = [matrix for matrix in matrices if not matrix.module.startswith(blocks)]
     encoding = None
     if timed:
         rates = {codec: _encoding_rate(codec, device) for codec in {matrix.codec for matrix in matrices}}
-        encoding = sum(matrix.numel / rates[matrix.codec] for matrix in matrices) / processes
-    one = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+        encoding = [sum(one.numel / rates[one.codec] for one in some) / processes for some in (inside, outside)]
+    rounding = max(
+        [_ROUNDED * one.shape[-1] * one.shape[-2] for one in inside]
+        # Embeddings and heads are so large that it is slices that count.
+        + [min(_ROUNDED * one.numel, _ENCODED * one.numel + _IN_SLICE * slice_size(device)) for one in outside]
+    )
     packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
     largest = max(unit.packed for unit in units.values())
-    memory = _PROCESS + largest + _ROUNDED * one
+    memory = _PROCESS + largest + rounding
     settings = config.calibration or Calibration()
     return {
-        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding),
-        "calibrated": _calibrated(model, matrices, units, settings, device, encoding, processes),
+        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding and sum(encoding)),
+        "calibrated": _calibrated(model, inside, blocks, rounding, units, settings, device, encoding, processes),
     }
 
 
 def _calibrated(
     model: PreTrainedModel,
     matrices: list[_Matrix],
+    blocks: str,
+    rounding: int,
     units: dict[str, _Unit],
     settings: Calibration,
     device: torch.device,
-    encoding: float | None,
+    encoding: list[float] | None,
     processes: int,
 ) -> Effort:
-    """The effort of a calibrated run."""
+    """The effort of a calibrated run.
+
+    Args:
+        matrices: those inside the blocks; others are rounded.
+        blocks: what the names of units inside the blocks begin with.
+        rounding: bytes to round a matrix.
+        encoding: seconds to encode the matrices inside and outside the blocks.
+    """
     upcast = is_emulated(model.dtype, device)
     size = 4 if upcast else model.dtype.itemsize
     vocabulary, hidden = model.get_input_embeddings().weight.shape
@@ -139,13 +160,14 @@ def _calibrated(
         max(sums * _squares_at_once(groups, unit, processes) for unit in units),
     )
     widest = max(matrix.shape[-1] for matrix in matrices)
-    blocks = find_blocks(model, [matrix.module for matrix in matrices])
-    block = max(unit.dense for name, unit in units.items() if name.startswith(f"{blocks}.")) * (2 if upcast else 1)
-    outside = sum(unit.dense for name, unit in units.items() if not name.startswith(f"{blocks}."))
-    # A block while it is calibrated; what is outside the blocks, when the first is run or the result compared.
+    block = max(unit.dense for name, unit in units.items() if name.startswith(blocks)) * (2 if upcast else 1)
+    outside = {name: unit.dense for name, unit in units.items() if not name.startswith(blocks)}
+    # A block while it is calibrated; what is outside the blocks, when the first is run or the result compared; a part of that
+    # while it is rounded.
     memory = _PROCESS + max(
         block + work + batch * (4 * widest + 8 * hidden) * size,
-        outside * (2 if upcast else 1) + block + settings.length * vocabulary * size,
+        sum(outside.values()) * (2 if upcast else 1) + block + settings.length * vocabulary * size,
+        max(outside.values(), default=0) + rounding,
     )
     logits = settings.holdout * settings.length * vocabulary * size
     inputs = max(_inputs(matrices, unit) for unit in units)
@@ -158,7 +180,7 @@ def _calibrated(
     if encoding is not None:
         operations = sum(_operations(group, tokens) for group in groups.values())
         # Error feedback encodes every unit twice: once, and once more in the sweep of coordinate descent.
-        seconds = (1 + settings.sweeps) * encoding + operations / processes / _product_rate(device)
+        seconds = (1 + settings.sweeps) * encoding[0] + encoding[1] + operations / processes / _product_rate(device)
     return Effort(memory, disk, 3 * dense, seconds)
 
 

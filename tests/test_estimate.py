@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
 from hf_pcdvq.emulation import is_emulated
@@ -64,6 +64,17 @@ def test_memory_for_quantizing_is_that_of_one_block_however_many_there_are(tiny_
         assert many[how].read_bytes > 10 * few[how].read_bytes
         assert many[how].disk_bytes > few[how].disk_bytes and few[how].seconds is None
     assert few["calibrated"].memory_bytes > few["rounded"].memory_bytes
+
+
+def test_embeddings_and_head_in_int8_are_rounded_in_slices():
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "vocab_size": 128256}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)  # of Llama-3-8B
+    dense, packed = (
+        estimate(config, PcdvqConfig(embeddings=setting, head=setting)).efforts for setting in (None, "int8")
+    )
+    assert packed["calibrated"].memory_bytes == dense["calibrated"].memory_bytes
+    # At 24 bytes for each of their weights they would take 12.6 GB.
+    assert packed["rounded"].memory_bytes < 5.5e9
 
 
 def test_processes_divide_activations_and_time_but_not_the_memory_for_a_block(tiny_model_dir):
