@@ -21,7 +21,7 @@ from .calibration.decoder_block import PARTS
 from .calibration.inputs import OriginalInputs, recorded_inputs
 from .calibration.run import MAX_STAGES
 from .calibration.settings import OWN_SHARE, Calibration
-from .calibration.shares import sums_at_once
+from .calibration.shares import share_count, sums_at_once
 from .codecs.base import slice_size
 from .emulation import is_emulated
 from .modules import dense_weights
@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 # group of layers with one input that are calibrated, and of the square of the number of their inputs while they are.
 _PROCESS = 700 << 20
 _ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 40
-_ENCODED, _IN_SLICE = (
-    8,
-    40,
-)  # bytes per element of a large matrix that is rounded, and of the slice that is encoded at once
+# Bytes per element of a large matrix that is rounded, and of the slice of it that is encoded at once.
+_ENCODED, _IN_SLICE = 6, 40
 _PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
 
 
@@ -101,6 +99,9 @@ def efforts(
         packed_bytes: of every weight that is packed, by its `id`.
         timed: measure this machine, which takes seconds, to tell how long each takes.
         processes: that share the work, each on a machine or a GPU like this one.
+
+    Raises:
+        ValueError: more processes than can share a calibration.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     matrices, units = _matrices(model, names, config), _units(model, packed_bytes)
@@ -120,6 +121,7 @@ def efforts(
     largest = max(unit.packed for unit in units.values())
     memory = _PROCESS + largest + rounding
     settings = config.calibration or Calibration()
+    share_count(settings.samples, processes)
     return {
         "rounded": Effort(memory, 2 * packed, 2 * dense, encoding and sum(encoding)),
         "calibrated": _calibrated(model, inside, blocks, rounding, units, settings, device, encoding, processes),
@@ -172,10 +174,9 @@ def _calibrated(
     logits = settings.holdout * settings.length * vocabulary * size
     inputs = max(_inputs(matrices, unit) for unit in units)
     packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
-    own = tokens // processes
+    disk = 2 * packed + tokens // processes * size * (2 * hidden + 2 * inputs) + logits
     if processes > 1 and any(len(matrix.shape) == 3 for matrix in matrices):
-        own += tokens  # the inputs of experts, of which each process has all
-    disk = 2 * packed + own * size * (2 * hidden + 2 * inputs) + logits
+        disk += tokens * size * 2 * hidden  # what experts receive, of which each process has all
     seconds = None
     if encoding is not None:
         operations = sum(_operations(group, tokens) for group in groups.values())

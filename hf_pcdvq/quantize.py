@@ -71,7 +71,8 @@ def quantize_model(
             `config.calibration` names; if that is None too, the model generates the text.
         device: where blocks are computed; None takes the accelerator if there is one.
         batch_tokens: how many tokens go through a decoder block at once, at least those of one window; None takes 8192
-            on an accelerator and one window on a CPU. Another number changes the last bits of Hessians.
+            on an accelerator and one window on a CPU. No more than the windows of one share go at once: of 16, or fewer with at
+            least 8 windows each. Another number changes the last bits of Hessians.
         work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
             folder, model, settings and versions of packages. None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.

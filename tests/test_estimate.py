@@ -87,6 +87,15 @@ def test_processes_divide_activations_and_time_but_not_the_memory_for_a_block(ti
     assert one.disk_bytes - four.disk_bytes == pytest.approx(activations * 3 / 4 * size_of_a_number(), rel=1e-9)
 
 
+def test_each_process_has_what_all_experts_receive():
+    model = read_model_config(str(MODELS / "deepseek_v3.json"))
+    disk = [estimate(model, PcdvqConfig(), processes=count).efforts["calibrated"].disk_bytes for count in (1, 16)]
+    numbers = 128 * 1024 * 2 * size_of_a_number() * 2 * 7168  # hidden states in both models
+    assert disk[1] < disk[0] and disk[1] > numbers
+    with pytest.raises(ValueError, match="too few for 17 processes: start at most 16"):
+        estimate(model, PcdvqConfig(), processes=17)
+
+
 def size_of_a_number():
     """In which hidden states are kept, relative to bfloat16: a CPU that emulates that has float32."""
     return 2 if is_emulated(torch.bfloat16, torch.device("cpu")) else 1

@@ -50,15 +50,10 @@ class Shares:
         """Divide windows, int64 `[n, L]`; see `window_batches` for `device` and `tokens`.
 
         Raises:
-            ValueError: there are fewer shares than processes.
+            ValueError: see `share_count`.
         """
         processes = processes or Processes.alone()
-        number = max(1, min(_MOST, len(windows) // _LEAST))
-        if number < processes.count:
-            raise ValueError(
-                f"{len(windows)} windows make {number} shares, of at least {_LEAST} each and {_MOST} at most, too few for "
-                f"{processes.count} processes: start at most {number}, or calibrate on more windows"
-            )
+        number = share_count(len(windows), processes.count)
         batches: list[Tensor] = []
         spans: dict[int, range] = {}
         for share in processes.share(range(number)):
@@ -104,6 +99,22 @@ class Shares:
         return next(
             rank for rank in range(self.processes.count) if share in self.processes.share_of(rank, range(self.number))
         )
+
+
+def share_count(windows: int, processes: int) -> int:
+    """In how many shares so many windows are divided.
+
+    Raises:
+        ValueError: there are fewer shares than processes.
+    """
+    number = max(1, min(_MOST, windows // _LEAST))
+    if number < processes:
+        raise ValueError(
+            f"{windows} windows make {number} shares, of at least {_LEAST} each and {_MOST} at most, too few for "
+            f"{processes} processes: start at most {number}"
+            + (", or calibrate on more windows" if number < _MOST else "")
+        )
+    return number
 
 
 def sums_at_once(processes: int) -> int:
