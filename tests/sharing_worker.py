@@ -27,37 +27,40 @@ from hf_pcdvq_cli import main as command
 
 TOKENS = torch.randint(2, 250, (20, 16), generator=torch.Generator().manual_seed(0))
 RINGS = {r"layers\.1\.self_attn\.v_proj": "stream-2.0", "o_proj": "ccq-2.5"}
-# Model, setting, overrides, and fields of a calibration or None to round. 18 windows are two shares.
+# Model, setting, overrides, and fields of a calibration or None to round. 18 windows are two shares. Where embeddings and head
+# are tied, both are packed.
 CASES = {
     "dense": ("llama", "pcdvq-2.25", RINGS, {"correction": "own"}),
     "experts": ("mixtral", "pcdvq-2.0", {}, {"expert_tokens": 60}),
     "rounded": ("llama", "pcdvq-2.0", RINGS, None),
     "rounded experts": ("mixtral", "pcdvq-2.0", {}, None),
+    "tied": ("llama tied", "stream-2.0", {}, {}),
+    "rounded tied": ("llama tied", "stream-2.0", {}, None),
 }
 RECOVERY = Recovery(steps=4, batch=4, learning_rate=0.01, evaluations=2)
 
 
-def llama():
+def llama(tied=False):
     """Gate and up projections have more rows together than one part."""
     sizes = {"hidden_size": 64, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 258}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=False)
-    ).bfloat16()
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=tied)).bfloat16()
 
 
 def save_models(folder):
-    for name, model in (("llama", llama()), ("mixtral", moe_models.model("mixtral"))):
+    models = {"llama": llama(), "llama tied": llama(tied=True), "mixtral": moe_models.model("mixtral")}
+    for name, model in models.items():
         model.save_pretrained(folder / name, max_shard_size="100KB")
         byte_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(" ".join(f"{number} of many small words" for number in range(150)))
 
 
 def config_of(case):
-    _, setting, overrides, fields = CASES[case]
+    model, setting, overrides, fields = CASES[case]
     calibration = None if fields is None else Calibration(samples=18, length=16, holdout=2, **fields)
-    return config_of_setting(setting, calibration=calibration, overrides=overrides)
+    embeddings = "int8" if model == "llama tied" else None
+    return config_of_setting(setting, calibration=calibration, overrides=overrides, embeddings=embeddings)
 
 
 def streamed(folder, case, out, **options):
