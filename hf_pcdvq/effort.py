@@ -17,8 +17,12 @@ from torch import nn
 
 from .calibration.blocks import find_blocks
 from .calibration.data import window_batches
+from .calibration.decoder_block import PARTS
 from .calibration.inputs import OriginalInputs, recorded_inputs
-from .calibration.settings import Calibration
+from .calibration.run import MAX_STAGES
+from .calibration.settings import OWN_SHARE, Calibration
+from .calibration.shares import share_count, sums_at_once
+from .codecs.base import slice_size
 from .emulation import is_emulated
 from .modules import dense_weights
 from .streaming.checkpoint import unit_name
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
     from .config import PackedConfig
 
 # Measured on a CPU: libraries and the process itself; bytes per element of a matrix that is rounded, of the weights of a
-# group of layers with one input that are calibrated, and of the square of the number of their inputs.
+# group of layers with one input that are calibrated, and of the square of the number of their inputs while they are.
 _PROCESS = 700 << 20
 _ROUNDED, _CALIBRATED, _SQUARED = 24, 44, 40
+# Bytes per element of a large matrix that is rounded, and of the slice of it that is encoded at once.
+_ENCODED, _IN_SLICE = 6, 40
 _PASSES = 3  # forward passes of a window through a block that is calibrated: original, up to each group, quantized
 
 
@@ -93,34 +99,54 @@ def efforts(
         packed_bytes: of every weight that is packed, by its `id`.
         timed: measure this machine, which takes seconds, to tell how long each takes.
         processes: that share the work, each on a machine or a GPU like this one.
+
+    Raises:
+        ValueError: more processes than can share a calibration.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     matrices, units = _matrices(model, names, config), _units(model, packed_bytes)
+    blocks = f"{find_blocks(model, names)}."
+    inside = [matrix for matrix in matrices if matrix.module.startswith(blocks)]
+    outside = [matrix for matrix in matrices if not matrix.module.startswith(blocks)]
     encoding = None
     if timed:
         rates = {codec: _encoding_rate(codec, device) for codec in {matrix.codec for matrix in matrices}}
-        encoding = sum(matrix.numel / rates[matrix.codec] for matrix in matrices) / processes
-    one = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+        encoding = [sum(one.numel / rates[one.codec] for one in some) / processes for some in (inside, outside)]
+    rounding = max(
+        [_ROUNDED * one.shape[-1] * one.shape[-2] for one in inside]
+        # Embeddings and heads are so large that it is slices that count.
+        + [min(_ROUNDED * one.numel, _ENCODED * one.numel + _IN_SLICE * slice_size(device)) for one in outside]
+    )
     packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
     largest = max(unit.packed for unit in units.values())
-    memory = _PROCESS + largest + _ROUNDED * one
+    memory = _PROCESS + largest + rounding
     settings = config.calibration or Calibration()
+    share_count(settings.samples, processes)
     return {
-        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding),
-        "calibrated": _calibrated(model, matrices, units, settings, device, encoding, processes),
+        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding and sum(encoding)),
+        "calibrated": _calibrated(model, inside, blocks, rounding, units, settings, device, encoding, processes),
     }
 
 
 def _calibrated(
     model: PreTrainedModel,
     matrices: list[_Matrix],
+    blocks: str,
+    rounding: int,
     units: dict[str, _Unit],
     settings: Calibration,
     device: torch.device,
-    encoding: float | None,
+    encoding: list[float] | None,
     processes: int,
 ) -> Effort:
-    """The effort of a calibrated run."""
+    """The effort of a calibrated run.
+
+    Args:
+        matrices: those inside the blocks; others are rounded.
+        blocks: what the names of units inside the blocks begin with.
+        rounding: bytes to round a matrix.
+        encoding: seconds to encode the matrices inside and outside the blocks.
+    """
     upcast = is_emulated(model.dtype, device)
     size = 4 if upcast else model.dtype.itemsize
     vocabulary, hidden = model.get_input_embeddings().weight.shape
@@ -130,28 +156,32 @@ def _calibrated(
     groups: dict[str, list[_Matrix]] = {}
     for matrix in matrices:
         groups.setdefault(matrix.group, []).append(matrix)
-    work = max(_working_memory(group) for group in groups.values())
+    sums = 4 * (3 if settings.correction == OWN_SHARE else 2)
+    work = max(
+        max(_working_memory(group, max(_SQUARED, sums * sums_at_once(processes))) for group in groups.values()),
+        max(sums * _squares_at_once(groups, unit, processes) for unit in units),
+    )
     widest = max(matrix.shape[-1] for matrix in matrices)
-    blocks = find_blocks(model, [matrix.module for matrix in matrices])
-    block = max(unit.dense for name, unit in units.items() if name.startswith(f"{blocks}.")) * (2 if upcast else 1)
-    outside = sum(unit.dense for name, unit in units.items() if not name.startswith(f"{blocks}."))
-    # A block while it is calibrated; what is outside the blocks, when the first is run or the result compared.
+    block = max(unit.dense for name, unit in units.items() if name.startswith(blocks)) * (2 if upcast else 1)
+    outside = {name: unit.dense for name, unit in units.items() if not name.startswith(blocks)}
+    # A block while it is calibrated; what is outside the blocks, when the first is run or the result compared; a part of that
+    # while it is rounded.
     memory = _PROCESS + max(
         block + work + batch * (4 * widest + 8 * hidden) * size,
-        outside * (2 if upcast else 1) + block + settings.length * vocabulary * size,
+        sum(outside.values()) * (2 if upcast else 1) + block + settings.length * vocabulary * size,
+        max(outside.values(), default=0) + rounding,
     )
     logits = settings.holdout * settings.length * vocabulary * size
     inputs = max(_inputs(matrices, unit) for unit in units)
     packed, dense = sum(unit.packed for unit in units.values()), sum(unit.dense for unit in units.values())
-    own = tokens // processes
+    disk = 2 * packed + tokens // processes * size * (2 * hidden + 2 * inputs) + logits
     if processes > 1 and any(len(matrix.shape) == 3 for matrix in matrices):
-        own += tokens  # the inputs of experts, of which each process has all
-    disk = 2 * packed + own * size * (2 * hidden + 2 * inputs) + logits
+        disk += tokens * size * 2 * hidden  # what experts receive, of which each process has all
     seconds = None
     if encoding is not None:
         operations = sum(_operations(group, tokens) for group in groups.values())
         # Error feedback encodes every unit twice: once, and once more in the sweep of coordinate descent.
-        seconds = (1 + settings.sweeps) * encoding + operations / processes / _product_rate(device)
+        seconds = (1 + settings.sweeps) * encoding[0] + encoding[1] + operations / processes / _product_rate(device)
     return Effort(memory, disk, 3 * dense, seconds)
 
 
@@ -190,10 +220,22 @@ def _shared_inputs(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     return {name: group[0] for group in found.groups() for name in group}
 
 
-def _working_memory(group: list[_Matrix]) -> int:
-    """Bytes for calibrating matrices with one input: of a stack, one matrix at a time."""
+def _working_memory(group: list[_Matrix], squared: int) -> int:
+    """Bytes for calibrating matrices with one input, `squared` of them for the square of it: of a stack, one matrix at a time."""
     rows, columns = sum(matrix.shape[-2] for matrix in group), group[0].shape[-1]
-    return _CALIBRATED * rows * columns + _SQUARED * columns * columns
+    return _CALIBRATED * rows * columns + squared * columns * columns
+
+
+def _squares_at_once(groups: dict[str, list[_Matrix]], unit: str, processes: int) -> int:
+    """Squares of the numbers of inputs for which sums are in memory, where a block has too many groups for one after another."""
+    linear = [
+        group[0].shape[-1] ** 2
+        for group in groups.values()
+        if group[0].module.startswith(f"{unit}.") and len(group[0].shape) == 2
+    ]
+    if len(linear) <= MAX_STAGES:
+        return 0
+    return sum(linear) * (PARTS + sums_at_once(processes) - 1) // PARTS
 
 
 def _inputs(matrices: list[_Matrix], unit: str) -> int:

@@ -1,5 +1,7 @@
 """The processes that share a quantization or a recovery: one per GPU, as `torchrun` or `accelerate launch` start them.
 
+Make one `Processes()` in every process of a program, and pass it on: `quantize_model(..., processes=Processes())`.
+
 What they exchange besides sums passes through gloo and main memory, whatever accelerators they have, and no file system
 needs to be shared. Every process must call the methods in the same order.
 """
@@ -7,46 +9,86 @@ needs to be shared. Every process must call the methods in the same order.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .files.contents import byte_view
 
-# How long a process waits for the others. One that ends is noticed at once; this is for one that hangs.
-_TIMEOUT = timedelta(hours=2)
+# How long a process waits for the others: at first, and at work. One that ends is noticed at once; this is for one that
+# never comes, or hangs.
+_MEETING, _TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
+
+
+Made = TypeVar("Made")
 
 
 class ProcessesLost(RuntimeError):
     """Another process has ended, or has not answered in time."""
 
 
+def launched() -> tuple[int, int]:
+    """The number of this process among those that `torchrun` or `accelerate launch` has started, and how many these are."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def refuse_unlaunched() -> None:
+    """Reject a process that its environment numbers among several, and that has no way to the others.
+
+    Each of them would take itself for the only one and write the same files.
+
+    Raises:
+        RuntimeError: it is one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != str(launched()[1]):
+        raise RuntimeError(
+            f"the environment says WORLD_SIZE={count}, but neither torchrun nor accelerate launch has started this process: "
+            "start it with one of them, or for one process alone unset WORLD_SIZE and RANK"
+        )
+
+
 class Processes:
     """What a process needs to know of the others. A program that was started alone is one process.
+
+    Made in all of them: each waits until the others have come.
 
     Attributes:
         count: number of processes.
         rank: number of this one.
         device: of this one; None if it is alone.
+
+    Raises:
+        ProcessesLost: another has ended, or has not come within 10 minutes.
     """
 
     def __init__(self) -> None:
         self.count, self.rank, self.device = 1, 0, None
         if not torch.distributed.is_available():
             return
-        if torch.distributed.is_initialized() or torch.distributed.is_torchelastic_launched():
+        if torch.distributed.is_initialized() or launched()[1] > 1:
             from accelerate import PartialState
 
-            # Unless it is told so, it takes processes without accelerators for single ones.
-            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_TIMEOUT)
-            self.count, self.rank, self.device = state.num_processes, state.process_index, state.device
+            with _coming():
+                # Unless it is told so, it takes processes without accelerators for single ones.
+                state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_MEETING)
+                self.count, self.rank, self.device = state.num_processes, state.process_index, state.device
+                if self.count > 1:
+                    # It is left in place: the first to leave would disconnect others that have not met everyone yet.
+                    torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=_MEETING))
         if self.count > 1:
             with self._answering():
                 self._group = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
+                self._device_group = self._group
+                if self.device.type != "cpu":  # as theirs, but as patient: it may have been made to meet in
+                    self._device_group = torch.distributed.new_group(timeout=_TIMEOUT)
 
     @classmethod
     def alone(cls) -> Processes:
@@ -76,7 +118,7 @@ class Processes:
         The same bits in all of them. Another number of processes adds in another order.
         """
         if self.count > 1:
-            group = self._group if tensor.device.type == "cpu" else None
+            group = self._group if tensor.device.type == "cpu" else self._device_group
             with self._answering():
                 torch.distributed.all_reduce(tensor, group=group)
         return tensor
@@ -84,14 +126,32 @@ class Processes:
     def spread(self, tensor: Tensor, source: int) -> None:
         """Overwrite a tensor with that of process `source`, which has the same dtype and shape, where it is."""
         if self.count > 1:
-            group = self._group if tensor.device.type == "cpu" else None
+            group = self._group if tensor.device.type == "cpu" else self._device_group
             with self._answering():
                 torch.distributed.broadcast(tensor, source, group=group)
 
+    def in_first(self, make: Callable[[], Made]) -> Made | None:
+        """What `make` returns in the first process, and None in the others, which wait for it.
+
+        If it raises an error, all of them do: none is left waiting for the first, and a program may go on in all.
+        """
+        if self.count == 1:
+            return make()
+        made, error = None, None
+        if self.rank == 0:
+            try:
+                made = make()
+            except Exception as raised:
+                error = raised
+        _, elsewhere = self.broadcast({}, _that_can_be_sent(error), 0)
+        if elsewhere is not None:
+            raise error or elsewhere
+        return made
+
     def from_first(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns in the first process, in each of them, on the CPU."""
-        found = {"": make()} if self.rank == 0 else {}
-        return self.broadcast(found, None, 0)[0][""]
+        """What `make` returns in the first process, in each of them, on the CPU; errors as by `in_first`."""
+        made = self.in_first(make)
+        return self.broadcast({} if made is None else {"": made}, None, 0)[0][""]
 
     def broadcast(self, tensors: Mapping[Any, Tensor], note: Any, source: int) -> tuple[dict[Any, Tensor], Any]:
         """Tensors by any key, and a note that can be pickled, as process `source` passes them, in each of them.
@@ -167,3 +227,24 @@ class Processes:
                 "Start all of them again with the same command: with a work folder, it goes on where it was. "
                 f"({str(error).splitlines()[0]:.200})"
             ) from error
+
+
+def _that_can_be_sent(error: Exception | None) -> Exception | None:
+    """An error of the same type and message, or one with both in its message if the type cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _coming() -> Iterator[None]:
+    """Say what it means when another process does not come to the first meeting."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessesLost(
+            f"not all processes that were started have come here within {_MEETING}: call this in every one of them, or in none. A "
+            "program that one of them starts takes itself for it: start it without the variables of torchrun "
+            f"({str(error).splitlines()[0]:.200})"
+        ) from error

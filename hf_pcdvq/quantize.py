@@ -16,11 +16,12 @@ from .calibration.report import QuantizationReport
 from .calibration.settings import Calibration
 from .calibration.weights import ModelWeights
 from .config import PackedConfig
-from .processes import Processes
 from .quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def quantize_model(
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> PreTrainedModel:
     """Quantize a dense model in place, calibrated on a dataset.
 
@@ -54,9 +56,10 @@ def quantize_model(
     model can run, and be saved with `save_pretrained`, like one that was quantized while loading. The measurements of
     the run are in `model.hf_quantizer.report`. An interrupted run leaves the model partly quantized: load it again.
 
-    Called in several processes (`torchrun`, `accelerate launch`), each with the whole model and the same arguments, each takes
-    its share of the windows and of the layers of every block, and has the whole packed model in the end. The first alone
-    reads the dataset and uses `work_dir`, and has the comparison with the original in its report.
+    With `processes=Processes()` in a program that `torchrun` or `accelerate launch` has started several times, all of them call
+    this, each with the whole model and the same arguments. Each then takes its share of the windows and of the layers of every
+    block, and has the whole packed model in the end. The first alone reads the dataset and uses `work_dir`, and has the
+    comparison with the original in its report.
 
     Args:
         model: on one device; blocks move to `device` one at a time.
@@ -68,11 +71,13 @@ def quantize_model(
             `config.calibration` names; if that is None too, the model generates the text.
         device: where blocks are computed; None takes the accelerator if there is one.
         batch_tokens: how many tokens go through a decoder block at once, at least those of one window; None takes 8192
-            on an accelerator and one window on a CPU. Another number changes the last bits of Hessians.
+            on an accelerator and one window on a CPU. No more than the windows of one share go at once: of 16, or fewer with at
+            least 8 windows each. Another number changes the last bits of Hessians.
         work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
             folder, model, settings and versions of packages. None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
         progress: show progress bars.
+        processes: those that share the work, see `hf_pcdvq.processes`; None: this one does all of it, whatever others do.
 
     Returns:
         The same model.
@@ -90,9 +95,10 @@ def quantize_model(
         "work_dir": work_dir,
         "restart": restart,
         "progress": progress,
+        "processes": processes,
     }
     held_out = quantize_uncompared(model, tokenizer, config, dataset, **options)
-    if Processes().rank > 0:
+    if processes is not None and processes.rank > 0:
         return model
     model.hf_quantizer.report = with_comparison(model.hf_quantizer.report, lambda: ModelWeights(model), held_out)
     return model
@@ -109,6 +115,7 @@ def quantize_uncompared(
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> HeldOut | None:
     """`quantize_model` without the comparison with the original, so that the model can be saved before it.
 
@@ -134,7 +141,7 @@ def quantize_uncompared(
         work_dir=None if work_dir is None else Path(work_dir),
         restart=restart,
         progress=progress,
-        processes=Processes(),
+        processes=processes,
     )
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -58,26 +57,27 @@ class Command(click.Command):
             raise click.ClickException(_whose(printable(_message(error)))) from error
 
 
-def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def is_first_process() -> bool:
-    """Whether this is the process that writes results and tells what happens; the others only report their errors."""
-    return process_count() == 1 or os.environ.get("RANK", "0") == "0"
+    """Whether this is the process that tells what happens; the others only report their errors."""
+    from hf_pcdvq.processes import launched
+
+    return launched()[0] == 0
 
 
 def refuse_processes(ctx: click.Context, what: str = "the command") -> None:
     """End a command, or an option of one, for which every process would do the same and write the same folder."""
-    if process_count() > 1:
+    from hf_pcdvq.processes import launched, refuse_unlaunched
+
+    refuse_unlaunched()
+    if launched()[1] > 1:
         raise click.UsageError(f"{what} runs in one process: start it without torchrun or accelerate launch", ctx)
 
 
 def _whose(message: str) -> str:
-    return (
-        message if process_count() == 1 else f"process {os.environ.get('RANK', '0')} of {process_count()}: {message}"
-    )
+    from hf_pcdvq.processes import launched
+
+    rank, count = launched()
+    return message if count == 1 else f"process {rank} of {count}: {message}"
 
 
 def bars_wanted() -> bool:

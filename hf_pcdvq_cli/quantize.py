@@ -17,7 +17,6 @@ from .common import (
     add_stub,
     command_line,
     echo_json,
-    is_first_process,
     json_option,
     loader_stub_option,
     note,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
+    from hf_pcdvq.processes import Processes
     from hf_pcdvq.quantize import Quantized
     from hf_pcdvq.recovery.report import RecoveryReport
 
@@ -136,7 +136,9 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     from hf_pcdvq.files.folders import check_source, folder_in_place
     from hf_pcdvq.files.scratch import scratch_folder
     from hf_pcdvq.files.size import count_folder
+    from hf_pcdvq.processes import Processes, launched, refuse_unlaunched
 
+    refuse_unlaunched()
     allocation = given_allocation(ctx)
     config = _quantization_config(ctx, skip, allocation)
     check_recovery_options(ctx)
@@ -147,15 +149,17 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     out = out.resolve()
     work_dir = options["work_dir"] or out.with_name(f".{out.name}.calibration")
     started = time.monotonic()
-    if not is_first_process():
-        _take_part(out, model, config, allocation, options, work_dir)
+    # They meet here: later, one may download for hours what another has.
+    processes = Processes() if launched()[1] > 1 else Processes.alone()
+    if processes.rank > 0:
+        _take_part(out, model, config, allocation, options, work_dir, processes)
         return
     with ExitStack() as stack:
         with kept_until_done(work_dir):
             with folder_in_place(out, Path(model), options["force"]) as folder:
                 scratch = stack.enter_context(scratch_folder(out.parent))
                 result = _quantize_into(
-                    folder, scratch, model, config, allocation, options, work_dir, command_line(ctx)
+                    folder, scratch, model, config, allocation, options, work_dir, processes, command_line(ctx)
                 )
             finish_recovery(result.recovery, work_dir)
         report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
@@ -178,6 +182,7 @@ def _take_part(
     allocation: Allocation | None,
     options: dict[str, Any],
     work_dir: Path,
+    processes: Processes,
 ) -> None:
     """Do a share of what the first process does, which alone writes the model; activations are kept beside it, here too."""
     from hf_pcdvq.files.scratch import scratch_folder
@@ -186,7 +191,7 @@ def _take_part(
     _dense_config(model, source)
     out.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it
     with scratch_folder(out.parent) as scratch:
-        quantize_and_save(Run(model, source, config, None, out, work_dir, allocation, options), scratch)
+        quantize_and_save(Run(model, source, config, None, out, work_dir, allocation, options, processes), scratch)
 
 
 class _Result(NamedTuple):
@@ -243,6 +248,7 @@ def _quantize_into(
     allocation: Allocation | None,
     options: dict[str, Any],
     work_dir: Path,
+    processes: Processes,
     command: str,
 ) -> _Result:
     """Quantize and save the model; activations may be kept in `scratch`."""
@@ -273,7 +279,7 @@ def _quantize_into(
             check_recovery(given, tokenizer, options)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
         quantized, recovery = quantize_and_save(
-            Run(model, source, config, tokenizer, folder, work_dir, allocation, options), scratch
+            Run(model, source, config, tokenizer, folder, work_dir, allocation, options, processes), scratch
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

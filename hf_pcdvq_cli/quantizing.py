@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .common import bars_wanted, is_first_process, load_model, note, process_count
+from .common import bars_wanted, load_model, note
 from .recover import recover_quantized
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.config import PackedConfig
+    from hf_pcdvq.processes import Processes
     from hf_pcdvq.quantize import Quantized
     from hf_pcdvq.recovery.report import RecoveryReport
 
@@ -30,6 +31,7 @@ class Run(NamedTuple):
         work_dir: keeps finished parts.
         allocation: whose bits by layer `config` has, or None.
         options: those of the command.
+        processes: those that share the work.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Run(NamedTuple):
     work_dir: Path
     allocation: Allocation | None
     options: dict[str, Any]
+    processes: Processes
 
     @property
     def resuming(self) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class Run(NamedTuple):
             "restart": self.options["force"],
             "batch_tokens": self.options["batch_tokens"],
             "progress": bars_wanted(),
+            "processes": self.processes,
         }
 
 
@@ -60,7 +64,7 @@ def quantize_and_save(run: Run, scratch: Path) -> tuple[Quantized, RecoveryRepor
     try:
         return _streamed(run, scratch), None
     except CannotStream as reason:
-        if run.config.calibration is None and process_count() > 1:
+        if run.config.calibration is None and run.processes.count > 1:
             raise ValueError(
                 f"the model has to be loaded whole, and is then rounded in one process: {reason}"
             ) from None
@@ -130,7 +134,7 @@ def _in_memory(run: Run) -> tuple[Quantized, RecoveryReport | None]:
         held_out = quantize_uncompared(loaded, run.tokenizer, run.config, **run.resuming)
     if options["recover"]:
         recovery = recover_quantized(loaded, run.model, run.tokenizer, options, run.work_dir, run.source)
-    if is_first_process():
+    if run.processes.rank == 0:
         _save(loaded, run.folder, options["max_shard_size"])
     report = loaded.hf_quantizer.report
     compared = Quantized(report, lambda out: with_comparison(report, lambda: ModelWeights(loaded), held_out))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from vision_models import save_tiny_gemma3
 
 from hf_pcdvq import CcqConfig, PcdvqConfig
@@ -68,6 +68,17 @@ def test_memory_for_quantizing_is_that_of_one_block_however_many_there_are(tiny_
     assert few["calibrated"].memory_bytes > few["rounded"].memory_bytes
 
 
+def test_embeddings_and_head_in_int8_are_rounded_in_slices():
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "vocab_size": 128256}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)  # of Llama-3-8B
+    dense, packed = (
+        estimate(config, PcdvqConfig(embeddings=setting, head=setting)).efforts for setting in (None, "int8")
+    )
+    assert packed["calibrated"].memory_bytes == dense["calibrated"].memory_bytes
+    # At 24 bytes for each of their weights they would take 12.6 GB.
+    assert packed["rounded"].memory_bytes < 5.5e9
+
+
 def test_processes_divide_activations_and_time_but_not_the_memory_for_a_block(tiny_model_dir):
     config = AutoConfig.from_pretrained(tiny_model_dir)
     one = estimate(config, PcdvqConfig()).efforts["calibrated"]
@@ -76,6 +87,15 @@ def test_processes_divide_activations_and_time_but_not_the_memory_for_a_block(ti
     # Of the first process: 128 windows of 1024 tokens; hidden states, and inputs of query, output, gate and down.
     activations = 128 * 1024 * 2 * (2 * 128 + 2 * (128 + 128 + 128 + 192))
     assert one.disk_bytes - four.disk_bytes == pytest.approx(activations * 3 / 4 * size_of_a_number(), rel=1e-9)
+
+
+def test_each_process_has_what_all_experts_receive():
+    model = read_model_config(str(MODELS / "deepseek_v3.json"))
+    disk = [estimate(model, PcdvqConfig(), processes=count).efforts["calibrated"].disk_bytes for count in (1, 16)]
+    numbers = 128 * 1024 * 2 * size_of_a_number() * 2 * 7168  # hidden states in both models
+    assert disk[1] < disk[0] and disk[1] > numbers
+    with pytest.raises(ValueError, match="too few for 17 processes: start at most 16"):
+        estimate(model, PcdvqConfig(), processes=17)
 
 
 def size_of_a_number():

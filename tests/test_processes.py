@@ -43,14 +43,17 @@ def test_two_processes_write_the_files_of_one(runs, case, tmp_path):
     assert contents(folder / case) == contents(tmp_path / "alone")
     errors = report and [block.output_error for block in report.blocks]
     assert ranks[0][case] == errors and ranks[1][case] == errors
+    # Whoever returned first, they were complete.
+    assert ranks[0]["files", case] == ranks[1]["files", case] == contents(folder / case)
+    assert [found["compared", case] for found in ranks] == ([(True, None), (False, None)] if report else [None, None])
 
 
-def test_each_process_has_the_whole_model_in_memory(runs):
+def test_each_process_has_the_whole_model_in_memory_and_one_can_quantize_alone(runs):
     folder, ranks, _ = runs
     expected = worker.in_memory(folder, "dense").state_dict()
-    for found in ranks:
-        assert found["in memory"].keys() == expected.keys()
-        assert all(torch.equal(found["in memory"][name], tensor) for name, tensor in expected.items())
+    for found in (ranks[0]["in memory"], ranks[1]["in memory"], ranks[0]["alone"]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("case", ["dense", "rounded"])
@@ -82,7 +85,22 @@ def test_what_takes_the_whole_model_and_too_few_windows_are_refused_by_name(runs
         assert (
             "fisher_groups=2 takes the whole model in one process, and 2 were started" in found["refused"]["fisher"]
         )
+        assert "dataset=None" in found["refused"]["unwritten"] and "name a dataset" in found["refused"]["unwritten"]
         assert "8 windows make 1 shares" in found["refused"]["few"] and "start at most 1" in found["refused"]["few"]
+
+
+def test_processes_that_were_told_different_things_are_refused(runs):
+    first, second = (found["refused"] for found in runs[1])
+    for what, named in (("settings", "the settings"), ("kept", "the settings"), ("one kept", "work_dir")):
+        assert first[what].endswith(f"process 0 and process 1 were started differently: they differ in {named}")
+        assert second[what].endswith(f"process 1 and process 0 were started differently: they differ in {named}")
+
+
+def test_what_fails_in_the_first_process_fails_alike_in_the_other(runs):
+    first, second = (found["refused"] for found in runs[1])
+    for what, kind, named in (("missing", "FileNotFoundError", "missing.txt"), ("work", "FileExistsError", "a file")):
+        assert first[what].startswith(kind) and named in first[what]
+        assert second[what] == first[what]
 
 
 def test_recovery_ends_with_the_model_of_one_process(runs):

@@ -16,6 +16,10 @@ from .inputs import OriginalInputs, Stop, recorded_inputs
 from .shares import Shares, Sums
 from .shortcuts import Shortcuts
 
+# Sums of many groups are made in about so many passes over the windows, each for some of them: while they are added up,
+# they take three times what they take in the end.
+PARTS = 4
+
 
 @dataclass
 class DecoderBlock:
@@ -96,8 +100,25 @@ class DecoderBlock:
         Returns:
             Moments by the first name of each group, over the windows of all processes.
         """
+        found: dict[str, InputMoments] = {}
+        size = max(1, len(groups) // PARTS)
+        for start in range(0, len(groups), size):
+            part = groups[start : start + size]
+            # With several groups, quantizing one changes the inputs of the others: nothing is kept of them.
+            found |= self._moments(part, len(groups) == 1, inputs, sensitivity, with_change)
+        return found
+
+    def _moments(
+        self,
+        groups: list[list[str]],
+        keep: bool,
+        inputs: OriginalInputs,
+        sensitivity: dict[str, Sequence[Tensor]],
+        with_change: bool,
+    ) -> Sums:
+        """`moments` in one pass over the windows; `keep` lets the pass end at the group, and the next begin there."""
         leaders = {names[0]: names for names in groups}
-        last = groups[0][0] if len(groups) == 1 else None
+        last = groups[0][0] if keep else None
 
         def nothing() -> Sums:
             return {name: InputMoments(self.layers[name].in_features, self.device, with_change) for name in leaders}
@@ -110,7 +131,7 @@ class DecoderBlock:
                 for name, tensor in now.items():
                     squares = {layer: sensitivity[layer][batch] for layer in leaders[name] if layer in sensitivity}
                     moments[name].add(tensor, inputs.of(name, batch), squares)
-                    if last is not None:  # with several groups, quantizing one changes the inputs of the others
+                    if keep:
                         self.shortcuts.keep(name, batch, tensor)
                 now.clear()
             return moments

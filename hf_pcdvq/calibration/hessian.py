@@ -22,8 +22,9 @@ class InputMoments:
 
     Attributes:
         hessian: sum of `x x^T`, float32 `[K, K]`; only the upper triangle is complete.
-        cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None if some `x0` is unknown.
-        change: sum of `(x0 - x) (x0 - x)^T`, float32 `[K, K]`, only the upper triangle; None unless asked for.
+        cross: sum of `(x0 - x) x^T`, float32 `[K, K]`; None if some `x0` is unknown, and before the first token.
+        change: sum of `(x0 - x) (x0 - x)^T`, float32 `[K, K]`, only the upper triangle; None where `cross` is, and unless
+            asked for.
         guided: for some layers, sums of `s x x^T` with the sensitivity `s` of a group of their output channels, float32
             `[groups, K, K]`, only the upper triangles.
         tokens: number of tokens seen.
@@ -34,10 +35,11 @@ class InputMoments:
 
     def __init__(self, features: int, device: torch.device, with_change: bool = False):
         self.hessian = torch.zeros(features, features, device=device)
-        self.cross: Tensor | None = torch.zeros_like(self.hessian)
-        self.change = torch.zeros_like(self.hessian) if with_change else None
+        self.cross: Tensor | None = None
+        self.change: Tensor | None = None
         self.guided: dict[str, Tensor] = {}
         self.tokens = 0
+        self._with_change, self._compared = with_change, True
 
     def add(
         self, inputs: Tensor, original: Tensor | None = None, sensitivity: dict[str, Tensor] | None = None
@@ -53,8 +55,9 @@ class InputMoments:
         x = inputs.flatten(0, -2).float()
         _add_squares(self.hessian, x)
         if original is None or original.ndim < 3 or original.shape != inputs.shape:
-            self.cross = None
-        if self.cross is not None:
+            self._forget_original()
+        if self._compared:
+            self._compare()
             # In bfloat16 if the model is: unlike the Hessian, `cross` is never inverted. Float16 sums would overflow.
             dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
             change = (original.to(inputs.device, dtype) - inputs.to(dtype)).flatten(0, -2)
@@ -70,28 +73,45 @@ class InputMoments:
     def add_sums(self, other: InputMoments) -> None:
         """Add the sums over other tokens."""
         self.hessian += other.hessian
-        if self.cross is not None and other.cross is not None:
+        if not other._compared:
+            self._forget_original()
+        if self._compared and other.cross is not None:  # over no tokens, it is zero
+            self._compare()
             self.cross += other.cross
-        elif other.tokens:  # over no tokens, it is zero
-            self.cross = None
-        if self.change is not None:
-            self.change += other.change
+            if self.change is not None:
+                self.change += other.change
         for name, sums in other.guided.items():
             self.guided[name] = self.guided[name] + sums if name in self.guided else sums
         self.tokens += other.tokens
 
-    def receive(self, tokens: int, with_cross: bool, spread: Callable[[Tensor], None]) -> None:
-        """Become what another process has, over so many tokens and with or without `cross`; not `guided`.
+    @property
+    def extent(self) -> tuple[int, bool]:
+        """The number of tokens, and whether they are compared with the original's."""
+        return self.tokens, self._compared
+
+    def receive(self, extent: tuple[int, bool], spread: Callable[[Tensor], None]) -> None:
+        """Become what another process has, of this extent; not `guided`.
 
         Args:
             spread: fills a tensor with that of the other process.
         """
-        self.tokens = tokens
-        if not with_cross:
-            self.cross = None
+        self.tokens, compared = extent
+        if not compared:
+            self._forget_original()
+        elif self.tokens:
+            self._compare()
         for sums in (self.hessian, self.cross, self.change):
             if sums is not None:
                 spread(sums)
+
+    def _compare(self) -> None:
+        """Have room for the sums that compare with the original: layers without known inputs there never need it."""
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.hessian)
+            self.change = torch.zeros_like(self.hessian) if self._with_change else None
+
+    def _forget_original(self) -> None:
+        self._compared, self.cross, self.change = False, None, None
 
 
 def _add_squares(sums: Tensor, x: Tensor) -> None:

@@ -31,8 +31,12 @@ def model_identity(model: nn.Module, weights: str | None = None) -> Identity:
     Args:
         weights: the hash of its weights, see `files.contents.model_hash`; None takes them from memory.
     """
+    return {"the model's weights": weights or _weights_digest(model), **_kind(model)}
+
+
+def _kind(model: nn.Module) -> Identity:
+    """Of a model without its weights."""
     return {
-        "the model's weights": weights or _weights_digest(model),
         "the model's config": _digest([type(model).__name__, _model_config(model)]),
         "the versions of packages": json.dumps(package_versions()),
     }
@@ -83,8 +87,32 @@ def differences(found: Any, expected: Identity) -> str:
     return " and ".join(name for name, value in expected.items() if known.get(name) != value) or "what it records"
 
 
+def agree(
+    model: nn.Module,
+    names: list[str],
+    config: PackedConfig,
+    device: torch.device,
+    processes: Processes,
+    **options: Any,
+) -> None:
+    """Check that processes are about to do the same, as far as that is known without reading weights or text.
+
+    Args:
+        names: the modules to quantize.
+        options: further ones that must be the same.
+
+    Raises:
+        ValueError: they are not; the message names what differs.
+    """
+    settings = config.to_dict()
+    if config.calibration is not None:  # the first process alone reads the text, whatever the others call it
+        settings["calibration"] = {**config.calibration.to_dict(), "dataset": None}
+    found = {**_kind(model), "the settings": _digest([settings, names]), "the kind of device": device.type}
+    agreed({**found, **{name: str(value) for name, value in options.items()}}, processes)
+
+
 def agreed(identity: Identity, processes: Processes) -> Identity:
-    """What identifies the model, which must be the same in all processes.
+    """What must be the same in all processes.
 
     Raises:
         ValueError: it is not; the message names what differs.
@@ -92,8 +120,8 @@ def agreed(identity: Identity, processes: Processes) -> Identity:
     for rank, (_, found) in enumerate(processes.gather({}, identity)):
         if found != identity:
             raise ValueError(
-                f"process {processes.rank} and process {rank} were started with different models or packages: they differ "
-                f"in {differences(found, identity)}"
+                f"process {processes.rank} and process {rank} were started differently: they differ in "
+                f"{differences(found, identity)}"
             )
     return identity
 

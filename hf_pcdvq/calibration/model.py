@@ -19,7 +19,7 @@ from .activations import Activations, HeldActivations
 from .blocks import NotBlockByBlock, find_blocks
 from .data import read_windows, split_windows
 from .held_out import HeldOut
-from .identity import Identity, agreed, run_identity
+from .identity import Identity, agree, agreed, run_identity
 from .report import QuantizationReport
 from .run import CalibratedRun
 from .sampling import sample_from_model
@@ -80,8 +80,9 @@ def calibrate_model(
     """
     started, model = time.perf_counter(), weights.model
     processes = processes or Processes.alone()
-    _refuse_shared(config, processes)
+    refuse_shared(config, dataset, processes)
     device = calibration_device(weights, device or processes.device)
+    agree(model, names, config, device, processes, batch_tokens=batch_tokens, work_dir=work_dir is not None)
     progress = progress and processes.rank == 0
     training = model.training
     model.eval()
@@ -99,7 +100,7 @@ def calibrate_model(
     store = None
     if work_dir is not None:
         owner = run_identity(identity, names, config, windows, device, shares.at_once, processes.count)
-        store = BlockStore(work_dir, owner, restart) if processes.rank == 0 else None
+        store = processes.in_first(lambda: BlockStore(work_dir, owner, restart))
     held_out = None
     if len(holdout) and model.get_output_embeddings() is not None:
         held_out = _held_out(weights, blocks, holdout, device, activations, progress, processes)
@@ -120,16 +121,23 @@ def calibrate_model(
     return QuantizationReport.of(config, run, windows, time.perf_counter() - started, allocation), held_out
 
 
-def _refuse_shared(config: PackedConfig, processes: Processes) -> None:
-    """Reject settings that only one process can follow."""
+def refuse_shared(config: PackedConfig, dataset: Any, processes: Processes) -> None:
+    """Reject settings that only one process can follow.
+
+    Raises:
+        ValueError: there are several; the message names the setting.
+    """
     what = None
     if config.target is not None:
         what = 'bits="auto"'
     elif config.calibration.fisher_groups:
         what = f"fisher_groups={config.calibration.fisher_groups}"
+    elif dataset is None:
+        what = "dataset=None, for which the model writes the text itself,"
     if what is not None and processes.count > 1:
         raise ValueError(
             f"{what} takes the whole model in one process, and {processes.count} were started: start one"
+            + (", or name a dataset" if dataset is None else "")
         )
 
 

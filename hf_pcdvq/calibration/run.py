@@ -42,7 +42,7 @@ from .weights import ModelWeights
 
 # A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
 # together rather than one after the other: a partial forward pass for each would take too long.
-_MAX_STAGES = 8
+MAX_STAGES = 8
 
 
 class CalibratedRun:
@@ -297,7 +297,7 @@ def _stages(groups: list[list[str]], layers: dict[str, nn.Module]) -> list[list[
         stages += [[[name]] for name in group if name not in alike]
     linear = [names for (names,) in stages if isinstance(layers[names[0]], nn.Linear)]
     experts = [stage for stage in stages if stage[0] not in linear]
-    return stages if len(linear) <= _MAX_STAGES else [linear, *experts]
+    return stages if len(linear) <= MAX_STAGES else [linear, *experts]
 
 
 def _inside(name: str, module: str) -> bool:

@@ -1,7 +1,8 @@
 """`Shares`: the windows of a calibration in a fixed number of shares, which processes divide among themselves.
 
-Sums over all windows are made share by share and then added in pairs, pairs of pairs, and so on. Which process computes
-a share changes neither what is added nor in which order, so that the sums have the same bits for any number of processes.
+Sums over all windows are made share by share, added one after the other in fours, and these in fours again. Which process
+computes a share changes neither what is added nor in which order, so that the sums have the same bits for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from ..processes import Processes
 from .data import window_batches
 from .hessian import InputMoments
 
-# So many shares at most, of so many windows at least. Adding them in pairs holds a sum for each power of two.
+# So many shares at most, of so many windows at least.
 _MOST, _LEAST = 16, 8
+# So many are added one after the other. One process then holds three sums at most: of all shares so far, of those of the
+# present four, and of the present one. Pairs would take five; all in one row, which other processes cannot add up in
+# advance, as many as a process has shares.
+_ADDED = 4
 
 Sums = dict[str, InputMoments]
 
@@ -45,15 +50,10 @@ class Shares:
         """Divide windows, int64 `[n, L]`; see `window_batches` for `device` and `tokens`.
 
         Raises:
-            ValueError: there are fewer shares than processes.
+            ValueError: see `share_count`.
         """
         processes = processes or Processes.alone()
-        number = max(1, min(_MOST, len(windows) // _LEAST))
-        if number < processes.count:
-            raise ValueError(
-                f"{len(windows)} windows make {number} shares, of at least {_LEAST} each and {_MOST} at most, too few for "
-                f"{processes.count} processes: start at most {number}, or calibrate on more windows"
-            )
+        number = share_count(len(windows), processes.count)
         batches: list[Tensor] = []
         spans: dict[int, range] = {}
         for share in processes.share(range(number)):
@@ -75,18 +75,22 @@ class Shares:
             of: computes those over one share of this process.
             nothing: makes those over none.
         """
-        held = {node: _added(*node, lambda low, high: of(low) if high - low == 1 else None) for node in self._nodes()}
+        own = self.processes.share(range(self.number))
+        held = {
+            node: _added(*node, lambda low, high: of(low) if high - low == 1 else None)
+            for node in _nodes(own, 0, self.number)
+        }
 
         def found(low: int, high: int) -> Sums | None:
             owner = self._owner(low)
             if self._owner(high - 1) != owner:
                 return None
             sums = held.pop((low, high)) if owner == self.processes.rank else nothing()
-            known = {name: (moments.tokens, moments.cross is not None) for name, moments in sums.items()}
-            _, known = self.processes.broadcast({}, known, owner)
-            for name, moments in sums.items():
-                tokens, with_cross = known[name]
-                moments.receive(tokens, with_cross, lambda tensor: self.processes.spread(tensor, owner))
+            if self.processes.count > 1:
+                extents = {name: moments.extent for name, moments in sums.items()}
+                _, extents = self.processes.broadcast({}, extents, owner)
+                for name, moments in sums.items():
+                    moments.receive(extents[name], lambda tensor: self.processes.spread(tensor, owner))
             return sums
 
         return _added(0, self.number, found)
@@ -96,23 +100,54 @@ class Shares:
             rank for rank in range(self.processes.count) if share in self.processes.share_of(rank, range(self.number))
         )
 
-    def _nodes(self, low: int = 0, high: int | None = None) -> list[tuple[int, int]]:
-        """The largest ranges in the order of addition that consist of shares of this process."""
-        high = self.number if high is None else high
-        if low in self.spans and high - 1 in self.spans:
-            return [(low, high)]
-        if high - low == 1:
-            return []
-        middle = (low + high) // 2
-        return self._nodes(low, middle) + self._nodes(middle, high)
+
+def share_count(windows: int, processes: int) -> int:
+    """In how many shares so many windows are divided.
+
+    Raises:
+        ValueError: there are fewer shares than processes.
+    """
+    number = max(1, min(_MOST, windows // _LEAST))
+    if number < processes:
+        raise ValueError(
+            f"{windows} windows make {number} shares, of at least {_LEAST} each and {_MOST} at most, too few for "
+            f"{processes} processes: start at most {number}"
+            + (", or calibrate on more windows" if number < _MOST else "")
+        )
+    return number
+
+
+def sums_at_once(processes: int) -> int:
+    """How many sums one of so many processes holds at most."""
+    shares = range(_MOST)
+    owned = [shares[rank * _MOST // processes : (rank + 1) * _MOST // processes] for rank in range(processes)]
+    # Those that wait for others; and of all, of four, while they are added up.
+    return max(len(_nodes(own, 0, _MOST)) for own in owned) + 2
+
+
+def _parts(low: int, high: int) -> list[tuple[int, int]]:
+    """The ranges whose sums are added one after the other for that of a range."""
+    count = min(_ADDED, high - low)
+    cuts = [low + number * (high - low) // count for number in range(count + 1)]
+    return list(zip(cuts, cuts[1:]))
+
+
+def _nodes(own: range, low: int, high: int) -> list[tuple[int, int]]:
+    """The largest ranges in the order of addition that consist of a process's own shares."""
+    if low in own and high - 1 in own:
+        return [(low, high)]
+    if high - low == 1:
+        return []
+    return [node for part in _parts(low, high) for node in _nodes(own, *part)]
 
 
 def _added(low: int, high: int, found: Callable[[int, int], Sums | None]) -> Sums:
     """The sums over shares `low` to `high`: what `found` knows of a range, and what has to be added."""
     sums = found(low, high)
     if sums is None:
-        middle = (low + high) // 2
-        sums = _added(low, middle, found)
-        for name, moments in _added(middle, high, found).items():
-            sums[name].add_sums(moments)
+        first, *others = _parts(low, high)
+        sums = _added(*first, found)
+        for part in others:
+            for name, moments in _added(*part, found).items():
+                sums[name].add_sums(moments)
     return sums

@@ -30,8 +30,13 @@ _SLICE = {"cpu": 1 << 22}
 _SLICE_ACCELERATOR = 1 << 25
 
 
+def slice_size(device: torch.device) -> int:
+    """How many weights are encoded or decoded at a time, at most."""
+    return _SLICE.get(device.type, _SLICE_ACCELERATOR)
+
+
 def _slice_rows(columns: int, device: torch.device, multiple: int) -> int:
-    return max(1, _SLICE.get(device.type, _SLICE_ACCELERATOR) // columns // multiple) * multiple
+    return max(1, slice_size(device) // columns // multiple) * multiple
 
 
 class UnitEncoder(ABC):

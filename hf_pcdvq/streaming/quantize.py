@@ -15,8 +15,8 @@ from torch import nn
 from ..calibration.activations import Activations, MappedActivations
 from ..calibration.blocks import find_blocks
 from ..calibration.held_out import with_comparison
-from ..calibration.identity import agreed, model_identity, run_identity
-from ..calibration.model import calibrate_model
+from ..calibration.identity import agree, agreed, model_identity, run_identity
+from ..calibration.model import calibrate_model, refuse_shared
 from ..calibration.report import QuantizationReport
 from ..calibration.store import BlockStore
 from ..config import PackedConfig
@@ -45,6 +45,7 @@ def quantize_checkpoint(
     work_dir: str | Path | None = None,
     restart: bool = False,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> Quantized:
     """Quantize a model that need not fit in memory, and save it.
 
@@ -54,9 +55,9 @@ def quantize_checkpoint(
     comparing the result with the original, what is outside the blocks and one window's logits. All other activations
     are in files that are mapped while they are used.
 
-    Called in several processes (`torchrun`, `accelerate launch`) with the same arguments, each takes its share of the
-    windows and of the layers of every block, or of the blocks if they are rounded. The first of them alone reads the dataset,
-    uses `work_dir` and writes `folder`; `scratch` may be another folder in each.
+    With several `processes`, all of which call this with the same arguments, each takes its share of the windows and of the
+    layers of every block, or of the blocks if they are rounded. The first of them alone reads the dataset, uses `work_dir`
+    and writes `folder`; `scratch` may be another folder in each.
 
     Args:
         model: from `from_pretrained(..., device_map="meta")`. It is of no use afterwards.
@@ -65,7 +66,7 @@ def quantize_checkpoint(
         folder: receives the model; it exists in the first process; not the one that the original is read from.
         scratch: folder for activations. Those that the comparison needs are there until the result is dropped.
         dataset: see `quantize_model`; None takes what `config.calibration` names.
-        device, batch_tokens, work_dir, restart, progress: see `quantize_model`.
+        device, batch_tokens, work_dir, restart, progress, processes: see `quantize_model`.
         max_shard_size: see `save_pretrained`.
 
     Raises:
@@ -73,7 +74,7 @@ def quantize_checkpoint(
         ValueError, NotImplementedError, FileNotFoundError, ImportError, OSError: see `quantize_model`.
     """
     _refuse_whole(config)
-    processes = Processes()
+    processes = processes or Processes.alone()
     device = processes.device if device is None else device
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
@@ -93,6 +94,7 @@ def quantize_checkpoint(
         return Quantized(None, lambda out: None)
     dataset = config.calibration.dataset if dataset is None else dataset
     if dataset is None:
+        refuse_shared(config, dataset, processes)
         raise CannotStream("it writes its calibration text itself; with a dataset it is read block by block")
     return run.calibrate(tokenizer, dataset, partial(MappedActivations, Path(scratch)), batch_tokens)
 
@@ -155,10 +157,11 @@ class _Run:
             progress=self.progress,
             processes=self.processes,
         )
-        if output is not None:
-            output.finish()
+        self._finish(output)
 
         def compare(out: Path) -> QuantizationReport:
+            if self.processes.rank > 0:  # the first has the original's logits
+                return report
             return with_comparison(report, lambda: _saved(type(self.model), out, activations), held_out)
 
         return Quantized(report, compare)
@@ -168,21 +171,26 @@ class _Run:
         checkpoint = Checkpoint(self.model, self.device)
         quantizer = PackedHfQuantizer(self.config, pre_quantized=False)
         names = quantizer.select(_before_loading(self.model))
+        kept = self.work_dir is not None
+        agree(self.model, names, self.config, self.device, self.processes, work_dir=kept)
         store = None
-        if self.work_dir is not None:
+        if kept:
             identity = agreed(model_identity(self.model, checkpoint.files_hash(self.processes)), self.processes)
-            if self.processes.rank == 0:
-                owner = run_identity(identity, names, self.config, None, self.device)
-                store = BlockStore(self.work_dir, owner, self.restart)
+            owner = run_identity(identity, names, self.config, None, self.device)
+            store = self.processes.in_first(lambda: BlockStore(self.work_dir, owner, self.restart))
         output = self._output(checkpoint, quantizer, names)
         Rounding(checkpoint, quantizer, names, store, self.processes, self.progress).run(output)
-        if output is not None:
-            output.finish()
+        self._finish(output)
+
+    def _finish(self, output: Output | None) -> None:
+        """Complete the files, before any process goes on: it may want to read them."""
+        self.processes.in_first(lambda: output.finish())
 
     def _output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output | None:
         """Save everything but the tensors of the packed model; None in all processes but the first, which writes it."""
-        if self.processes.rank > 0:
-            return None
+        return self.processes.in_first(lambda: self._started_output(checkpoint, quantizer, names))
+
+    def _started_output(self, checkpoint: Checkpoint, quantizer: PackedHfQuantizer, names: list[str]) -> Output:
         if self.folder.resolve() in {file.parent.resolve() for file in checkpoint.files}:
             raise ValueError(
                 f"{self.folder} holds the original, which would be overwritten while it is read: choose another"

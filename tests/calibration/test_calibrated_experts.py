@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.calibration.experts import RoutedTokens, quantize_experts
 from hf_pcdvq.calibration.report import _curves
-from hf_pcdvq.calibration.run import _MAX_STAGES
+from hf_pcdvq.calibration.run import MAX_STAGES
 from hf_pcdvq.modules import QuantExperts
 from hf_pcdvq_cli import main
 
@@ -162,7 +162,7 @@ class Deeper(nn.Module):
 
     def __init__(self, mixture):
         super().__init__()
-        self.chain = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(_MAX_STAGES)))
+        self.chain = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(MAX_STAGES)))
         self.mixture = mixture
 
     def forward(self, hidden):
@@ -175,7 +175,7 @@ def test_experts_beside_many_other_layers_are_a_stage_of_their_own():
         layer.mlp = Deeper(layer.mlp)
     report = calibrated(model).hf_quantizer.report
     records = [record for record in report.layers if record.name.startswith("model.layers.1.")]
-    assert len(records) == 4 + _MAX_STAGES + 2 * EXPERTS
+    assert len(records) == 4 + MAX_STAGES + 2 * EXPERTS
     assert all(record.proxy_loss is not None and record.tokens for record in records)
     assert isinstance(model.model.layers[1].mlp.mixture.experts, QuantExperts)
 

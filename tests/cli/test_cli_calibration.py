@@ -187,6 +187,17 @@ def test_calibration_options_beside_no_calibration_are_wrong_usage(tiny_model_di
     )
 
 
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_a_process_that_is_numbered_and_alone_touches_no_model(tiny_model_dir, text, tmp_path, monkeypatch, options):
+    out = tmp_path / "packed"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"of someone else")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    fail(1, "WORLD_SIZE=2", "quantize", tiny_model_dir, "--out", out, "--dataset", text, *OPTIONS, *options)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {"model.safetensors": b"of someone else"}
+
+
 def test_missing_file_is_named_and_nothing_is_left(tiny_model_dir, tmp_path):
     fail(
         1,

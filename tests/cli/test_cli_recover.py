@@ -158,7 +158,11 @@ def test_the_original_is_never_replaced(packed, tiny_model_dir, text, tmp_path):
 
 def test_several_processes_are_refused(packed, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fail(2, "runs in one process", "recover", packed, "--teacher", tiny_model_dir, "--out", tmp_path / "out")
+    monkeypatch.setenv("RANK", "0")
+    command = ("recover", packed, "--teacher", tiny_model_dir, "--out", tmp_path / "out")
+    fail(1, "neither torchrun nor accelerate launch has started this process", *command)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as torchrun sets it
+    fail(2, "runs in one process", *command)
 
 
 def test_options_of_recovery_need_it(tiny_model_dir, tmp_path):
