@@ -123,7 +123,7 @@ def efforts(
     settings = config.calibration or Calibration()
     share_count(settings.samples, processes)
     return {
-        "rounded": Effort(memory, 2 * packed, 2 * dense, encoding and sum(encoding)),
+        "rounded": Effort(memory, 2 * packed, 2 * dense, None if encoding is None else sum(encoding)),
         "calibrated": _calibrated(model, inside, blocks, rounding, units, settings, device, encoding, processes),
     }
 

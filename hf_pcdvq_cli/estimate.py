@@ -65,10 +65,8 @@ def estimate(
     from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
-    options["calibration"] = (
-        Calibration()
-    )  # as `hf-pcdvq quantize` does, which then leaves alone what text does not reach
-    config = config_of_setting(setting, embeddings=embeddings, head=head, **options)
+    # Calibrated, as `hf-pcdvq quantize` does it, which then leaves alone what text does not reach.
+    config = config_of_setting(setting, embeddings=embeddings, head=head, calibration=Calibration(), **options)
     result = run(read_model_config(model), config, context, timed=True, processes=processes)
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})

@@ -7,7 +7,7 @@ processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +132,7 @@ def _parts(low: int, high: int) -> list[tuple[int, int]]:
     return list(zip(cuts, cuts[1:]))
 
 
-def _nodes(own: range, low: int, high: int) -> list[tuple[int, int]]:
+def _nodes(own: Sequence[int], low: int, high: int) -> list[tuple[int, int]]:
     """The largest ranges in the order of addition that consist of a process's own shares."""
     if low in own and high - 1 in own:
         return [(low, high)]
