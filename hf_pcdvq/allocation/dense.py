@@ -16,7 +16,7 @@ from ..calibration.store import BlockStore
 from ..calibration.weights import ModelWeights
 from ..codecs import Codec
 from ..modules import PackedModule, dense_weights
-from ..modules.tied import tie_dense, tied_to, uninstall
+from ..modules.tied import tied_to, uninstall
 from .groups import Group
 
 
@@ -38,7 +38,7 @@ def quantized(
     Yields the packed modules by name.
     """
     modules = {name: model.get_submodule(name) for name in names}
-    tied = {other: model.get_submodule(other) for name in names for other in tied_to(model, name)}
+    tied = {other: (model.get_submodule(other), modules[name]) for name in names for other in tied_to(model, name)}
     # The tensors, not the parameters: while a block is calibrated its parameters are moved and converted in place.
     tensors = {
         name: {key: (tensor.data, tensor.requires_grad) for key, tensor in module.named_parameters(recurse=False)}
@@ -66,9 +66,9 @@ def quantized(
             for key, (tensor, requires_grad) in tensors[name].items():
                 setattr(module, key, nn.Parameter(tensor, requires_grad=requires_grad))
             model.set_submodule(name, module)
-        for name, module in tied.items():
+        for name, (module, owner) in tied.items():
             model.set_submodule(name, module)
-        tie_dense(model, modules)
+            module.weight = owner.weight
 
 
 @contextmanager
