@@ -27,6 +27,8 @@ DEVICE = "cuda" if GPU else "cpu"
 # to 8 bits; the reference itself is off by up to 5e-3. float16: sums of 8 to 35 products, and the levels of PCDVQ,
 # are rounded to 11 bits.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-6}
+# The interpreter is slow: there, some tests take one way to decode of each family, and two of `stream`.
+FEWER = SETTINGS if GPU else ["pcdvq-2.25", "ccq-2.5", "stream-2.0", "stream-2.25"]
 SIGNS = torch.tensor([1.0 if (3 * j) % 5 < 3 else -1.0 for j in range(64)])
 
 
@@ -80,12 +82,12 @@ PRODUCTS = [
 
 
 def in_turn(settings, cases):
-    """All pairs on a GPU; in the interpreter, which is slow, every setting with every other case, and the other way round."""
+    """All pairs on a GPU; in the interpreter, which is slow, every setting with two cases, and every case with two settings."""
     return [
         pytest.param(setting, shape, tokens, dtype, id=f"{setting}-{shape[0]}x{shape[1]}-{tokens}-{str(dtype)[6:]}")
         for i, setting in enumerate(settings)
         for j, (shape, tokens, dtype) in enumerate(cases)
-        if GPU or (i + j // 2) % 2 == 0
+        if GPU or (i + j) % 4 == 0
     ]
 
 
@@ -119,7 +121,7 @@ def test_every_config_gives_the_same_product(setting, tokens):
     shape = launch_config.Shape(setting, launch_config.tokens_per_program(tokens), 5, 2176)
     choices = launch_config.candidates(shape)
     if not GPU:  # the interpreter is slow
-        choices = [*choices[:3], choices[-1]]
+        choices = [*choices[:2], choices[-1]]
     assert len({choice.split_k for choice in choices}) > 1
     for choice in choices:
         (out,) = product(x.to(DEVICE)[None], weight, config=choice)
@@ -195,7 +197,7 @@ def test_a_measured_config_is_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, dtype", [(1, torch.bfloat16), (3, torch.float16), (9, torch.float16)])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", FEWER)
 def test_activations_prepared_once(setting, tokens, dtype):
     """For products with any number of output channels, bit-identical to preparing them in each product."""
     columns = 1088 if tokens == 1 else 192  # more than a block, and less than one
@@ -277,7 +279,7 @@ def test_opcheck_of_prepared_products(setting, monkeypatch):
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
 def test_weights_are_decoded_to_the_same_bits(setting, shape):
     packed = random_packed(setting, *shape)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) if GPU or shape[0] == 5 else (torch.float32,):
         ops.set_backend("reference")
         expected = op_pair(setting)[0](*packed, dtype)
         ops.set_backend("triton")
@@ -288,7 +290,7 @@ def test_weights_are_decoded_to_the_same_bits(setting, shape):
             assert relative_error(out, expected.double()) < 2**-7
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", FEWER)
 def test_what_no_product_kernel_takes_is_decoded_first(setting):
     """float32, more tokens than a kernel supports, a transposed product, and a gradient through the rotation."""
     packed = random_packed(setting, 12, 192)
