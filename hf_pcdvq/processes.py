@@ -24,7 +24,6 @@ from .files.contents import byte_view
 # never comes, or hangs.
 _MEETING, _TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
 
-
 Made = TypeVar("Made")
 
 
@@ -185,9 +184,11 @@ class Processes:
             return
         for source in range(self.count):
             own = iter(parts) if source == self.rank else iter(())
-            while found := self.broadcast({"": part} if (part := next(own, None)) is not None else {}, None, source)[
-                0
-            ]:
+            while True:
+                part = next(own, None)
+                found, _ = self.broadcast({} if part is None else {"": part}, None, source)
+                if not found:
+                    break
                 yield found[""]
 
     def send(self, tensors: Mapping[Any, Tensor], to: int) -> None:

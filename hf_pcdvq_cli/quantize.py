@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hf_pcdvq.allocation.report import Allocation
     from hf_pcdvq.calibration.settings import Calibration
     from hf_pcdvq.config import PackedConfig
-    from hf_pcdvq.processes import Processes
     from hf_pcdvq.quantize import Quantized
     from hf_pcdvq.recovery.report import RecoveryReport
 
@@ -151,16 +150,16 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     started = time.monotonic()
     # They meet here: later, one may download for hours what another has.
     processes = Processes() if launched()[1] > 1 else Processes.alone()
+    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    run = Run(model, source, config, None, out, work_dir, allocation, options, processes)
     if processes.rank > 0:
-        _take_part(out, model, config, allocation, options, work_dir, processes)
+        _take_part(run)
         return
     with ExitStack() as stack:
         with kept_until_done(work_dir):
             with folder_in_place(out, Path(model), options["force"]) as folder:
                 scratch = stack.enter_context(scratch_folder(out.parent))
-                result = _quantize_into(
-                    folder, scratch, model, config, allocation, options, work_dir, processes, command_line(ctx)
-                )
+                result = _quantize_into(folder, run, scratch, command_line(ctx))
             finish_recovery(result.recovery, work_dir)
         report = result.quantized.compare(out)  # after saving, because nothing that happens here may cost the result
         if report is not None:
@@ -175,23 +174,14 @@ def quantize(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
         note("Warning: the model was saved without a tokenizer, see above")
 
 
-def _take_part(
-    out: Path,
-    model: str,
-    config: PackedConfig,
-    allocation: Allocation | None,
-    options: dict[str, Any],
-    work_dir: Path,
-    processes: Processes,
-) -> None:
+def _take_part(run: Run) -> None:
     """Do a share of what the first process does, which alone writes the model; activations are kept beside it, here too."""
     from hf_pcdvq.files.scratch import scratch_folder
 
-    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
-    _dense_config(model, source)
-    out.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it
-    with scratch_folder(out.parent) as scratch:
-        quantize_and_save(Run(model, source, config, None, out, work_dir, allocation, options, processes), scratch)
+    _dense_config(run.model, run.source)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)  # another machine may not have it
+    with scratch_folder(run.folder.parent) as scratch:
+        quantize_and_save(run, scratch)
 
 
 class _Result(NamedTuple):
@@ -240,18 +230,8 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     return None
 
 
-def _quantize_into(
-    folder: Path,
-    scratch: Path,
-    model: str,
-    config: PackedConfig,
-    allocation: Allocation | None,
-    options: dict[str, Any],
-    work_dir: Path,
-    processes: Processes,
-    command: str,
-) -> _Result:
-    """Quantize and save the model; activations may be kept in `scratch`."""
+def _quantize_into(folder: Path, run: Run, scratch: Path, command: str) -> _Result:
+    """Quantize and save the model in this folder; activations may be kept in `scratch`."""
     import torch
 
     from hf_pcdvq.files.companions import copy_companions
@@ -260,7 +240,7 @@ def _quantize_into(
     from hf_pcdvq.importers.gguf import dense_from_gguf
     from hf_pcdvq.quiet import quiet
 
-    source = {"revision": options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    model, source, options, allocation = run.model, run.source, run.options, run.allocation
     inherited, original, given = inherited_metadata(model, options["revision"]), hub_name(model), model
     with ExitStack() as stack:
         if options["gguf_file"]:
@@ -278,9 +258,8 @@ def _quantize_into(
         if options["recover"]:
             check_recovery(given, tokenizer, options)
         stack.enter_context(quiet("hf_pcdvq.quantizer"))  # the command prints its summary as a table
-        quantized, recovery = quantize_and_save(
-            Run(model, source, config, tokenizer, folder, work_dir, allocation, options, processes), scratch
-        )
+        settled = run._replace(model=model, source=source, tokenizer=tokenizer, folder=folder)
+        quantized, recovery = quantize_and_save(settled, scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if quantized.report is not None:

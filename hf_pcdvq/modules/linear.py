@@ -112,12 +112,9 @@ class QuantLinear(PackedModule, nn.Linear):
                 return None
             format, rotation = self._shared_as()
             return prepared_when_traced(x, signs, format, rotation)
-        shared = self._shared_input
-        return (
-            None
-            if shared is None
-            else shared.prepared(x, partial(ops.prepare, signs=signs, format=self.codec.format))
-        )
+        if self._shared_input is None:
+            return None
+        return self._shared_input.prepared(x, partial(ops.prepare, signs=signs, format=self.codec.format))
 
     @constant_when_compiled
     def _shared_as(self) -> tuple[str, str]:

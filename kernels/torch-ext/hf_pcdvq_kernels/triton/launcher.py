@@ -67,9 +67,8 @@ class Launcher:
             compiled[self._grid](*pointers, *self._rest)
             return
         compiled = self._kernel[self._grid](*pointers, **self._keywords)
-        if isinstance(
-            compiled, CompiledKernel
-        ):  # not what is still being compiled, and the interpreter compiles nothing
+        # Not what is still being compiled; and the interpreter compiles nothing.
+        if isinstance(compiled, CompiledKernel):
             self._compiled[kind] = compiled
 
 
