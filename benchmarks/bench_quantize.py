@@ -5,8 +5,8 @@
 turns, and checks that the files are the same. `memory` writes a randomly initialized checkpoint with the shapes of Llama-3-8B (16 GB,
 deleted afterwards), rounds it, and reads the peak of the resident memory. Nothing else should run on the machine.
 
-    python benchmarks/bench_quantize.py processes --model SmolLM2-135M-Instruct --dataset c4.txt --work /tmp/work
-    python benchmarks/bench_quantize.py memory --work /tmp/work
+    python benchmarks/bench_quantize.py processes --model SmolLM2-135M-Instruct --dataset c4.txt --work scratch
+    python benchmarks/bench_quantize.py memory --work scratch
 """
 
 from __future__ import annotations
