@@ -47,7 +47,7 @@ def allocate_bits(
         device: where the model is computed; None takes the accelerator if there is one.
         work_dir: folder that keeps finished parts, from which an interrupted call resumes; None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
-        progress: show progress bars.
+        progress: show the progress.
 
     Raises:
         ValueError: the config has no target, or one outside what its settings can reach; the model is quantized already, has

@@ -76,7 +76,7 @@ def quantize_model(
         work_dir: folder that keeps finished blocks. An interrupted run resumes if it is called again with the same
             folder, model, settings and versions of packages. None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
-        progress: show progress bars.
+        progress: show the progress.
         processes: those that share the work, see `hf_pcdvq.processes`; None: this one does all of it, whatever others do.
 
     Returns:

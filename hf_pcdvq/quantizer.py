@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import std
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -51,6 +51,7 @@ from .modules import (
 from .modules.methods import replace_method
 from .modules.tied import install, is_tied, owner_of, tie_dense, tied_to, uninstall
 from .parameter_count import num_parameters
+from .progress import progress_of
 from .select import added_modules, check_packable, select_layers
 from .vocabulary import RESIZE, check_vocabulary, refuse_resizing, vocabulary_settings
 
@@ -69,7 +70,7 @@ class PackedHfQuantizer(HfQuantizer):
         self.report: QuantizationReport | None = None
         # Whether the model stays on meta: its files are laid out, and its tensors put there later.
         self.hollow = False
-        self._progress: tqdm | None = None
+        self._progress: std.tqdm | None = None
         self._to_calibrate: list[str] = []
         self._checkpoint_files: list[str] | None = None
 
@@ -247,7 +248,7 @@ class PackedHfQuantizer(HfQuantizer):
         if self._progress is not None:
             self._progress.close()
         self._progress = (
-            tqdm(total=matrices, desc="Quantizing", unit="weight", disable=not wanted) if matrices else None
+            progress_of(total=matrices, desc="Quantizing", unit="weight", shown=wanted) if matrices else None
         )
 
     def advance(self, matrices: int) -> None:

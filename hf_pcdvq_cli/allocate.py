@@ -9,7 +9,6 @@ import click
 
 from .common import (
     Command,
-    bars_wanted,
     echo_json,
     json_option,
     load_model,
@@ -17,6 +16,7 @@ from .common import (
     override_option,
     overrides_of,
     placement_options,
+    progress_wanted,
     refuse_processes,
     setting_option,
     skip_option,
@@ -91,7 +91,7 @@ def allocate(ctx: click.Context, model: str, out: Path, skip: tuple[str, ...], *
     loaded = load_model(model, options["dtype"], options["device_map"] or "cpu", **source)
     work_dir = out / ".parts"
     allocation = allocate_bits(
-        loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=bars_wanted()
+        loaded, tokenizer, config, work_dir=work_dir, restart=options["force"], progress=progress_wanted()
     )
     allocation.write(out)
     clear_all(work_dir)

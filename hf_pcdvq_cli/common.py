@@ -24,14 +24,12 @@ _QUIET = "hf_pcdvq.quiet"
 class Command(click.Command):
     """A command that reports an error as one message with exit code 1; with `--debug`, as a traceback.
 
-    Progress bars are for terminals; `--quiet` leaves them out there too, and the notes on standard error.
+    Progress bars are for terminals, and become lines elsewhere; `--quiet` leaves both out, and the notes on standard error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        quiet = click.Option(
-            ["--quiet", "-q"], is_flag=True, help="No progress bars, notes or warnings; errors remain."
-        )
+        quiet = click.Option(["--quiet", "-q"], is_flag=True, help="No progress, notes or warnings; errors remain.")
         debug = click.Option(["--debug"], is_flag=True, help="Show the Python traceback of an error.")
         self.params += [quiet, debug]
 
@@ -80,9 +78,9 @@ def _whose(message: str) -> str:
     return message if count == 1 else f"process {rank} of {count}: {message}"
 
 
-def bars_wanted() -> bool:
-    """Whether the running command may show progress bars."""
-    return sys.stderr.isatty() and not is_quiet()
+def progress_wanted() -> bool:
+    """Whether the running command may show its progress: bars on a terminal, elsewhere a line a minute."""
+    return not is_quiet()
 
 
 def is_quiet() -> bool:
@@ -99,7 +97,7 @@ def _bars_of_libraries() -> Iterator[None]:
     quiet = click.get_current_context().meta[_QUIET]
     level, ours = transformers.get_verbosity(), logging.getLogger("hf_pcdvq")
     our_level, bars, hub_bars = ours.level, transformers.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    if not bars_wanted():
+    if quiet or not sys.stderr.isatty():
         transformers.disable_progress_bar()
         disable_progress_bars()
     if quiet:

@@ -12,13 +12,13 @@ import click
 from .common import (
     DTYPES,
     Command,
-    bars_wanted,
     command_line,
     echo_json,
     json_option,
     load_model,
     note,
     placement_options,
+    progress_wanted,
 )
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _measurements(
         packed=options["packed"],
         text=text,
         tokens=hash_tokens(windows),
-        metrics=evaluate(original, packed, windows, progress=bars_wanted()),
+        metrics=evaluate(original, packed, windows, progress=progress_wanted()),
         noise_floor=None,
         tasks=None,
         bits_per_packed_weight=bits_per_packed_weight,
@@ -166,7 +166,7 @@ def _measurements(
     del packed  # makes room for the original in another dtype
     if floor is not None:
         again = load_model(options["original"], **{**placement, "dtype": floor})
-        metrics = evaluate(original, again, windows, progress=bars_wanted())
+        metrics = evaluate(original, again, windows, progress=progress_wanted())
         yield replace(record, noise_floor=NoiseFloor(floor, metrics))
 
 

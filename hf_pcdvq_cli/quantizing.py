@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .common import bars_wanted, load_model, note
+from .common import load_model, note, progress_wanted
 from .recover import recover_quantized
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Run(NamedTuple):
             "work_dir": self.work_dir,
             "restart": self.options["force"],
             "batch_tokens": self.options["batch_tokens"],
-            "progress": bars_wanted(),
+            "progress": progress_wanted(),
             "processes": self.processes,
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .common import Command, bars_wanted, echo_json, json_option, load_model, note, placement_options
+from .common import Command, echo_json, json_option, load_model, note, placement_options, progress_wanted
 
 
 @click.command(cls=Command)
@@ -28,7 +28,7 @@ def speed(model: str, prompt_tokens: int, new_tokens: int, as_json: bool, **opti
     from hf_pcdvq.files.folders import check_source
 
     check_source(model)
-    result = measure_speed(load_model(model, **options), prompt_tokens, new_tokens, progress=bars_wanted())
+    result = measure_speed(load_model(model, **options), prompt_tokens, new_tokens, progress=progress_wanted())
     if Path(model).is_dir():
         result.write(model)
         note(f"Saved in {Path(model) / 'speed.json'}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, bars_wanted, note, saved_folder
+from .common import Command, note, progress_wanted, saved_folder
 
 if TYPE_CHECKING:
     from hf_pcdvq_kernels.triton.launch_config import Shape
@@ -46,7 +46,8 @@ def tune(model: str, tokens: tuple[int, ...], device: str | None, force: bool) -
 
     from hf_pcdvq_kernels.triton import tuned, tuning
     from rich.table import Table
-    from tqdm import tqdm
+
+    from hf_pcdvq.progress import progress_of
 
     from .tables import show
 
@@ -54,8 +55,8 @@ def tune(model: str, tokens: tuple[int, ...], device: str | None, force: bool) -
     wanted = [shape for shape in shapes if force or shape not in tuned.measured(where)]
     note(f"{len(wanted)} products to measure, {len(shapes) - len(wanted)} measured before")
     table = Table("format", "tokens", "outputs", "inputs", "block_n", "num_warps", "split_k", "µs", "default µs")
-    for shape, found in tqdm(
-        tuning.tune(wanted, where), total=len(wanted), unit="product", disable=not bars_wanted()
+    for shape, found in progress_of(
+        tuning.tune(wanted, where), total=len(wanted), unit="product", desc="Tuning", shown=progress_wanted()
     ):
         times = f"{found.seconds * 1e6:.1f}", f"{found.default_seconds * 1e6:.1f}"
         sizes = (

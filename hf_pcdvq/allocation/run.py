@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..calibration.activations import HeldActivations
 from ..calibration.blocks import find_blocks
@@ -33,6 +32,7 @@ from ..calibration.weights import ModelWeights
 from ..config import PackedConfig
 from ..files.fields import number
 from ..modules import PackedModule
+from ..progress import progress_of
 from .budget import Budget, Choice
 from .choose import Option, choose
 from .dense import quantized, with_errors_of
@@ -117,7 +117,7 @@ def allocate(
         work_dir: folder that keeps finished parts, from which an interrupted allocation resumes; None keeps nothing.
         identity: of the model, see `calibration.identity`; computed if needed.
         restart: compute again what `work_dir` holds of another run, instead of refusing it.
-        progress: show progress bars.
+        progress: show the progress.
 
     Returns:
         The allocation, with the better of the mixed and the uniform settings.
@@ -198,7 +198,7 @@ def _sensitivities(work: _Work, groups: list[Group], budget: Budget) -> dict[str
     try:
         work.model.to(work.device)
         replay = Replay(work.model, work.prefix, work.windows.probe, work.device)
-        bar = tqdm(missing, desc="Sensitivities", unit="group", disable=not work.progress)
+        bar = progress_of(missing, desc="Sensitivities", unit="group", shown=work.progress)
         with replay.running():
             for group in bar:
                 for name in group.modules:

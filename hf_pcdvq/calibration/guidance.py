@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from ..emulation import is_emulated, placed
+from ..progress import progress_of
 from .blocks import replaced_forward
 from .hessian import group_sizes
 
@@ -49,7 +49,7 @@ def output_sensitivity(
         groups: of output channels, as equal in size as they can be; no more than a layer has.
         seed: of the labels.
         device: where to compute.
-        progress: show a progress bar.
+        progress: show the progress.
 
     Returns:
         Sensitivities by layer, in units of the layer's mean.
@@ -66,7 +66,7 @@ def output_sensitivity(
             stack.enter_context(replaced_forward(block, _recomputed(block.forward)))
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(_recorder(found[name], groups)).remove)
-        for window in tqdm(windows, desc="Sensitivity of the original", unit="window", disable=not progress):
+        for window in progress_of(windows, desc="Sensitivity of the original", unit="window", shown=progress):
             _backward(model, window[None].to(device), generator)
     result: Sensitivity = {}
     for name in layers:  # one layer after the other: together they may take much memory

@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..evaluation.metrics import Evaluation, compare_logits
 from ..processes import Processes
+from ..progress import progress_of
 from .activations import Activations
 from .blocks import NotBlockByBlock
 from .report import QuantizationReport
@@ -38,7 +38,7 @@ class HeldOut:
         windows: token ids int64 `[m, L]`, m >= 1.
         device: where the blocks are computed.
         activations: makes what the logits are kept in.
-        progress: show progress bars.
+        progress: show the progress.
         processes: those that share the windows; only the first can compare.
 
     Raises:
@@ -59,7 +59,7 @@ class HeldOut:
         self._blocks, self._windows, self._device, self._progress = blocks, windows, device, progress
         self._logits = activations()
         share = processes.share(windows)
-        bar = tqdm(total=len(share), desc="Running the original", unit="window", disable=not progress)
+        bar = progress_of(total=len(share), desc="Running the original", unit="window", shown=progress)
         failure = None
         with bar, self._running(weights.model):
             try:

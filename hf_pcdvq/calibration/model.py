@@ -64,7 +64,7 @@ def calibrate_model(
         batch_tokens: see `window_batches`.
         work_dir: folder that keeps finished blocks, so that an interrupted run can resume; None keeps nothing.
         restart: compute again what `work_dir` holds of another run, or damaged, instead of refusing it.
-        progress: show progress bars.
+        progress: show the progress.
         processes: those that share the run, all of which call this with the same model and settings; None: this one is
             alone. Only the first reads the dataset and uses `work_dir`.
 

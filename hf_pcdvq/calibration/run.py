@@ -19,13 +19,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..codecs.base import Codec, Packed
 from ..emulation import is_emulated, placed
 from ..modules import count_matrices, dense_weights, packed_type
 from ..modules.tied import install
 from ..processes import Processes
+from ..progress import progress_of
 from .activations import Activations, HeldActivations
 from .blocks import capture, refuse_shared
 from .decoder_block import DecoderBlock
@@ -58,7 +58,7 @@ class CalibratedRun:
         activations: makes what activations are kept in, unless an accelerator has room for them.
         device: where blocks are computed; they return to their own device.
         store: keeps finished blocks, so that an interrupted run can resume; None keeps nothing. Only the first process has one.
-        progress: show a progress bar.
+        progress: show the progress.
 
     Attributes, after `run`:
         layers: a record of every layer.
@@ -89,7 +89,7 @@ class CalibratedRun:
         self._sensitivity: dict[str, Sequence[Tensor]] = {}
         self._upcast = is_emulated(self._model.dtype, device)
         matrices = sum(count_matrices(self._model.get_submodule(name)) for name in names)
-        self._bar = tqdm(total=matrices, desc="Calibrating", unit="weight", smoothing=0, disable=not progress)
+        self._bar = progress_of(total=matrices, desc="Calibrating", unit="weight", smoothing=0, shown=progress)
 
     @torch.no_grad()
     def run(self) -> None:

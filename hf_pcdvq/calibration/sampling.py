@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from ..emulation import is_emulated, placed
+from ..progress import progress_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def _generate(
     with placed(model, device, is_emulated(model.dtype, device)), attention:
         batches = first.tensor_split(-(-len(first) // _BATCH))
         start = 0
-        for batch in tqdm(batches, desc="Generating calibration text", disable=not progress):
+        for batch in progress_of(batches, desc="Generating calibration text", unit="batch", shown=progress):
             prompt = batch.to(device)
             generated = model.generate(
                 input_ids=prompt,

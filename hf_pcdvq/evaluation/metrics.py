@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from ..progress import progress_of
 
 # Memory for the float32 temporaries of one chunk of predictions, and how many copies of its logits `_compare_rows`
 # holds at once: the log-probabilities of both models, a product, and the input of the current log-softmax.
@@ -93,7 +94,7 @@ def evaluate(original: nn.Module, packed: nn.Module, windows: Tensor, progress: 
         original, packed: causal language models of Transformers with the same vocabulary.
         windows: int64 `[n, L]`, see `token_windows`. Each token of a window is predicted from those before it, so a
             window has `L - 1` predictions.
-        progress: show a progress bar with the mean divergence so far.
+        progress: show the progress with the mean divergence so far.
 
     Raises:
         ValueError: the vocabularies differ in size, the windows do not fit the models, or logits are NaN.
@@ -112,7 +113,7 @@ def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, prog
         pairs: for each window the logits `[L - 1, vocabulary]` of the original and of the packed model, in any
             floating-point dtypes, on any devices; consumed one pair at a time.
         windows: int64 `[n, L]`.
-        progress: show a progress bar with the mean divergence so far.
+        progress: show the progress with the mean divergence so far.
 
     Raises:
         ValueError: the vocabularies differ in size, or logits are NaN.
@@ -120,7 +121,7 @@ def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, prog
     parts = []
     running = 0.0
     remaining = iter(pairs)
-    bar = tqdm(windows, desc="Evaluating", unit="window", disable=not progress)
+    bar = progress_of(windows, desc="Evaluating", unit="window", shown=progress)
     for index, window in enumerate(bar):
         # Nothing keeps a reference to the logits; otherwise those of two windows would be in memory at once.
         part = _compare(*next(remaining), window[1:])
@@ -154,7 +155,7 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
     check_windows(model, windows)
     total = 0.0
     with _inference(model):
-        bar = tqdm(windows, desc="Perplexity", unit="window", disable=not progress)
+        bar = progress_of(windows, desc="Perplexity", unit="window", shown=progress)
         for index, window in enumerate(bar):
             losses = _losses(window_logits(model, window), window[1:])
             _refuse_nan(losses, type(model).__name__, index)

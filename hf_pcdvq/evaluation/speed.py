@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hf_pcdvq_kernels.backend import backend_for
-from tqdm.auto import tqdm
 
 from ..files.fields import number, positive_integer, short_text
 from ..files.records import device_name, known_fields, package_versions, write_text
+from ..progress import progress_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ def measure_speed(
         model: a causal language model, packed or not.
         prompt_tokens, new_tokens: number of each in one run.
         runs: number of timed runs.
-        progress: show a progress bar.
+        progress: show the progress.
         cache_implementation: as for Transformers' `generate`. With `"static"`, `generate` compiles a model on a GPU;
             None takes the model's default.
 
@@ -104,7 +104,7 @@ def measure_speed(
     if cache_implementation is not None:  # None would override the model's generation config
         options["cache_implementation"] = cache_implementation
     seconds = []
-    for _ in tqdm(range(1 + runs), desc="Generating", unit="run", disable=not progress):
+    for _ in progress_of(range(1 + runs), desc="Generating", unit="run", shown=progress):
         started = time.perf_counter()
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         if accelerator is not None:

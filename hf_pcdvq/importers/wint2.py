@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..config import CcqConfig
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
 from ..files.packing import PackingRecord, save_file
 from ..modules import QuantExperts, is_fused_experts
+from ..progress import progress_of
 from ..quantizer import PackedHfQuantizer
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def import_wint2(source: Path, folder: Path, model_config: PreTrainedConfig | No
     record = PackingRecord.of(model, config)
     index: dict[str, str] = {}
     size = 0
-    for number, names in enumerate(tqdm(shards, desc="Importing", unit="layer"), 1):
+    for number, names in enumerate(progress_of(shards, desc="Importing", unit="layer"), 1):
         tensors = dict(_tensors(model, names, checkpoint))
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt", **record.metadata()})

@@ -30,7 +30,7 @@ class Rounding:
         names: the layers to pack.
         store: keeps finished units, so that an interrupted run can resume; None keeps nothing. Only the first process has one.
         processes: those that share the units.
-        progress: show a progress bar.
+        progress: show the progress.
     """
 
     def __init__(
