@@ -101,7 +101,7 @@ class Bench:
                 kinds = (*FORMATS, PLAIN) if with_plain else FORMATS
                 kinds = [kind for kind in kinds if self.missing(**about, tokens=tokens, weight=kind)]
                 if kinds:
-                    times = alternated(layer_runs(outputs, inputs, tokens, kinds), self.args.rounds)
+                    times = alternated(layer_runs(outputs, inputs, tokens, kinds, self.args.cache), self.args.rounds)
                     for kind in kinds:
                         self.add(**about, tokens=tokens, weight=kind, **compared(times, kind, DENSE))
 
@@ -110,7 +110,8 @@ class Bench:
             for kind in cpu_numba.PRODUCTS:
                 about = {"part": "numba", "layer": f"{outputs} x {inputs}", "tokens": 1, "weight": kind}
                 if self.missing(**about):
-                    times = alternated(numba_runs(kind, outputs, inputs, self.args.threads), self.args.rounds)
+                    runs = numba_runs(kind, outputs, inputs, self.args.threads, self.args.cache)
+                    times = alternated(runs, self.args.rounds)
                     fastest = min((name for name in times if name != kind), key=lambda name: min(times[name]))
                     every = {name: min(seconds) for name, seconds in times.items()}
                     self.add(**about, **compared(times, kind, fastest), best_seconds_of_each=every)
@@ -198,21 +199,23 @@ class Bench:
                 self.add(**about, **cpu_models.activation_quality(self.args.work, setting, texts, *size))
 
 
-def layer_runs(outputs: int, inputs: int, tokens: int, kinds: list[str]) -> dict[str, Callable[[], float]]:
-    """What is timed of a layer, by kind of weight: bf16 and the kinds given."""
+def layer_runs(
+    outputs: int, inputs: int, tokens: int, kinds: list[str], cache: int
+) -> dict[str, Callable[[], float]]:
+    """What is timed of a layer, by kind of weight: bf16 and the kinds given. `cache`: bytes between two uses of a weight."""
     x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-    dense = cpu_models.copies(cpu_models.dense_layer(outputs, inputs))
+    dense = cpu_models.copies(cpu_models.dense_layer(outputs, inputs), cache)
     runs = {DENSE: repeated([partial(layer, x) for layer in dense])}
     for kind in kinds:
         if kind == PLAIN:
             runs[kind] = repeated([partial(cpu_models.without_onednn, layer, x) for layer in dense])
         else:
-            layers = cpu_models.copies(cpu_models.packed_layer(kind, outputs, inputs))
+            layers = cpu_models.copies(cpu_models.packed_layer(kind, outputs, inputs), cache)
             runs[kind] = repeated([partial(layer, x) for layer in layers])
     return runs
 
 
-def numba_runs(kind: str, outputs: int, inputs: int, threads: int) -> dict[str, Callable[[], float]]:
+def numba_runs(kind: str, outputs: int, inputs: int, threads: int, cache: int) -> dict[str, Callable[[], float]]:
     """The library's product and those by Numba, of activations that are rotated already.
 
     Raises:
@@ -220,7 +223,7 @@ def numba_runs(kind: str, outputs: int, inputs: int, threads: int) -> dict[str, 
     """
     x = torch.randn(1, inputs)
     runs: dict[str, list[Call]] = {}
-    for seed in range(cpu_models.CACHE // (outputs * inputs // 4) + 1):
+    for seed in range(cache // (outputs * inputs // 4) + 1):
         weight = random_weight(kind, outputs, inputs, seed)
         multiply = partial(launch.multiply, x, launch.describe(weight), outputs, None, None)
         runs.setdefault(kind, []).append(multiply)
@@ -295,10 +298,10 @@ def arguments() -> argparse.Namespace:
     args.out = args.out or ROOT / "benchmarks" / "results" / f"cpu_{machine}.json"
     args.work = args.work.resolve()
     args.sizes, args.tokens, args.middle, args.prefill, args.length = SIZES, TOKENS, MIDDLE, PREFILL, 512
-    args.numba_sizes = SIZES
+    args.numba_sizes, args.cache = SIZES, cpu_models.CACHE
     if args.smoke:
         args.sizes, args.tokens, args.middle, args.prefill, args.length = ((256, 128),), (1, 32), "tiny", 32, 64
-        args.numba_sizes = ((256, 256),)
+        args.numba_sizes, args.cache = ((256, 256),), 1 << 18  # or thousands of such small layers would be made
         args.models, args.rounds, args.rounds_of_models, args.windows = ("tiny",), 2, 2, 1
     return args
 

@@ -154,10 +154,10 @@ def without_onednn(layer: nn.Linear, x: Tensor) -> Tensor:
         return layer(x)
 
 
-def copies(layer: nn.Module) -> list[nn.Module]:
-    """As many of a layer as do not fit into a cache."""
+def copies(layer: nn.Module, cache: int) -> list[nn.Module]:
+    """As many of a layer as do not fit into a cache of so many bytes."""
     nbytes = sum(parameter.nbytes for parameter in layer.parameters())
-    return [layer, *(copy.deepcopy(layer) for _ in range(CACHE // nbytes))]
+    return [layer, *(copy.deepcopy(layer) for _ in range(cache // nbytes))]
 
 
 def generation(new_tokens: int, model: PreTrainedModel) -> Call:

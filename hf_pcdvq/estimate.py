@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from .auto_class import auto_class_of
 from .codecs.base import counted_bits
 from .config import PackedConfig
 from .effort import Effort, efforts
@@ -51,12 +52,14 @@ class Estimate:
         parts: by name, see `PARTS`. "experts" are fused experts, "attention" is recognized by the module's name;
             these and "other layers" are packed, the rest is not.
         cache_bytes: size of the keys and values of one token.
+        state_bytes: size of what layers without keys and values, those of linear attention, keep of all tokens together.
         context: number of tokens that `memory_bytes` accounts for.
         efforts: what it takes to make the packed model, "rounded" and "calibrated".
     """
 
     parts: dict[str, Part]
     cache_bytes: int
+    state_bytes: int
     context: int
     efforts: dict[str, Effort]
 
@@ -72,7 +75,12 @@ class Estimate:
     @property
     def memory_bytes(self) -> int:
         """GPU memory for weights, the cache of `context` tokens and decoding of weights, excluding activations."""
-        return self.nbytes + self.cache_bytes * self.context + _WORKSPACE
+        return self.nbytes + self.cache_total + _WORKSPACE
+
+    @property
+    def cache_total(self) -> int:
+        """Size of the cache of `context` tokens."""
+        return self.cache_bytes * self.context + self.state_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-serializable."""
@@ -104,8 +112,10 @@ def estimate(
     """Estimate the size of a model packed according to `config`.
 
     Args:
-        model_config: configuration of a causal language model that is not quantized.
-        config: how to pack it; its resolved fields are filled in, as when quantizing.
+        model_config: configuration of a model that writes text and is not quantized. One that also reads images is counted
+            with what reads them if its `architectures` name such a class.
+        config: how to pack it; its resolved fields are filled in, as when quantizing. With a calibration, what text does not
+            reach is left as it is; without, it is packed too.
         context: number of tokens whose keys and values must fit in memory.
         timed: also how long quantizing takes on this machine, which is measured for a few seconds.
         processes: how many share the quantizing.
@@ -115,7 +125,7 @@ def estimate(
     """
     model_config = AutoConfig.for_model(**{**model_config.to_dict(), "quantization_config": None})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16).eval()
+        model = auto_class_of(model_config).from_config(model_config, dtype=torch.bfloat16).eval()
     quantizer = PackedHfQuantizer(config, pre_quantized=False)
     names = quantizer.select(model)
     packed = {
@@ -131,9 +141,9 @@ def estimate(
             parts[part] = parts[part].plus(weight.numel(), nbytes)
     if model.config.get_text_config().tie_word_embeddings:
         parts["output head"] = Part()
-    cache_bytes = _cache_bytes(model)  # from here on, experts return their inputs
+    cache_sizes = _cache_sizes(model)  # from here on, experts return their inputs
     found = efforts(model, names, config, packed, timed, processes)
-    return Estimate(parts, cache_bytes, context, found)
+    return Estimate(parts, *cache_sizes, context, found)
 
 
 def _packed_bytes(config: PackedConfig, name: str, weight: nn.Parameter) -> int:
@@ -154,15 +164,19 @@ def _part(model: PreTrainedModel, path: str, module: nn.Module, packed: bool) ->
     return "attention" if re.search(r"attn|attention", path) else "other layers"
 
 
-def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values per token: runs the model on one token, on the meta device."""
+def _cache_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of keys and values per token, and of states: runs the model on one token, on the meta device."""
     for module in model.modules():
         if is_fused_experts(module):
             module.forward = lambda hidden_states, *args, **kwargs: hidden_states  # routing needs actual values
     with torch.no_grad():
         cache = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), use_cache=True).past_key_values
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    sizes = []
+    for names in (("keys", "values"), ("conv_states", "recurrent_states")):
+        held = [vars(layer)[name] for layer in cache.layers for name in names if name in vars(layer)]
+        tensors = [tensor for one in held for tensor in (one.values() if isinstance(one, dict) else [one])]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None))
+    return sizes[0], sizes[1]
 
 
 def estimate_table(result: Estimate) -> Table:
@@ -176,7 +190,7 @@ def estimate_table(result: Estimate) -> Table:
         bits = f"{8 * part.nbytes / part.parameters:.3f}" if part.parameters else "-"
         style = "bold" if part is total else None
         table.add_row(name, f"{part.parameters:,}", bits, *_sizes(part.nbytes), style=style)
-    table.add_row(f"keys and values, {result.context:,} tokens", "", "", *_sizes(result.cache_bytes * result.context))
+    table.add_row(f"keys and values, {result.context:,} tokens", "", "", *_sizes(result.cache_total))
     table.add_row("GPU memory, without activations", "", "", *_sizes(result.memory_bytes), style="bold")
     return table
 

@@ -245,24 +245,15 @@ def load_model(model: str, dtype: str, device_map: str | None, **options: Any) -
     that reads images, with what reads them.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
+    from transformers import AutoConfig
 
-    import hf_pcdvq  # noqa: F401  (registers the methods with Transformers)
+    from hf_pcdvq.auto_class import auto_class_of  # which registers the methods with Transformers
 
     if device_map is None and torch.accelerator.is_available():
         device_map = torch.accelerator.current_accelerator().type
     source = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     config = AutoConfig.from_pretrained(model, **source)
-    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    # Some models that also read images are causal language models too, of some only the language model is, of some none.
-    whole = images is not None and (text is None or images.__name__ in (config.architectures or ()))
-    auto_class = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-    return auto_class.from_pretrained(model, dtype=dtype, device_map=device_map, **options)
+    return auto_class_of(config).from_pretrained(model, dtype=dtype, device_map=device_map, **options)
 
 
 # Weights in formats that are not read here.

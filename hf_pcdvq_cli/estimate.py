@@ -23,6 +23,11 @@ from .common import (
 @vocabulary_options
 @skip_option
 @click.option(
+    "--no-calibration",
+    is_flag=True,
+    help="Count what rounding packs: also what text does not reach, such as a tower for images.",
+)
+@click.option(
     "--context",
     type=click.IntRange(min=0),
     default=4096,
@@ -44,6 +49,7 @@ def estimate(
     embeddings: str | None,
     head: str | None,
     skip: tuple[str, ...],
+    no_calibration: bool,
     context: int,
     processes: int,
     as_json: bool,
@@ -65,8 +71,9 @@ def estimate(
     from .tables import left_table, show
 
     options = {"overrides": overrides_of(override), "modules_to_not_convert": list(skip) or None}
-    # Calibrated, as `hf-pcdvq quantize` does it, which then leaves alone what text does not reach.
-    config = config_of_setting(setting, embeddings=embeddings, head=head, calibration=Calibration(), **options)
+    # `hf-pcdvq quantize` calibrates if it is not told otherwise, and then leaves alone what text does not reach.
+    calibration = None if no_calibration else Calibration()
+    config = config_of_setting(setting, embeddings=embeddings, head=head, calibration=calibration, **options)
     result = run(read_model_config(model), config, context, timed=True, processes=processes)
     if as_json:
         echo_json({**result.to_dict(), "left_unpacked": config.left_unpacked})

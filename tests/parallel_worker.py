@@ -38,6 +38,7 @@ WAYS = {
     ("deepseek", "tensors"): TENSORS,
     ("deepseek", "experts"): EXPERTS,
     ("tied", "tensors"): TENSORS,
+    ("head", "tensors"): TENSORS,
     ("llama", "fsdp"): DATA,
     ("llama", "whole mlp"): {**TENSORS, "tp_plan": dict.fromkeys(MLP, "replicate")},
 }

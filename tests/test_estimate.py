@@ -7,13 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-from vision_models import save_tiny_gemma3
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
+from vision_models import save_tiny_gemma3, save_tiny_qwen3_5
 
-from hf_pcdvq import CcqConfig, PcdvqConfig
+from hf_pcdvq import Calibration, CcqConfig, PcdvqConfig, quantize_model
 from hf_pcdvq.emulation import is_emulated
 from hf_pcdvq.estimate import estimate, read_model_config
 from hf_pcdvq.files.size import count_folder
+from hf_pcdvq.modules import QuantLinear
 from hf_pcdvq_cli import main
 
 MODELS = Path(__file__).parents[1] / "benchmarks" / "models"
@@ -147,9 +148,41 @@ def test_the_command(tiny_model_dir, tmp_path):
     assert bad.exit_code == 1 and "no model_type" in bad.stderr
 
 
-def test_a_tower_that_a_calibrated_run_leaves_alone_is_not_counted_as_packed(tmp_path):
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_tower_is_counted_as_it_is_stored(calibrated, tmp_path):
+    """Of a model whose language model has a class and a config of its own."""
+    save_tiny_qwen3_5(tmp_path / "dense")
+    calibration = Calibration(samples=4, length=16, holdout=0) if calibrated else None
+    config = PcdvqConfig(calibration=calibration)
+    if calibrated:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+        tokens = torch.randint(2, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+        quantize_model(model, None, config, tokens, progress=False)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "dense", dtype=torch.bfloat16, quantization_config=config
+        )
+    assert isinstance(model.model.visual.blocks[0].attn.qkv, QuantLinear) != calibrated
+    model.save_pretrained(tmp_path / "packed")
+    count = count_folder(tmp_path / "packed")
+    result = estimate(read_model_config(str(tmp_path / "dense")), PcdvqConfig(calibration=calibration))
+    assert result.parameters == count.parameters
+    assert result.nbytes == count.file_bytes - count.header_bytes
+    # One layer has keys and values in bfloat16, the other states that do not grow with the text.
+    assert result.cache_bytes == 2 * 64 * 2
+    linear, _ = model(input_ids=torch.ones(1, 20, dtype=torch.int64), use_cache=True).past_key_values.layers
+    states = [*linear.conv_states.values(), *linear.recurrent_states.values()]
+    assert result.state_bytes == sum(tensor.nbytes for tensor in states) > 0
+
+
+def test_the_command_counts_what_is_calibrated_unless_told_otherwise(tmp_path):
     save_tiny_gemma3(tmp_path, byte_tokenizer())
-    result = CliRunner().invoke(main, ["estimate", str(tmp_path), "--json"])
-    assert result.exit_code == 0, result.stderr
-    left = json.loads(result.stdout)["left_unpacked"]
-    assert "does not reach it" in left["model.vision_tower.encoder.layers.*.mlp.fc1.weight"]
+    found = {}
+    for option in ("--json", "--no-calibration"):
+        result = CliRunner().invoke(main, ["estimate", str(tmp_path), "--json", option])
+        assert result.exit_code == 0, result.stderr
+        found[option] = json.loads(result.stdout)
+    name = "model.vision_tower.encoder.layers.*.mlp.fc1.weight"
+    assert "does not reach it" in found["--json"]["left_unpacked"][name]
+    assert name not in found["--no-calibration"]["left_unpacked"]
+    assert found["--no-calibration"]["bytes"] < found["--json"]["bytes"]

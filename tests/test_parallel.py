@@ -69,6 +69,7 @@ _MODELS = {
     # Attention with low-rank projections, whole in every process; a shared expert; a layer without experts.
     "deepseek": lambda: (moe_models.model("deepseek"), PcdvqConfig(bits=2.0, hadamard_block=16)),
     "tied": lambda: (llama(tie_word_embeddings=True), PcdvqConfig(head="int8")),  # whole in every process
+    "head": lambda: (llama(), PcdvqConfig(head="int8")),  # not tied, and divided like any other layer
     "small rings": lambda: (llama(num_key_value_heads=2), _STREAM),  # keys have one ring, which is not cut
     "small blocks": lambda: (llama(intermediate_size=192), PcdvqConfig()),  # half of 192 inputs is 1.5 blocks of 64
     "smaller blocks": lambda: (llama(intermediate_size=192), PcdvqConfig(hadamard_block=32)),

@@ -26,7 +26,7 @@ from transformers import (
 )
 from vision_models import save_tiny_gemma3
 
-from hf_pcdvq import PcdvqConfig
+from hf_pcdvq import Calibration, PcdvqConfig, quantize_model
 from hf_pcdvq.codecs import codec_of_setting
 from hf_pcdvq.files.size import count_folder
 from hf_pcdvq.modules import QuantEmbedding, QuantLinear
@@ -129,6 +129,18 @@ def test_saved_loaded_copied_and_decoded_it_computes_the_same(name, folders, tmp
     assert (twin.get_input_embeddings().weight is twin.get_output_embeddings().weight) == (name != "not tied")
     twin.resize_token_embeddings(300)
     twin.save_pretrained(tmp_path / "dense")
+
+
+def test_tied_embeddings_of_a_model_that_is_loaded_already(folders, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(folders["tied"]).eval()
+    tokens = torch.randint(2, 258, (4, 16), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(samples=4, length=16, holdout=0)
+    config = PcdvqConfig(**BITS, head="int8", calibration=calibration)
+    packed = quantize_model(dense, None, config, tokens, progress=False)
+    assert words(packed.get_input_embeddings()) is words(packed.get_output_embeddings())
+    found = logits(packed)
+    packed.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), found)
 
 
 def test_the_file_holds_tied_tensors_once_and_is_counted(folders, tmp_path):

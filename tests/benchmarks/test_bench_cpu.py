@@ -65,9 +65,13 @@ def test_every_row_says_what_it_is_about_and_where_it_was_measured(smoke):
     assert "times bf16" in smoke[1] and "files + 150 MB" in smoke[1]
 
 
-def test_tables_for_documents_show_the_ratios(smoke, run):
+def test_tables_for_documents_show_the_ratios(smoke, modules, monkeypatch, capsys):
+    import bench_cpu
+
     rows = json.loads(smoke[0].read_text())["rows"]
-    shown = run("--table", "--markdown")[1]
+    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--table", "--markdown", "--out", str(smoke[0])])
+    bench_cpu.main()
+    shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if line.startswith("| 256 x 128, 32 tokens |")]
     ratios = [f"{row['ratio']:.2f}" for row in rows if row["part"] == "layer" and row["tokens"] == 32]
     assert [cell.strip() for cell in line.split("|")[2 : 2 + len(ratios)]] == ratios

@@ -41,6 +41,19 @@ def test_computes_with_the_decoded_weight_and_bias(layer):
     assert (layer(X) - dense(X)).norm() < 3e-4 * dense(X).norm()
 
 
+@pytest.mark.parametrize("memory", ["the same", "other"])
+def test_computes_with_the_tensors_that_it_has_now(memory, layer, codec):
+    """And not with those of an earlier call."""
+    layer(X)
+    other = QuantLinear.from_linear(nn.Linear(192, 50), codec)
+    for name, tensor in other.named_parameters():
+        if memory == "the same":
+            layer._parameters[name].data.copy_(tensor)
+        else:
+            layer._parameters[name] = tensor
+    assert torch.equal(layer(X), other(X))
+
+
 def test_no_bias_stays_no_bias(codec):
     layer = QuantLinear.from_linear(nn.Linear(64, 8, bias=False), codec)
     assert layer.bias is None and layer.dequantize(torch.float32).bias is None

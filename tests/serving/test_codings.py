@@ -86,6 +86,23 @@ def test_every_packed_module_is_found_with_its_own_setting(packed):
     assert "mlp.down_proj" not in formats and not any("embed" in name or "head" in name for name in formats)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"head": "int8"}, "quantized with head='int8': "),
+        ({"embeddings": "int8"}, "quantized with embeddings='int8': "),
+        ({"embeddings": "int8", "head": "int8"}, "quantized with embeddings='int8' and head='int8': "),
+    ],
+)
+def test_packed_embeddings_and_heads_are_refused_with_what_works(options, named, tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=PcdvqConfig(modules_to_convert=["o_proj"], **options)
+    )
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=f"{named}.*Quantize the model again without .* hf-pcdvq serve"):
+        read_codings(str(tmp_path), None, settings(tmp_path))
+
+
 def rewritten(folder, to, change):
     """A copy whose record has been changed by a function."""
     shutil.copytree(folder, to)

@@ -164,11 +164,11 @@ def test_no_more_than_one_block_is_in_memory(dense, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("before", ["write", "save"])
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("name", ["mixtral", "biased"])
+@pytest.mark.parametrize(("name", "options"), [("mixtral", {}), ("biased", {"head": "int8"})])
 def test_interrupted_run_goes_on_at_the_block_where_it_stopped(
-    name, calibrated, before, dense, tmp_path, monkeypatch
+    name, options, calibrated, before, dense, tmp_path, monkeypatch
 ):
-    in_memory(dense[name], configured("pcdvq-2.25", calibrated, {}), tmp_path / "expected")
+    in_memory(dense[name], configured("pcdvq-2.25", calibrated, options), tmp_path / "expected")
     write, store = streaming.Output.write, streaming.BlockStore.save
     saved = []
 
@@ -190,7 +190,7 @@ def test_interrupted_run_goes_on_at_the_block_where_it_stopped(
         monkeypatch.setattr(streaming.Output, "write", killed)
     else:
         monkeypatch.setattr(streaming.BlockStore, "save", not_kept)
-    run = configured("pcdvq-2.25", calibrated, {}), tmp_path / "found"
+    run = configured("pcdvq-2.25", calibrated, options), tmp_path / "found"
     with pytest.raises(KeyboardInterrupt):
         streamed(dense[name], *run, work_dir=tmp_path / "work")
     monkeypatch.setattr(streaming.Output, "write", write)

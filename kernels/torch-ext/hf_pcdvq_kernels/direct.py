@@ -39,18 +39,19 @@ class DirectProduct(ABC):
         # Weakly, so that a model whose weights are moved to disk does not keep them in memory.
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
-        self._kinds = [(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        self._kinds = [_kind(tensor) for tensor in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the watched tensors, or others of the same kind in the same memory: tensor parallelism makes new ones
-        for every call."""
+        for every call. The watched ones may have been moved; that they keep their shapes is taken for granted."""
         for tensor, own, address in zip(tensors, self._tensors, self._addresses, strict=True):
             if own() is not tensor or tensor.data_ptr() != address:
                 break
         else:
             return True
-        kinds = [(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        if kinds != self._kinds or [tensor.data_ptr() for tensor in tensors] != self._addresses:
+        if [_kind(tensor) for tensor in tensors] != self._kinds or [
+            tensor.data_ptr() for tensor in tensors
+        ] != self._addresses:
             return False
         self._watch(tensors)
         return True
@@ -76,6 +77,10 @@ class DirectProduct(ABC):
     def __call__(self, x: Tensor, signs: Tensor | None, prepared: Tensor | None) -> Tensor:
         """`x @ W.T` for `x` `[..., K]` that `takes` accepts, rotated with the signs that were checked, and what `prepare` returned for
         it, or None."""
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def direct_product(

@@ -51,7 +51,11 @@ class PackedConfig(QuantizationConfig):
         return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read which modules are packed, and how, from the headers of the files."""
+        """Read which modules are packed, and how, from the headers of the files.
+
+        Raises:
+            As `read_codings`.
+        """
         self.codings = read_codings(model_name, revision, self.settings)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

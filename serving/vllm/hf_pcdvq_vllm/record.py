@@ -28,7 +28,9 @@ def read_codings(model: str, revision: str | None, settings: dict[str, Any]) -> 
 
     Raises:
         ValueError: there is no record, it is damaged or from a newer version, or it contradicts config.json.
+        NotImplementedError: the embeddings or the output head are packed.
     """
+    _refuse_vocabulary(model, settings)
     found: dict[str, Any] | None = None
     for file, metadata in sorted(_metadata(model, revision).items()):
         record = _parsed(f"{model}: {file}", (metadata or {}).get(KEY))
@@ -53,6 +55,17 @@ def read_codings(model: str, revision: str | None, settings: dict[str, Any]) -> 
                     f"{model}: the record of its files packs {name} both in {codings[name].format} and in {coding.format}"
                 )
     return codings
+
+
+def _refuse_vocabulary(model: str, settings: dict[str, Any]) -> None:
+    packed = [
+        f"{field}={settings[field]!r:.100}" for field in ("embeddings", "head") if settings.get(field) is not None
+    ]
+    if packed:
+        raise NotImplementedError(
+            f"{model} was quantized with {' and '.join(packed)}: in vLLM, embeddings and the output head are its own and cannot "
+            "be packed. Quantize the model again without these options, or run it with Transformers: hf-pcdvq serve"
+        )
 
 
 def _metadata(model: str, revision: str | None) -> dict[str, dict[str, str] | None]:
