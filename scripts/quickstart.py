@@ -224,7 +224,7 @@ def expected(args: argparse.Namespace) -> dict[str, str]:
         return {}
     calibrating = "45 seconds" if args.fast else "3 minutes"
     return {
-        "get the original": "20 seconds the first time",
+        "get the original": "10 seconds the first time",
         "calibrate, quantize and save": calibrating,
         "calibrate, quantize, recover and save": "5 minutes",
         "quantize and save": "20 seconds",

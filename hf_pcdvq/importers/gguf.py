@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,9 +35,28 @@ def dense_from_gguf(
         ImportError: the package `gguf`, which reads the file, is not installed.
     """
     source = str(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, revision=revision)
     # Without dequantize=True the weights may remain in GGUF blocks, which save_pretrained refuses.
     options = {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype, "revision": revision}
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, **options)
+    with _parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, **options)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have Transformers parse a file once. It does so for the tokenizer, the config and the weights, and makes the table of all
+    names anew for every module, which takes longer than to decode the weights of a small model."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF files are read with the package gguf, which is missing: pip install gguf") from error
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in kept.items():
+            setattr(gguf, name, cache(made))
+        yield
+    finally:
+        for name, made in kept.items():
+            setattr(gguf, name, made)
