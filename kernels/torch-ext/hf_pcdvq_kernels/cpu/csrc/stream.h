@@ -86,11 +86,16 @@ struct Words {
             word = load<Int32>(words + k);
             previous = load<Int32>(before + k);
         } else {
-            word = previous = Int32{};
-            if (k >= columns) return;
-            __builtin_memcpy(&word, words + k, (columns - k) * 4);
-            __builtin_memcpy(&previous, before + k, (columns - k) * 4);
+            word = last(words, k);
+            previous = last(before, k);
         }
+    }
+
+    // In memory of its own: a vector whose address is taken would be stored there, and read again, for every step.
+    INLINE Int32 last(const int32_t* row, int64_t k) const {
+        int32_t all[LANES] = {};
+        if (k < columns) __builtin_memcpy(all, row + k, (columns - k) * 4);
+        return load<Int32>(all);
     }
 };
 
