@@ -129,7 +129,7 @@ def compare_logits(pairs: Iterable[tuple[Tensor, Tensor]], windows: Tensor, prog
         _refuse_nan(part[1], "packed", index)
         parts.append(part)
         running += part[2].double().mean().item()
-        bar.set_postfix(kl=f"{running / (index + 1):.4f}")
+        bar.set_postfix(refresh=False, kl=f"{running / (index + 1):.4f}")
     loss_original, loss_packed, divergence, same = (torch.cat(column).double() for column in zip(*parts))
     ordered = divergence.sort().values
     return Evaluation(
@@ -160,7 +160,7 @@ def perplexity(model: nn.Module, windows: Tensor, progress: bool = True) -> floa
             losses = _losses(window_logits(model, window), window[1:])
             _refuse_nan(losses, type(model).__name__, index)
             total += losses.double().mean().item()
-            bar.set_postfix(ppl=f"{math.exp(total / (index + 1)):.2f}")
+            bar.set_postfix(refresh=False, ppl=f"{math.exp(total / (index + 1)):.2f}")
     return math.exp(total / len(windows))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_pcdvq import progress
 from hf_pcdvq.evaluation import metrics as module
 from hf_pcdvq.evaluation.metrics import evaluate, perplexity, token_windows
 
@@ -129,11 +130,14 @@ def test_training_mode_is_off_meanwhile_and_restored(original):
     assert original.training
 
 
-def test_progress_bar_shows_the_running_divergence(original, changed, capsys):
+def test_progress_shows_the_running_divergence(original, changed, capsys, monkeypatch):
+    evaluate(original, changed, windows())
+    assert capsys.readouterr().err == ""  # which takes seconds, off a terminal
+    for interval in ("_FIRST", "_INTERVAL"):
+        monkeypatch.setattr(progress, interval, 1e-9)
     result = evaluate(original, changed, windows())
-    shown = capsys.readouterr().err
-    assert "3/3" in shown
-    assert f"kl={result.kl_mean:.4f}" in shown
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("Evaluating: window 3 of 3, ") and last.endswith(f", kl={result.kl_mean:.4f}")
     evaluate(original, changed, windows(), progress=False)
     assert capsys.readouterr().err == ""
 
