@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,23 @@ def first_blocks(model: str, blocks: int, folder: Path) -> None:
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
 
-def quantize(processes: int, threads: int, source: Path, out: Path, *options: str) -> float:
-    """Run the command; returns the seconds that it took."""
+def quantize(processes: int, threads: int, source: Path, out: Path, *options: str) -> tuple[float, int]:
+    """Run the command; returns the seconds that it took, and the peak of its resident memory in bytes.
+
+    The system counts the memory of this process to that of the command until this begins.
+    """
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command += ["hf_pcdvq_cli", "quantize", str(source), "--out", str(out), "--force", *options]
     started = time.perf_counter()
-    subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, stdout=subprocess.DEVNULL
-    )
-    return time.perf_counter() - started
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return time.perf_counter() - started, 1024 * usage.ru_maxrss
 
 
 def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def measure_processes(args: argparse.Namespace) -> dict[str, Any]:
     files = set()
     for _ in range(args.rounds):
         for count, measured in seconds.items():
-            whole = quantize(count, 1, source, out, *options)
+            whole, _ = quantize(count, 1, source, out, *options)
             report = json.loads((out / "quantization_report.json").read_text(encoding="utf-8"))
             measured.append((sum(block["seconds"] for block in report["blocks"]), whole))
             files.add((out / "model.safetensors").read_bytes())
@@ -125,11 +132,10 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     source.mkdir()
     config = tiny() if args.smoke else llama_3_8b()
     try:
-        dense = write_checkpoint(config, source)
-        seconds = quantize(1, args.threads, source, out, "--setting", args.setting, "--no-calibration")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as another:  # this one stays small
+            dense = another.submit(write_checkpoint, config, source).result()
+        seconds, peak = quantize(1, args.threads, source, out, "--setting", args.setting, "--no-calibration")
         packed = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        # Of the largest child, which is the command; the checkpoint was written by this process.
-        peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     finally:
         for folder in (source, out):
             shutil.rmtree(folder, ignore_errors=True)
