@@ -31,6 +31,7 @@ from transformers.utils import logging
 from ..files.contents import model_hash, tensor_hash
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
 from ..processes import Processes
+from .memory import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +116,7 @@ class Checkpoint:
         finally:
             for name in names:
                 self._drop(self.units[name])
+            return_freed_memory()
 
     def weights_hash(self, processes: Processes) -> str:
         """The hash that `model_identity` takes of the model in memory, by reading it unit by unit."""
