@@ -31,7 +31,7 @@ from transformers.utils import logging
 from ..files.contents import model_hash, tensor_hash
 from ..files.headers import StoredTensor, checkpoint_files, read_headers
 from ..processes import Processes
-from .memory import return_freed_memory
+from .freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""hf_pcdvq.streaming.memory"""
+"""hf_pcdvq.streaming.freed_memory"""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 # Pieces below the size from which glibc asks the system for each, every second one of which is freed.
 SCRIPT = """
-from hf_pcdvq.streaming.memory import return_freed_memory
+from hf_pcdvq.streaming.freed_memory import return_freed_memory
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
