@@ -30,8 +30,8 @@ def dequantize_kernel(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int64 [G T, U / UNITS, 8, UNITS], see `activations.py`
-    p_x_scale,  # float32 [G T, U]
+    p_x,  # int64 [G T, U / UNITS, 8, UNITS]; if DOT, in sets of tokens: see `activations.py`
+    p_x_scale,  # float32 [G T, U]; [G T] if DOT
     p_weight,  # uint8 [N, 16 U]
     p_scale,  # float32 [N]
     p_experts,
@@ -45,7 +45,6 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
     DOT: tl.constexpr,
-    BF16: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -56,6 +55,7 @@ def matmul_kernel(
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
+    STEP: tl.constexpr = UNITS * half2.TOGETHER if DOT else UNITS
     p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, 8, T, UNITS, DOT)
     scale = tl.load(p_scale + row)
     acc = tl.zeros([BLOCK_N, T] if DOT else [T, BLOCK_N, UNITS], tl.float32)
@@ -66,23 +66,30 @@ def matmul_kernel(
     for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
-        for pair in tl.static_range(16):
-            byte = tl.load(p_weight + (row * units + o_unit) * 16 + pair).to(tl.int32)
-            first, second = ((byte & 15) - 8).to(tl.float16), ((byte >> 4) - 8).to(tl.float16)
-            weight = half2.join(first * 0.00390625, second * 0.00390625)  # 2^-8, so that sums fit float16
-            quad = tl.load(p_x + block * (8 * UNITS) + pair // 2 * UNITS)
-            x = (quad >> (pair % 2 * 32)).to(tl.int32)
+        for i in tl.static_range(8):
+            p_bytes = p_weight + (row * units + o_unit) * 16 + 2 * i
+            first, second = _pair(tl.load(p_bytes).to(tl.int32)), _pair(tl.load(p_bytes + 1).to(tl.int32))
+            quad = half2.load_lanes(p_x, (block * 8 + i) * STEP)
             if DOT:
-                acc = half2.dot2(acc, weight, scale * 256, x, BF16)
+                acc = half2.dot4(acc, first, second, quad, PTX)
             else:
-                total = half2.fma2(weight, x, total, PTX)
+                total = half2.fma2(first, quad.to(tl.int32), total, PTX)
+                total = half2.fma2(second, (quad >> 32).to(tl.int32), total, PTX)
         if not DOT:
             acc = tl.fma(half2.sum2(total), tl.load(p_x_scale + block * UNITS), acc)
+    scale = tl.reshape(scale, [BLOCK_N]) * 256
     if DOT:
-        out = tl.trans(acc)
+        out = half2.dot_result(acc, scale, p_x_scale)
     else:
-        out = tl.sum(acc, 2) * tl.reshape(scale * 256, [1, BLOCK_N])
+        out = tl.sum(acc, 2) * scale[None, :]
     half2.store_product(p_out, out, o_row, tokens, rows, T)
+
+
+@triton.jit
+def _pair(byte):
+    """The two weights of a byte, divided by 2^8, so that sums of products fit float16."""
+    first, second = ((byte & 15) - 8).to(tl.float16), ((byte >> 4) - 8).to(tl.float16)
+    return half2.join(first * 0.00390625, second * 0.00390625)
 
 
 class ToyKernels(FormatKernels):
@@ -96,5 +103,5 @@ class ToyKernels(FormatKernels):
     def constants(self, weight):
         return {}
 
-    def block_n(self, name, tokens):
+    def block_n(self, name):
         return (4,)

@@ -57,7 +57,7 @@ class Task(NamedTuple):
 
 def tasks(target: int | None) -> Iterator[Task]:
     """All of them, those that the first steps need first."""
-    for tokens in (1, 4, 16, 64):
+    for tokens in (1, 8, 16, 64):
         for name in sorted(NAMES, key=lambda name: name not in BENCHED):
             yield from _products(name, tokens, target)
         if tokens == 1:

@@ -22,7 +22,7 @@ from hf_pcdvq_kernels.random_weights import random_packed
 from hf_pcdvq_kernels.triton.launch_config import kernels_of
 
 NAMES = [name for name, family in FORMATS.items() if family.has_kernels]
-TOKENS = (1, 16)  # float16 pairs, and tl.dot
+TOKENS = (1, 16)  # float16 pairs, and matrix units
 DRY_NAMES, DRY_TOKENS = ("pcdvq-2.25",), (1,)
 # As in tests/kernels/test_triton.py, rounding to the dtype; for float32 that of sums over thousands of inputs.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}

@@ -10,7 +10,7 @@ from hf_pcdvq_kernels.triton import launch_config, timing, tuned, tuning
 from hf_pcdvq_kernels.triton.launch_config import Shape
 
 FORMATS = ("pcdvq-2.25", "ccq-2.5", "stream-2.0")
-TOKENS = (1, 4)
+TOKENS = (1, 8, 16, 64)
 SIZES = (
     (4096, 4096),
     (1024, 4096),

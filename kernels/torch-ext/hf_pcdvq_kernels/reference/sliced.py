@@ -57,5 +57,5 @@ def sliced_matmul(
         if transposed:
             flat_out += flat[:, start:stop] @ block
         else:
-            flat_out[:, start:stop] = flat @ block.T
+            torch.mm(flat, block.T, out=flat_out[:, start:stop])
     return out.to(x.dtype)

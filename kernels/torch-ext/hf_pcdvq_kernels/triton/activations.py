@@ -1,13 +1,19 @@
 """The rotation of activations, alone or combined with reordering them into the layout that a product reads.
 
 Each thread of a product takes one *unit* of inputs at a time: 32 inputs (PCDVQ), a group of 64 (CCQ), a span of 1024
-(`stream`). `prepare_kernel` therefore rotates the activations and stores them in blocks of UNITS units as
+(`stream`; with matrix units, 4). `prepare_kernel` therefore rotates the activations and stores them in blocks of UNITS units as
 
-    int64 [T, blocks, QUADS, UNITS]     four 16-bit floats: inputs that a thread needs in succession
-    float32 [T, blocks UNITS]           if SCALE: the divisor of each unit
+    int64 [T, blocks, QUADS, UNITS]     four float16: inputs that a thread needs in succession
+    float32 [T, blocks UNITS]           the divisor of each unit
 
-so that adjacent threads read adjacent words. For products of float16 pairs (SCALE) every unit is divided by a power
-of two that brings its largest magnitude to between 2^13 and 2^14, so that any activation fits float16.
+or, for matrix units, whose lanes take several tokens, in sets of TOGETHER tokens as
+
+    int64 [T / TOGETHER, blocks, QUADS, TOGETHER, UNITS]
+    float32 [T]                         the divisor of each token
+
+so that adjacent threads read adjacent words. Activations are divided by powers of two, so that any fits float16. That of a unit
+brings its largest magnitude to between 2^13 and 2^14. Matrix units sum over all units of a token, so its divisor does that to a
+bound: the largest magnitude before the rotation, times the root of its size.
 
 Input r of a unit belongs to code word r // SLOTS and is weight r % SLOTS in it. Two words are packed side by side in
 an int32, and so are their activations: pair (word // 2) * SLOTS + slot, half word % 2; two pairs form a quad. With
@@ -22,6 +28,8 @@ import triton
 import triton.language as tl
 
 TILE = 1024  # inputs per program
+TOGETHER = 8  # tokens whose activations one matrix takes, at least
+CHUNK = 8192  # inputs that a program looks at together for the largest magnitude of a token
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,12 @@ class Order:
     unit: int  # inputs per unit, a divisor of TILE
     slots: int  # weights per code word
     units: int  # units per block
+    together: int = 1  # tokens per set; more than one for matrix units
+
+    @property
+    def matrix(self) -> bool:
+        """Whether matrix units read it."""
+        return self.together > 1
 
     @property
     def places(self) -> int:
@@ -46,9 +60,17 @@ class Order:
         """Number of blocks that hold `columns` inputs."""
         return -(-columns // (self.unit * self.units))
 
-    def words(self, columns: int) -> int:
-        """Int64 words per token."""
-        return self.blocks(columns) * self.quads * self.units
+    def stored(self, tokens: int) -> int:
+        """The number of tokens that are stored: the last one is repeated to complete a set."""
+        return -(-tokens // self.together) * self.together
+
+    def words(self, tokens: int, columns: int) -> int:
+        """Int64 words of all tokens."""
+        return self.stored(tokens) * self.blocks(columns) * self.quads * self.units
+
+    def scales(self, tokens: int, columns: int) -> int:
+        """Number of divisors."""
+        return tokens if self.matrix else tokens * self.blocks(columns) * self.units
 
 
 @triton.jit
@@ -87,8 +109,9 @@ def hadamard_kernel(
 def prepare_kernel(
     p_x,  # floating [T, K]
     p_signs,  # float32 [BLOCK], unless BLOCK is 1
-    p_out,  # [T, blocks, QUADS, UNITS, 4], float16 if SCALE, else like x
-    p_scale,  # float32 [T, blocks UNITS], written if SCALE
+    p_out,  # float16 [T / TOGETHER, blocks, QUADS, TOGETHER, UNITS, 4]
+    p_scale,  # float32 [T, blocks UNITS]; for matrix units, [T]
+    tokens,  # T
     columns,  # K
     blocks,
     BLOCK: tl.constexpr,  # of the rotation
@@ -97,42 +120,66 @@ def prepare_kernel(
     PLACES: tl.constexpr,
     QUADS: tl.constexpr,
     UNITS: tl.constexpr,
-    SCALE: tl.constexpr,
+    TOGETHER: tl.constexpr,  # more than one for matrix units
     PDL: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,  # used for matrix units
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # a product, which waits: see `half2.wait_for_inputs`
     token = tl.program_id(0).to(tl.int64)
     o_input = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    x = tl.load(p_x + token * columns + o_input, mask=o_input < columns, other=0.0).to(tl.float32)
+    p_x += tl.minimum(token, tokens - 1) * columns  # the last token completes its set
+    x = tl.load(p_x + o_input, mask=o_input < columns, other=0.0).to(tl.float32)
     if BLOCK > 1:
         x = _rotate(x * tl.load(p_signs + tl.arange(0, TILE) % BLOCK), TILE, BLOCK)
 
     unit = tl.reshape(x, [TILE // UNIT, UNIT])
     o_unit = tl.program_id(1) * (TILE // UNIT) + tl.arange(0, TILE // UNIT)
     exists = o_unit < blocks * UNITS
-    if SCALE:
-        # The biased exponent of the largest magnitude, as stored in a float32.
-        exponent = tl.maximum(tl.max(tl.abs(unit), 1).to(tl.int32, bitcast=True) >> 23, 14)
-        unit = unit * ((267 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-        p_scale += token * blocks * UNITS + o_unit
-        tl.store(p_scale, ((exponent - 13) << 23).to(tl.float32, bitcast=True), mask=exists)
+    if TOGETHER > 1:
+        factor, divisor = _powers_of_two(_largest(p_x, columns, CHUNK) * BLOCK**0.5)
+        unit = unit * factor
+        tl.store(p_scale + token, divisor, mask=(tl.program_id(1) == 0) & (token < tokens))
+    else:
+        factor, divisor = _powers_of_two(tl.max(tl.abs(unit), 1))
+        unit = unit * factor[:, None]
+        tl.store(p_scale + token * blocks * UNITS + o_unit, divisor, mask=exists)
 
     o_unit, exists = o_unit[:, None], exists[:, None]
-    p_out += token * blocks * (QUADS * UNITS * 4)
-    o_place = _place(o_unit, tl.arange(0, UNIT)[None, :], SLOTS, QUADS, UNITS)
+    p_out += (token // TOGETHER * blocks * QUADS * TOGETHER + token % TOGETHER) * (UNITS * 4)
+    o_place = _place(o_unit, tl.arange(0, UNIT)[None, :], SLOTS, QUADS, TOGETHER, UNITS)
     tl.store(p_out + o_place, unit, mask=exists)
     if PLACES > UNIT:
         o_rest = UNIT + tl.arange(0, 8)[None, :]
-        o_place = _place(o_unit, o_rest, SLOTS, QUADS, UNITS)
+        o_place = _place(o_unit, o_rest, SLOTS, QUADS, TOGETHER, UNITS)
         tl.store(p_out + o_place, tl.zeros([TILE // UNIT, 8], tl.float32), mask=exists & (o_rest < PLACES))
 
 
 @triton.jit
-def _place(unit, r, SLOTS: tl.constexpr, QUADS: tl.constexpr, UNITS: tl.constexpr):
-    """The offset at which input `r` of a unit is stored."""
+def _largest(p_x, columns, CHUNK: tl.constexpr):
+    """The largest magnitude of a token."""
+    largest = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, columns, CHUNK):
+        o_input = start + tl.arange(0, CHUNK)
+        x = tl.load(p_x + o_input, mask=o_input < columns, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _powers_of_two(largest):
+    """The power of two that brings `largest` to between 2^13 and 2^14, and its inverse."""
+    # The biased exponent, as stored in a float32.
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 14)
+    factor = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
+    return factor, ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(unit, r, SLOTS: tl.constexpr, QUADS: tl.constexpr, TOGETHER: tl.constexpr, UNITS: tl.constexpr):
+    """The offset at which input `r` of a unit is stored, among those of its set of tokens."""
     word, slot = r // SLOTS, r % SLOTS
     pair = word // 2 * SLOTS + slot
-    quad = (unit // UNITS * QUADS + pair // 2) * UNITS + unit % UNITS
+    quad = (unit // UNITS * QUADS + pair // 2) * TOGETHER * UNITS + unit % UNITS
     return quad * 4 + pair % 2 * 2 + word % 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formats.ccq import CcqWeight, ccq_layout
 from . import half2, tiles
-from .activations import Order
+from .activations import TOGETHER, Order
 from .format_kernels import FormatKernels, given
 
 
@@ -78,8 +78,8 @@ def dequantize_kernel(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int64 [G T, U / UNITS, QUADS, UNITS], see `activations.py`
-    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; not read if DOT
+    p_x,  # int64 [G T, U / UNITS, QUADS, UNITS]; if DOT, in sets of tokens: see `activations.py`
+    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; [G T] if DOT
     p_weight,  # packed [N, ...]
     p_scale,  # float32 [N]
     p_local,  # uint8 [N, ceil(U / 2)], if SCALE_BITS is 0
@@ -100,8 +100,7 @@ def matmul_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
-    DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
-    BF16: tl.constexpr,
+    DOT: tl.constexpr,  # use matrix units, see `half2.dot4`, instead of accumulating products of float16 pairs
     PTX: tl.constexpr,
     PDL: tl.constexpr,  # see `half2.wait_for_inputs`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
@@ -121,6 +120,7 @@ def matmul_kernel(
     # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
+    STEP: tl.constexpr = UNITS * half2.TOGETHER if DOT else UNITS  # from quad to quad
     p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, QUADS, T, UNITS, DOT)
     p_words = p_weight.to(tl.pointer_type(WORD)) + row * units * LOADS
     scale = tl.load(p_scale + row)
@@ -137,12 +137,14 @@ def matmul_kernel(
     for block in range(begin, stop):
         o_unit = tl.minimum(block * UNITS + o_lane, units - 1)  # past the end, activations are zero
         if CLUSTERED:
-            group_scale = (half2.load_lanes(p_local, o_unit // 2).to(tl.int32) >> (4 - 4 * (o_unit % 2))) & 15
+            group_scale = (half2.load_bytes(p_local, o_unit // 2, PTX) >> (4 - 4 * (o_unit % 2))) & 15
         else:  # at the low end of the last code word
             group_scale = half2.load_lanes(p_words, o_unit * LOADS + (LOADS - 1)).to(tl.int32) >> (LOAD // 2)
             group_scale &= (1 << SCALE_BITS) - 1
-        factor = group_scale.to(tl.float32) * (scale * 1024)
-        p_block = p_x + block * (QUADS * UNITS)
+        if DOT:
+            factor = group_scale.to(tl.float16)
+            factor = half2.join(factor, factor)
+        p_block = p_x + block * (QUADS * STEP)
         total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for load in tl.static_range(LOADS):
             words = half2.load_lanes(p_words, o_unit * LOADS + load)
@@ -156,25 +158,32 @@ def matmul_kernel(
                 chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
                 for slot in tl.static_range(SLOTS):
                     if ((load * LOADED + i) * SLOTS + slot) % 2 == 0:
-                        quad = half2.load_lanes(p_block, ((load * LOADED + i) * SLOTS + slot) // 2 * UNITS)
+                        quad = half2.load_lanes(p_block, ((load * LOADED + i) * SLOTS + slot) // 2 * STEP)
                         x = quad.to(tl.int32)
                     else:
                         x = (quad >> 32).to(tl.int32)
                     weight = _weight_pair(pair, (SHIFTS >> (4 * slot)) & 15, WINDOW, PTX)
                     if DOT:
-                        acc = half2.dot2(acc, weight, factor, x, BF16)
+                        weight = half2.mul2(weight, factor, PTX)  # exact
+                        if ((load * LOADED + i) * SLOTS + slot) % 2 == 1:
+                            acc = half2.dot4(acc, before, weight, quad, PTX)
+                        before = weight
                     else:
                         chain = half2.fma2(weight, x, chain, PTX)
                 if not DOT:
                     total = half2.add2(total, chain, PTX)
-        if not DOT:
+        if DOT:
+            if LOADS * LOADED * SLOTS % 2 == 1:  # the second pair of the last quad is undefined
+                acc = half2.dot4(acc, before, before, quad & 0xFFFFFFFF, PTX)
+        else:
             x_scale = half2.load_lanes(p_x_scale, block * UNITS)
             acc = tl.fma(half2.sum2(total), group_scale.to(tl.float32) * x_scale, acc)
 
+    scale = tl.reshape(scale, [BLOCK_N]) * 1024
     if DOT:
-        out = tl.trans(acc)
+        out = half2.dot_result(acc, scale, p_x_scale)
     else:
-        out = tl.sum(acc, 2) * tl.reshape(scale * 1024, [1, BLOCK_N])
+        out = tl.sum(acc, 2) * scale[None, :]
     half2.store_product(p_out, out, o_row, tokens, rows, T)
 
 
@@ -226,10 +235,10 @@ class CcqKernels(FormatKernels[CcqWeight]):
             "SCALE_BITS": layout.scale_bits,
         }
 
-    def order(self, name: str, units: int) -> Order:
-        return Order(self.lane_inputs, len(ccq_layout(name.removeprefix("ccq-")).shifts), units)
+    def order(self, name: str, units: int, dot: bool) -> Order:
+        return Order(
+            self.lane_inputs, len(ccq_layout(name.removeprefix("ccq-")).shifts), units, TOGETHER if dot else 1
+        )
 
-    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
-        if name == "ccq-2.75":
-            return {1: (4, 8), 2: (4,), 4: (2,), 8: (2,)}[tokens]
-        return {1: (4, 8), 2: (4, 8), 4: (4,), 8: (2,)}[tokens]
+    def block_n(self, name: str) -> tuple[int, ...]:
+        return (4, 8)

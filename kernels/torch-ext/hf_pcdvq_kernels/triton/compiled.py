@@ -91,12 +91,11 @@ def product(shape: Shape, config: LaunchConfig, grouped: bool = False) -> Varian
         "BLOCK_N": config.block_n,
         "UNITS": units,
         "DOT": shape.dot,
-        "BF16": True,
         "PTX": True,
         "PDL": True,
         "GROUPED": grouped,
     }
-    weights = config.block_n * units * kernels.lane_inputs / (32 * config.num_warps)
+    weights = config.block_n * units * shape.lane_inputs / (32 * config.num_warps)
     name = f"{shape.format}, {shape.tokens} tokens{' of experts' if grouped else ''}"
     return Variant(name, kernels.matmul_kernel, types, constants, config.num_warps, weights)
 
@@ -117,19 +116,20 @@ def others() -> Iterator[Variant]:
     types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*bf16", "numbers": "i32"}
     constants = {"INVERSE": False, "BLOCK": 128, "TILE": activations.TILE}
     yield Variant("rotation", activations.hadamard_kernel, types, constants, 4, 0)
-    for scale in (True, False):
-        order = activations.Order(64, 7, 64)
-        types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*fp16" if scale else "*bf16", "p_scale": "*fp32"}
-        types |= {"columns": "i32", "blocks": "i32"}
+    for matrix in (False, True):
+        order = activations.Order(64, 7, *((launch_config.DOT_UNITS, activations.TOGETHER) if matrix else (64,)))
+        types = {"p_x": "*bf16", "p_signs": "*fp32", "p_out": "*fp16", "p_scale": "*fp32"}
+        types |= {"tokens": "i32", "columns": "i32", "blocks": "i32"}
         constants = {"BLOCK": 128, "UNIT": order.unit, "SLOTS": order.slots, "PLACES": order.places}
         constants |= {
             "QUADS": order.quads,
             "UNITS": order.units,
-            "SCALE": scale,
+            "TOGETHER": order.together,
             "PDL": True,
             "TILE": activations.TILE,
+            "CHUNK": activations.CHUNK,
         }
-        name = f"activations, {'pairs' if scale else 'matrices'}"
+        name = f"activations, {'matrices' if matrix else 'pairs'}"
         yield Variant(name, activations.prepare_kernel, types, constants, 4, 0)
     types = {"p_parts": "*fp32", "p_out": "*bf16", "numbers": "i32", "splits": "i32"}
     yield Variant("sum of the splits", tiles.sum_kernel, types, {"TILE": 512}, 4, 0)

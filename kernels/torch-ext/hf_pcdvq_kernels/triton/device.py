@@ -6,11 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import tiles
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = isinstance(tiles.sum_kernel, InterpretedFunction)
 # The compiler may not fuse multiplications and additions: code words must be rounded exactly as in the reference.
 # Where a fused operation is wanted, the kernels use one explicitly.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats import PackedWeight
-from .activations import Order
+from .activations import TOGETHER, Order
 
 Packed = TypeVar("Packed", bound=PackedWeight)
 
@@ -20,11 +20,12 @@ class FormatKernels(ABC, Generic[Packed]):
     The kernels' arguments are, by name:
 
         matmul_kernel       p_x, p_x_scale, the operands, p_experts, p_out, tokens, rows, the matmul sizes, stack,
-                            span, the matmul constants, T, BLOCK_N, UNITS, DOT, BF16, PTX, PDL, GROUPED
+                            span, the matmul constants, T, BLOCK_N, UNITS, DOT, PTX, PDL, GROUPED
         dequantize_kernel   p_out, the operands, first, stop, the dequantize sizes, the constants, ROWS, COLUMNS, PTX
 
     Attributes:
         lane_inputs: inputs that each lane takes at a time.
+        dot_lane_inputs: the same in products with matrix units; None if as many.
         product_multiple: products have a kernel only if the number of inputs is a multiple of this, as several words
             of a row are read at once.
         activation_dtype: the dtype as which the product reads prepared activations.
@@ -33,6 +34,7 @@ class FormatKernels(ABC, Generic[Packed]):
     matmul_kernel: ClassVar[Any]
     dequantize_kernel: ClassVar[Any]
     lane_inputs: ClassVar[int]
+    dot_lane_inputs: ClassVar[int | None] = None
     product_multiple: ClassVar[int]
     activation_dtype: ClassVar[torch.dtype] = torch.int64
 
@@ -45,7 +47,7 @@ class FormatKernels(ABC, Generic[Packed]):
         """The compile-time constants of the kernels."""
 
     def matmul_constants(self, weight: Packed, block_n: int, dot: bool) -> dict[str, Any]:
-        """The same for products of `block_n` output channels per program, which use `tl.dot` if `dot`."""
+        """The same for products of `block_n` output channels per program, with matrix units if `dot`."""
         return self.constants(weight)
 
     def matmul_sizes(self, weight: Packed) -> dict[str, int]:
@@ -56,18 +58,21 @@ class FormatKernels(ABC, Generic[Packed]):
         """Sizes that `dequantize_kernel` takes."""
         return {"columns": weight.columns}
 
-    def order(self, name: str, units: int) -> Order:
-        """The order in which products read their activations if a program takes `units` units at a time."""
-        return Order(self.lane_inputs, 1, units)
+    def order(self, name: str, units: int, dot: bool) -> Order:
+        """The order in which products, with matrix units if `dot`, read their activations if a program takes `units` units at a time."""
+        return Order(self.lane_inputs, 1, units, TOGETHER if dot else 1)
 
     @abstractmethod
-    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
-        """Numbers of output channels per program that do not spill registers; the default first.
+    def block_n(self, name: str) -> tuple[int, ...]:
+        """Numbers of output channels per program that do not spill registers, for products of one token; the default first.
 
         Args:
             name: name of the format.
-            tokens: 1, 2, 4 or 8; products of more tokens use `tl.dot`, with 64 output channels.
         """
+
+    def dot_block_n(self, name: str) -> tuple[int, ...]:
+        """The same for products with matrix units, whose matrices have 16 rows."""
+        return (32, 16)
 
 
 def aligned(table: Tensor) -> Tensor:

@@ -10,6 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import activations
+from .device import TRITON
+
+# Before Triton 3.8, a lane held four adjacent inputs of a product of 16-bit floats, since then two and two.
+QUADS_ADJACENT = tl.constexpr(TRITON < (3, 8))
+TOGETHER = tl.constexpr(activations.TOGETHER)
+
 
 @triton.jit
 def low(pair):
@@ -69,22 +76,50 @@ def sum2(pair):
 
 
 @triton.jit
-def dot2(acc, weight, factor, x, BF16: tl.constexpr):
-    """`acc` [BLOCK_N, T] plus `weight` times `factor` times `x`, summed over pairs.
+def mul2(a, b, PTX: tl.constexpr):
+    """`a * b`, half by half."""
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        out = join(low(a) * low(b), high(a) * high(b))
+    return out
 
-    Pairs of weights are float16 [1, BLOCK_N, UNITS], their factors float32 broadcast against them, pairs of
-    activations float16 or, with `BF16`, bfloat16 [UNITS, T]. Weights are rounded once, to the activations' dtype.
+
+@triton.jit
+def pairs_of(quad, PTX: tl.constexpr):
+    """The two pairs of an int64, the low one first."""
+    if PTX:  # known to be a pair of registers, of which halves are taken without a shift
+        out = tl.inline_asm_elementwise(
+            "mov.b64 {$0, $1}, $2;", "=r,=r,l", [quad], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        out = quad.to(tl.int32), (quad >> 32).to(tl.int32)
+    return out
+
+
+@triton.jit
+def dot4(acc, first, second, quad, PTX: tl.constexpr):
+    """`acc` [BLOCK_N, T] plus products of quads of inputs, by matrix units.
+
+    The weights of a quad are two pairs of float16 [1, BLOCK_N, UNITS], its activations four float16 in an int64 [UNITS, T]. With
+    four units, one warp and `load_lanes`, every lane of an NVIDIA GPU holds the weights and activations that its matrix
+    unit wants from it, so that nothing is exchanged. In which order the inputs of a product are counted is free, and follows the
+    order in which Triton assigns them to lanes.
     """
-    X: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    BLOCK_N: tl.constexpr = weight.shape[1]
-    UNITS: tl.constexpr = weight.shape[2]
+    BLOCK_N: tl.constexpr = first.shape[1]
+    UNITS: tl.constexpr = first.shape[2]
     T: tl.constexpr = acc.shape[1]
-    first = (low(weight).to(tl.float32) * factor).to(X)
-    second = (high(weight).to(tl.float32) * factor).to(X)
-    weights = tl.reshape(tl.join(first, second), [BLOCK_N, 2 * UNITS])
-    first, second = x.to(tl.int16).to(X, bitcast=True), (x >> 16).to(tl.int16).to(X, bitcast=True)
-    inputs = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [2 * UNITS, T])
-    return tl.dot(weights, inputs, acc)
+    weights = tl.join(tl.join(low(first), low(second)), tl.join(high(first), high(second)))
+    one, other = pairs_of(quad, PTX)
+    inputs = tl.join(tl.join(low(one), low(other)), tl.join(high(one), high(other)))
+    # Now [1, BLOCK_N, UNITS, 2 pairs, 2] and [UNITS, T, 2 pairs, 2].
+    if QUADS_ADJACENT:
+        inputs = tl.permute(inputs, (0, 2, 3, 1))
+    else:
+        weights, inputs = tl.permute(weights, (0, 1, 3, 2, 4)), tl.permute(inputs, (2, 0, 3, 1))
+    return tl.dot(tl.reshape(weights, [BLOCK_N, 4 * UNITS]), tl.reshape(inputs, [4 * UNITS, T]), acc)
 
 
 @triton.jit
@@ -206,17 +241,35 @@ def table_entry(p_table, index, PTX: tl.constexpr):
 
 @triton.jit
 def load_lanes(pointers, offset, mask=None, other=None):
-    """Load `pointers + offset`, [.., .., UNITS], adjacent threads along the last axis; or for `tl.dot`, [UNITS, T].
+    """Load `pointers + offset`, [.., .., UNITS], adjacent threads along the last axis; or for `dot4`, [UNITS, T], along the first.
 
     Loads with different layouts would be exchanged through shared memory in the main loop. The compiler derives the
-    layout of a load from what it knows of its addresses: it is told that they are adjacent along the last axis (else
-    some versions of Triton distribute threads along the rows first), and that they are not aligned, so that no thread
+    layout of a load from what it knows of its addresses: it is told that they are adjacent along that axis (else
+    some versions of Triton distribute threads along another one first), and that they are not aligned, so that no thread
     takes several. What a function is told of its arguments is lost, hence the sum.
     """
     pointers += offset
     if len(pointers.shape) == 3:
         pointers = tl.multiple_of(tl.max_contiguous(pointers, [1, 1, 2]), [1, 1, 1])
+    else:
+        pointers = tl.multiple_of(tl.max_contiguous(pointers, [2, 1]), [1, 1])
     return tl.load(pointers, mask=mask, other=other)
+
+
+@triton.jit
+def load_bytes(pointers, offset, PTX: tl.constexpr):
+    """Load `pointers + offset` [.., .., UNITS], uint8, as int32.
+
+    If a matrix depends on loads of bytes, versions of Triton before 3.8 assign eight adjacent inputs to a lane instead of four.
+    They do not see this one.
+    """
+    if PTX:
+        out = tl.inline_asm_elementwise(
+            "ld.global.nc.u8 $0, [$1];", "=r,l", [(pointers + offset).to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        out = tl.load(pointers + offset).to(tl.int32)
+    return out
 
 
 @triton.jit
@@ -277,17 +330,26 @@ def group_expert(p_experts, stack, GROUPED: tl.constexpr):
 def activation_pointers(
     p_x, p_x_scale, tokens, blocks, QUADS: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, DOT: tl.constexpr
 ):
-    """Pointers to the first quads of this group's tokens and to their scales: [T, 1, UNITS]; if `DOT`, [UNITS, T]."""
+    """Pointers to the first quads of this group's tokens, [T, 1, UNITS], and to their scales; if `DOT`, [UNITS, T] and [T]."""
     # One element per thread: threads holding several adjacent ones would have a different layout than the weights.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)
     o_token = group_token(tokens, T)
     if DOT:
-        o_lane, o_token = o_lane[:, None], o_token[None, :]
+        p_x_scale += o_token
+        o_token = o_token[None, :]
+        o_set = (o_token // TOGETHER).to(tl.int64) * blocks * (QUADS * TOGETHER * UNITS)
+        p_x += o_set + o_token % TOGETHER * UNITS + o_lane[:, None]
     else:
         o_lane, o_token = o_lane[None, None, :], o_token[:, None, None]
-    p_x += o_token.to(tl.int64) * blocks * (QUADS * UNITS) + o_lane
-    p_x_scale += o_token * blocks * UNITS + o_lane
+        p_x += o_token.to(tl.int64) * blocks * (QUADS * UNITS) + o_lane
+        p_x_scale += o_token * blocks * UNITS + o_lane
     return p_x, p_x_scale
+
+
+@triton.jit
+def dot_result(acc, scale, p_x_scale):
+    """The result [T, BLOCK_N] of sums [BLOCK_N, T]: times the scales of the rows [BLOCK_N] and of the tokens, whose pointers are [T]."""
+    return tl.trans(acc) * scale[None, :] * tl.load(p_x_scale)[:, None]
 
 
 @triton.jit

@@ -12,11 +12,13 @@ from functools import cache
 import torch
 
 from ..formats import family_of
+from .device import TRITON
 from .format_kernels import FormatKernels
 
 DOT_TOKENS = 64  # for more tokens, the weight is decoded and PyTorch multiplies
-VECTOR_TOKENS = 8  # for more tokens, kernels use tl.dot instead of accumulating products of float16 pairs
-DOT_BLOCK_N = 64
+VECTOR_TOKENS = 1  # for more tokens, kernels use matrix units instead of accumulating products of float16 pairs
+DOT_UNITS = 4  # see `half2.dot4`
+LEAST_DOT_TOKENS = 8 if TRITON >= (3, 5) else 16  # columns of the smallest matrix that Triton multiplies with
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Shape:
 
     @property
     def dot(self) -> bool:
-        """Whether the kernel uses `tl.dot`."""
+        """Whether the kernel uses matrix units."""
         return self.tokens > VECTOR_TOKENS
 
     @property
     def lane_inputs(self) -> int:
-        return kernels_of(self.format).lane_inputs
+        kernels = kernels_of(self.format)
+        return kernels.dot_lane_inputs or kernels.lane_inputs if self.dot else kernels.lane_inputs
 
     def units(self, num_warps: int) -> int:
         """Units of inputs that a program takes at a time."""
-        return 32 if self.dot else 32 * num_warps
+        return DOT_UNITS if self.dot else 32 * num_warps
 
     def block_inputs(self, num_warps: int) -> int:
         """Inputs that a program takes at a time; splits are at multiples of it."""
@@ -65,34 +68,35 @@ def kernels_of(name: str) -> FormatKernels:
 
 
 def tokens_per_program(tokens: int) -> int:
-    """The number of tokens that a kernel is compiled for: a power of two, at least 16 if it uses `tl.dot`."""
+    """The number of tokens that a kernel is compiled for: a power of two."""
     power = 1 << (tokens - 1).bit_length()
-    return power if tokens <= VECTOR_TOKENS else max(power, 16)
+    return power if tokens <= VECTOR_TOKENS else max(power, LEAST_DOT_TOKENS)
 
 
 def most_warps(shape: Shape) -> int:
     """Number of warps that a block of inputs can occupy, a power of two."""
     if shape.dot:
-        return 8
+        return 1
     blocks = max(1, shape.columns // (32 * shape.lane_inputs))
     return 1 << (min(blocks, 4).bit_length() - 1)
 
 
 def unit_warps(shape: Shape) -> int:
     """Number of warps by default: two are the fastest for most layers on an H200."""
-    return most_warps(shape) if shape.dot else min(most_warps(shape), 2)
+    return min(most_warps(shape), 2)
 
 
 def block_n_choices(shape: Shape) -> tuple[int, ...]:
     """Numbers of output channels per program that do not spill registers; the default first."""
-    return (DOT_BLOCK_N,) if shape.dot else kernels_of(shape.format).block_n(shape.format, shape.tokens)
+    kernels = kernels_of(shape.format)
+    return kernels.dot_block_n(shape.format) if shape.dot else kernels.block_n(shape.format)
 
 
 def candidates(shape: Shape) -> list[LaunchConfig]:
     """Every config worth measuring."""
     found = []
     for block_n in block_n_choices(shape):
-        for num_warps in (8,) if shape.dot else (1, 2, 4):
+        for num_warps in (1, 2, 4):
             if num_warps > most_warps(shape):
                 continue
             most = -(-shape.columns // shape.block_inputs(num_warps))
@@ -105,8 +109,9 @@ def default(shape: Shape, processors: int) -> LaunchConfig:
     """An unmeasured config that keeps this many multiprocessors busy."""
     block_n = block_n_choices(shape)[0]
     num_warps = unit_warps(shape)
-    # Twice what fits at some 190 registers per thread: 16 warps on every multiprocessor.
-    wanted = -(-16 * processors // (num_warps * -(-shape.rows // block_n)))
+    # Twice what fits at some 190 registers per thread: 16 warps on every multiprocessor; with some 100 for matrix units, 24.
+    warps = 24 if shape.dot else 16
+    wanted = -(-warps * processors // (num_warps * -(-shape.rows // block_n)))
     split_k = max(1, min(wanted, -(-shape.columns // shape.block_inputs(num_warps))))
     return LaunchConfig(block_n, num_warps, split_k)
 

@@ -11,13 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from .device import TRITON
+
 _ALIGNMENT = 16  # bytes; what Triton distinguishes
 # Before Triton 3.3, a compiled kernel took the arguments without the constants.
-_TAKES_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+_TAKES_CONSTANTS = TRITON >= (3, 3)
 
 
 class Address:

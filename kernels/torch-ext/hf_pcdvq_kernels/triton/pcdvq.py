@@ -74,8 +74,8 @@ def dequantize_kernel(
 
 @triton.jit
 def matmul_kernel(
-    p_x,  # int64 [G T, U / UNITS, 8, UNITS], see `activations.py`
-    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; not read if DOT
+    p_x,  # int64 [G T, U / UNITS, 8, UNITS]; if DOT, in sets of tokens: see `activations.py`
+    p_x_scale,  # float32 [G T, U], U padded to a multiple of UNITS; [G T] if DOT
     p_weight,  # int16 [N, 4 U]
     p_magnitude,  # uint8 [N, U], if PATTERNS is 512
     p_scale,  # float32 [N]
@@ -92,8 +92,7 @@ def matmul_kernel(
     T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
-    DOT: tl.constexpr,  # use tl.dot instead of accumulating products of float16 pairs
-    BF16: tl.constexpr,
+    DOT: tl.constexpr,  # use matrix units, see `half2.dot4`, instead of accumulating products of float16 pairs
     PTX: tl.constexpr,
     PDL: tl.constexpr,  # see `half2.wait_for_inputs`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
@@ -105,6 +104,7 @@ def matmul_kernel(
     # One element per thread: threads holding several adjacent ones would have a different layout than the sums.
     o_lane = tl.max_contiguous(tl.arange(0, UNITS), 1)[None, None, :]
     blocks = tl.cdiv(units, UNITS)
+    STEP: tl.constexpr = UNITS * half2.TOGETHER if DOT else UNITS  # from quad to quad
     p_x, p_x_scale = half2.activation_pointers(p_x, p_x_scale, tokens, blocks, 8, T, UNITS, DOT)
     zero = half2.per_lane_zero(o_lane, PTX)
     p_words = p_weight.to(tl.pointer_type(tl.int64)) + (row * units + zero)
@@ -112,9 +112,13 @@ def matmul_kernel(
     p_magnitude += row * units + zero
     p_levels += zero
     scale = tl.load(p_scale + row)
-    # Levels times 64 are near one, which suits float16. Both as pairs and split into low and high bytes.
-    level01 = half2.join((tl.load(p_levels) * 64).to(tl.float16), (tl.load(p_levels + 1) * 64).to(tl.float16))
-    level23 = half2.join((tl.load(p_levels + 2) * 64).to(tl.float16), (tl.load(p_levels + 3) * 64).to(tl.float16))
+    # Levels times 64 are near one, which suits float16; times 2^12 more, so do their products with patterns. Both as pairs and
+    # split into low and high bytes.
+    LEVEL: tl.constexpr = 2.0 ** (18 if DOT else 6)
+    level01 = half2.join((tl.load(p_levels) * LEVEL).to(tl.float16), (tl.load(p_levels + 1) * LEVEL).to(tl.float16))
+    level23 = half2.join(
+        (tl.load(p_levels + 2) * LEVEL).to(tl.float16), (tl.load(p_levels + 3) * LEVEL).to(tl.float16)
+    )
     level_low = half2.permute_bytes(level01, level23, 0x6420, PTX)
     level_high = half2.permute_bytes(level01, level23, 0x7531, PTX)
 
@@ -123,17 +127,12 @@ def matmul_kernel(
     stop = tl.minimum(begin + span, blocks)
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
-    # The weights of a block are loaded while the block before it is computed, where there are registers for both.
-    AHEAD: tl.constexpr = not DOT and T == 1
-    if AHEAD:
-        words, magnitudes = _load(p_words, p_magnitude, begin, o_lane, units, UNITS, PATTERNS)
+    # The weights of a block are loaded while the block before it is computed.
+    words, magnitudes = _load(p_words, p_magnitude, begin, o_lane, units, UNITS, PATTERNS, PTX)
     for block in range(begin, stop):
-        p_block = p_x + block * (8 * UNITS)
-        if AHEAD:
-            following = tl.minimum(block + 1, stop - 1)
-            next_words, next_magnitudes = _load(p_words, p_magnitude, following, o_lane, units, UNITS, PATTERNS)
-        else:
-            words, magnitudes = _load(p_words, p_magnitude, block, o_lane, units, UNITS, PATTERNS)
+        p_block = p_x + block * (8 * STEP)
+        following = tl.minimum(block + 1, stop - 1)
+        next_words, next_magnitudes = _load(p_words, p_magnitude, following, o_lane, units, UNITS, PATTERNS, PTX)
         if PATTERNS == 512:
             # Spread the four magnitudes of a byte over the four nibbles of a byte selector, which selects the low
             # bytes and the high bytes of their levels.
@@ -146,9 +145,10 @@ def matmul_kernel(
             word = (words >> (16 * j)).to(tl.int32) & 0xFFFF
             pattern = half2.table_entry(p_table, (word >> 7) & (PATTERNS - 1), PTX)
             signs = word & 127
-            if DOT:
-                level = (magnitudes >> (2 * j)) & 3 if PATTERNS == 512 else word >> 14
-                factor = (scale * tl.load(p_levels + level)) * (1 << 24)
+            if PATTERNS == 512:
+                level = half2.permute_bytes(low_bytes, high_bytes, (j + 4) * 0x1010 + j * 0x101, PTX)
+            else:
+                level = half2.select_half(level01, level23, word >> 14, PTX)
             chain = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
             for half in tl.static_range(2):
                 if half == 0:
@@ -158,41 +158,37 @@ def matmul_kernel(
                 entries = (pattern >> (32 * half)).to(tl.int32)
                 first = half2.permute_bytes(entries, tops, 0x5140, PTX)
                 second = half2.permute_bytes(entries, tops, 0x7362, PTX)
-                quad = half2.load_lanes(p_block, (2 * j + half) * UNITS)
+                quad = half2.load_lanes(p_block, (2 * j + half) * STEP)
                 if DOT:
-                    acc = half2.dot2(acc, first, factor, quad.to(tl.int32), BF16)
-                    acc = half2.dot2(acc, second, factor, (quad >> 32).to(tl.int32), BF16)
+                    acc = half2.dot4(acc, half2.mul2(first, level, PTX), half2.mul2(second, level, PTX), quad, PTX)
                 else:
                     chain = half2.fma2(first, quad.to(tl.int32), chain, PTX)
                     chain = half2.fma2(second, (quad >> 32).to(tl.int32), chain, PTX)
             if not DOT:
-                if PATTERNS == 512:
-                    level = half2.permute_bytes(low_bytes, high_bytes, (j + 4) * 0x1010 + j * 0x101, PTX)
-                else:
-                    level = half2.select_half(level01, level23, word >> 14, PTX)
                 total = half2.fma2(chain, level, total, PTX)
         if not DOT:
             acc = tl.fma(half2.sum2(total), half2.load_lanes(p_x_scale, block * UNITS), acc)
-        if AHEAD:
-            words, magnitudes = next_words, next_magnitudes
+        words, magnitudes = next_words, next_magnitudes
 
+    # 2^24 from the patterns over what the levels were multiplied by.
+    scale = tl.reshape(scale, [BLOCK_N]) * (2.0**24 / LEVEL)
     if DOT:
-        out = tl.trans(acc)
+        out = half2.dot_result(acc, scale, p_x_scale)
     else:
-        out = tl.sum(acc, 2) * tl.reshape(
-            scale * (1 << 18), [1, BLOCK_N]
-        )  # 2^24 from the patterns over 64 from the levels
+        out = tl.sum(acc, 2) * scale[None, :]
     half2.store_product(p_out, out, o_row, tokens, rows, T)
 
 
 @triton.jit
-def _load(p_words, p_magnitude, block, o_lane, units, UNITS: tl.constexpr, PATTERNS: tl.constexpr):
+def _load(
+    p_words, p_magnitude, block, o_lane, units, UNITS: tl.constexpr, PATTERNS: tl.constexpr, PTX: tl.constexpr
+):
     """The words and magnitudes of a block; past the end, where activations are zero, the last ones repeat."""
     o_unit = tl.minimum(block * UNITS + o_lane, units - 1)
     words = half2.load_lanes(p_words, o_unit)
     magnitudes = words  # not read if they are in the words
     if PATTERNS == 512:
-        magnitudes = half2.load_lanes(p_magnitude, o_unit).to(tl.int32)
+        magnitudes = half2.load_bytes(p_magnitude, o_unit, PTX)
     return words, magnitudes
 
 
@@ -215,5 +211,5 @@ class PcdvqKernels(FormatKernels[PcdvqWeight]):
     def constants(self, weight: PcdvqWeight) -> dict[str, Any]:
         return {"PATTERNS": len(weight.patterns)}
 
-    def block_n(self, name: str, tokens: int) -> tuple[int, ...]:
-        return {1: (8, 4), 2: (8, 4), 4: (4, 2), 8: (4,)}[tokens]
+    def block_n(self, name: str) -> tuple[int, ...]:
+        return (8, 4)

@@ -12,7 +12,7 @@ from .._checks import check_prepared
 from ..formats import PackedWeight
 from . import activations, launch_config, tiles, tuned
 from .activations import Order
-from .device import INTERPRETED, OPTIONS, current, has_pdl, has_ptx, pdl_option
+from .device import OPTIONS, current, has_pdl, has_ptx, pdl_option
 from .launch_config import LaunchConfig, Shape, kernels_of
 from .launcher import Address, Launcher, launcher
 
@@ -20,9 +20,7 @@ from .launcher import Address, Launcher, launcher
 def reads_prepared(format: str, tokens: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether products of this size run as kernels, which read prepared activations."""
     whole = columns % kernels_of(format).product_multiple == 0
-    # Triton's interpreter treats the bits of bfloat16 matrices as integers in tl.dot.
-    most = launch_config.VECTOR_TOKENS if INTERPRETED and dtype == torch.bfloat16 else launch_config.DOT_TOKENS
-    return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= most
+    return whole and dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= launch_config.DOT_TOKENS
 
 
 def has_kernel(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> bool:
@@ -34,14 +32,14 @@ def has_kernel(weight: PackedWeight, tokens: int, dtype: torch.dtype) -> bool:
 def prepare(x: Tensor, signs: Tensor | None, format: str) -> Tensor:
     """Prepare `x` `[..., K]` for products with weights in a format; returns one int32 buffer."""
     columns = x.shape[-1]
-    order, scaled = _default_order(format, x.numel() // columns, columns)
+    order = _default_order(format, x.numel() // columns, columns)
     with current(x.device):
-        return _prepare(x.contiguous(), signs, order, scaled)
+        return _prepare(x.contiguous(), signs, order)
 
 
 def prepared_words(format: str, tokens: int, columns: int) -> int:
     """The length of the buffer that `prepare` returns."""
-    return _buffer_words(*_default_order(format, tokens, columns), tokens, columns)
+    return _buffer_words(_default_order(format, tokens, columns), tokens, columns)
 
 
 def product(
@@ -103,10 +101,10 @@ class Product:
         if config is None:
             config = _config(shape, device, tokens, groups, prepared)
         units = shape.units(config.num_warps)
-        self._order, self._scaled = kernels.order(weight.name, units), not shape.dot
+        self._order = kernels.order(weight.name, units, shape.dot)
         self._tokens, self._columns = tokens * (groups or 1), columns
         self._dtype, self._device, self._activation_dtype = dtype, device, kernels.activation_dtype
-        self.words = _buffer_words(self._order, self._scaled, self._tokens, columns)
+        self.words = _buffer_words(self._order, self._tokens, columns)
         blocks = triton.cdiv(columns, shape.block_inputs(config.num_warps))
         span = triton.cdiv(blocks, min(config.split_k, blocks))
         self._splits = triton.cdiv(blocks, span)
@@ -122,7 +120,6 @@ class Product:
                 "BLOCK_N": config.block_n,
                 "UNITS": units,
                 "DOT": shape.dot,
-                "BF16": dtype == torch.bfloat16,
                 "PTX": has_ptx(device),
                 "PDL": pdl,
                 "GROUPED": groups is not None,
@@ -148,7 +145,7 @@ class Product:
         """
         with current(self._device):
             if prepared is None:
-                prepared = _prepare(x, signs, self._order, self._scaled)
+                prepared = _prepare(x, signs, self._order)
             quads, x_scale = _parts(prepared, self._order, self._tokens, self._columns)
             # Allocated in the shape that is returned: a view of it could not be changed in place under autograd.
             out = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -169,55 +166,54 @@ def _config(shape: Shape, device: torch.device, tokens: int, groups: int | None,
         return launch_config.default(shape, -(-processors // groups))
     config = tuned.choose(shape, device)
     # Prepared activations are in the order of the default config; another number of warps may need a different order.
-    default, _ = _default_order(shape.format, tokens, shape.columns)
-    if prepared and kernels_of(shape.format).order(shape.format, shape.units(config.num_warps)) != default:
+    default = _default_order(shape.format, tokens, shape.columns)
+    if prepared and kernels_of(shape.format).order(shape.format, shape.units(config.num_warps), shape.dot) != default:
         config = launch_config.default(shape, processors)
     return config
 
 
-def _default_order(format: str, tokens: int, columns: int) -> tuple[Order, bool]:
-    """How products read their activations unless their config was measured or given, and whether units are scaled."""
+def _default_order(format: str, tokens: int, columns: int) -> Order:
+    """How products read their activations unless their config was measured or given."""
     # Of the tokens only the side of this bound counts, and the rows make no difference. A number of tokens that
     # `torch.compile` traces must not be rounded: that would make it a constant.
     count = 1 if tokens <= launch_config.VECTOR_TOKENS else launch_config.DOT_TOKENS
     shape = Shape(format, count, 1, columns)
-    return kernels_of(format).order(format, shape.units(launch_config.unit_warps(shape))), not shape.dot
+    return kernels_of(format).order(format, shape.units(launch_config.unit_warps(shape)), shape.dot)
 
 
-def _buffer_words(order: Order, scaled: bool, tokens: int, columns: int) -> int:
+def _buffer_words(order: Order, tokens: int, columns: int) -> int:
     """Size of the buffer in int32 words: two for each of `order.words`, and one per scale."""
-    scales = tokens * order.blocks(columns) * order.units if scaled else 0
-    return 2 * tokens * order.words(columns) + scales
+    return 2 * order.words(tokens, columns) + order.scales(tokens, columns)
 
 
 def _parts(prepared: Tensor, order: Order, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
     """The two parts of a buffer: the quads, and the scales that follow them."""
-    words = 2 * tokens * order.words(columns)
+    words = 2 * order.words(tokens, columns)
     return prepared[:words].view(torch.int64), prepared[words:].view(torch.float32)
 
 
-def _prepare(x: Tensor, signs: Tensor | None, order: Order, scaled: bool) -> Tensor:
+def _prepare(x: Tensor, signs: Tensor | None, order: Order) -> Tensor:
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    prepared = torch.empty(_buffer_words(order, scaled, tokens, columns), dtype=torch.int32, device=x.device)
+    prepared = torch.empty(_buffer_words(order, tokens, columns), dtype=torch.int32, device=x.device)
     quads, x_scale = _parts(prepared, order, tokens, columns)
     block = 1 if signs is None else len(signs)
-    launched = _preparation(order, scaled, tokens, columns, block, has_pdl(x.device), x.device)
-    launched(x, x_scale if signs is None else signs, quads.view(torch.float16 if scaled else x.dtype), x_scale)
+    launched = _preparation(order, tokens, columns, block, has_pdl(x.device), x.device)
+    launched(x, x_scale if signs is None else signs, quads.view(torch.float16), x_scale)
     return prepared
 
 
 @lru_cache(4096)  # asked for by every layer and input
 def _preparation(
-    order: Order, scaled: bool, tokens: int, columns: int, block: int, pdl: bool, device: torch.device
+    order: Order, tokens: int, columns: int, block: int, pdl: bool, device: torch.device
 ) -> Launcher:
     blocks = order.blocks(columns)
     tile = max(activations.TILE, block)
     return launcher(
         activations.prepare_kernel,
-        (tokens, triton.cdiv(blocks * order.units * order.unit, tile)),
+        (order.stored(tokens), triton.cdiv(blocks * order.units * order.unit, tile)),
         device,
-        {"columns": columns, "blocks": blocks},
+        {"tokens": tokens, "columns": columns, "blocks": blocks},
         {
             "BLOCK": block,
             "UNIT": order.unit,
@@ -225,9 +221,10 @@ def _preparation(
             "PLACES": order.places,
             "QUADS": order.quads,
             "UNITS": order.units,
-            "SCALE": scaled,
+            "TOGETHER": order.together,
             "PDL": pdl,
             "TILE": tile,
+            "CHUNK": activations.CHUNK,
         },
         OPTIONS,
     )
