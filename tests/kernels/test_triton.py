@@ -101,12 +101,13 @@ def test_products(setting, shape, tokens, dtype):
     assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("setting", [*SETTINGS, "stream-2.5", "stream-4.0"])
-def test_products_over_several_rings_or_blocks(setting):
+def test_products_over_several_rings_or_blocks(setting, tokens):
     """More output channels than a ring of 256, or more inputs than a block, and no rotation."""
     rows, columns = (270, 192) if "stream" in setting else (20, 2112)
     packed = random_packed(setting, rows, columns)
-    x = activations(2, columns).half()
+    x = activations(tokens, columns).half()
     out = op_pair(setting)[1](x.to(DEVICE), *on_device(packed))
     assert relative_error(out.cpu(), x.double() @ exact_weight(setting, packed).T) < TOLERANCE[torch.float16]
 
@@ -328,22 +329,24 @@ def test_inputs_that_no_product_kernel_takes():
         assert relative_error(out.cpu(), expected) < 1.5e-3
 
 
+@pytest.mark.parametrize("factors", [[1e-30], [1e30], [1e-30, 1e30]])
 @pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])
-def test_activations_of_any_size(setting):
-    """In a product, activations are float16: outliers, tiny values and zeros must survive, NaN must propagate."""
+def test_activations_of_any_size(setting, factors):
+    """In a product, activations are float16: outliers, tiny values and zeros must survive, NaN must propagate, beside tokens of any
+    other size."""
     packed = random_packed(setting, 4, 192)
     weight, device_packed = exact_weight(setting, packed), on_device(packed)
     matmul = op_pair(setting)[1]
-    for factor in (1e-30, 1e30):
-        x = (activations(2, 192) * factor).bfloat16()
-        x[:, 7] *= 300
-        out = matmul(x.to(DEVICE), *device_packed)
-        assert relative_error(out.cpu(), x.double() @ weight.T) < TOLERANCE[torch.bfloat16]
-    x = torch.zeros(2, 192, dtype=torch.bfloat16)
-    assert torch.equal(matmul(x.to(DEVICE), *device_packed).cpu(), torch.zeros(2, 4, dtype=torch.bfloat16))
-    x[1, 5] = float("nan")
+    x = (activations(len(factors), 192) * torch.tensor(factors)[:, None]).bfloat16()
+    x[:, 7] *= 300
+    out, expected = matmul(x.to(DEVICE), *device_packed).cpu(), x.double() @ weight.T
+    for token, value in zip(out, expected, strict=True):
+        assert relative_error(token, value) < TOLERANCE[torch.bfloat16]
+    x = torch.zeros(len(factors), 192, dtype=torch.bfloat16)
+    assert torch.equal(matmul(x.to(DEVICE), *device_packed).cpu(), torch.zeros(len(factors), 4, dtype=torch.bfloat16))
+    x[-1, 5] = float("nan")
     out = matmul(x.to(DEVICE), *device_packed).cpu()
-    assert out[1].isnan().all() and not out[0].isnan().any()
+    assert out[-1].isnan().all() and not out[:-1].isnan().any()
 
 
 @pytest.mark.parametrize("inverse", [False, True])

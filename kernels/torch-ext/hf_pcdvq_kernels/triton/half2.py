@@ -265,7 +265,12 @@ def load_bytes(pointers, offset, PTX: tl.constexpr):
     """
     if PTX:
         out = tl.inline_asm_elementwise(
-            "ld.global.nc.u8 $0, [$1];", "=r,l", [(pointers + offset).to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            "ld.global.nc.u8 $0, [$1];",
+            "=r,l",
+            [(pointers + offset).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
     else:
         out = tl.load(pointers + offset).to(tl.int32)

@@ -180,9 +180,7 @@ def matmul_kernel(
 
 
 @triton.jit
-def _load(
-    p_words, p_magnitude, block, o_lane, units, UNITS: tl.constexpr, PATTERNS: tl.constexpr, PTX: tl.constexpr
-):
+def _load(p_words, p_magnitude, block, o_lane, units, UNITS: tl.constexpr, PATTERNS: tl.constexpr, PTX: tl.constexpr):
     """The words and magnitudes of a block; past the end, where activations are zero, the last ones repeat."""
     o_unit = tl.minimum(block * UNITS + o_lane, units - 1)
     words = half2.load_lanes(p_words, o_unit)

@@ -204,9 +204,7 @@ def _prepare(x: Tensor, signs: Tensor | None, order: Order) -> Tensor:
 
 
 @lru_cache(4096)  # asked for by every layer and input
-def _preparation(
-    order: Order, tokens: int, columns: int, block: int, pdl: bool, device: torch.device
-) -> Launcher:
+def _preparation(order: Order, tokens: int, columns: int, block: int, pdl: bool, device: torch.device) -> Launcher:
     blocks = order.blocks(columns)
     tile = max(activations.TILE, block)
     return launcher(

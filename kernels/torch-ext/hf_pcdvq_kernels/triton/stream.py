@@ -359,7 +359,9 @@ class StreamKernels(FormatKernels[StreamWeight]):
         return {"columns": weight.columns, "words": len(weight.weight)}
 
     def order(self, name: str, units: int, dot: bool) -> Order:
-        return Order(4, 1, units, TOGETHER) if dot else Order(2 * SPAN.value, 1, 1)  # spans do not depend on the number of lanes
+        return (
+            Order(4, 1, units, TOGETHER) if dot else Order(2 * SPAN.value, 1, 1)
+        )  # spans do not depend on the number of lanes
 
     def block_n(self, name: str) -> tuple[int, ...]:
         # As many output channels as fit their windows in a 64-bit value.
