@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import half2, tiles
+from .dependent_launch import wait_for_inputs
 from .format_kernels import FormatKernels
 
 
@@ -49,7 +50,7 @@ def matmul_kernel(
     PDL: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    half2.wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]

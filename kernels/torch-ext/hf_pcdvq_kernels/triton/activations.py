@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from .dependent_launch import let_next_launch
+
 TILE = 1024  # inputs per program
 TOGETHER = 8  # tokens whose activations one matrix takes, at least
 CHUNK = 8192  # inputs that a program looks at together for the largest magnitude of a token
@@ -125,8 +127,7 @@ def prepare_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,  # used for matrix units
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()  # a product, which waits: see `half2.wait_for_inputs`
+    let_next_launch(PDL)  # a product, which waits
     token = tl.program_id(0).to(tl.int64)
     o_input = tl.program_id(1) * TILE + tl.arange(0, TILE)
     p_x += tl.minimum(token, tokens - 1) * columns  # the last token completes its set

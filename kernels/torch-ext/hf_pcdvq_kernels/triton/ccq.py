@@ -11,6 +11,7 @@ from torch import Tensor
 from ..formats.ccq import CcqWeight, ccq_layout
 from . import half2, tiles
 from .activations import TOGETHER, Order
+from .dependent_launch import wait_for_inputs
 from .format_kernels import FormatKernels, given
 
 
@@ -102,10 +103,10 @@ def matmul_kernel(
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # use matrix units, see `half2.dot4`, instead of accumulating products of float16 pairs
     PTX: tl.constexpr,
-    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
+    PDL: tl.constexpr,  # see `dependent_launch.py`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
-    half2.wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     CLUSTERED: tl.constexpr = SCALE_BITS == 0
     # Bits per load: the size of a group is a multiple of it.
     LOAD: tl.constexpr = 64 if CLUSTERED else (32 if SLOTS == 7 else 16)
@@ -145,6 +146,7 @@ def matmul_kernel(
             factor = group_scale.to(tl.float16)
             factor = half2.join(factor, factor)
         p_block = p_x + block * (QUADS * STEP)
+        before = tl.zeros([1, BLOCK_N, UNITS], tl.int32)  # the first pair of a quad
         total = tl.zeros([T, BLOCK_N, UNITS], tl.int32)
         for load in tl.static_range(LOADS):
             words = half2.load_lanes(p_words, o_unit * LOADS + load)

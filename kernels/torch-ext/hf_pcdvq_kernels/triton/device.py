@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import tiles
@@ -18,7 +17,7 @@ INTERPRETED = isinstance(tiles.sum_kernel, InterpretedFunction)
 # Where a fused operation is wanted, the kernels use one explicitly.
 # Loads are not pipelined through shared memory either: that would take more shared memory than is available.
 OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
-TRITON_HAS_PDL = hasattr(tl.extra.cuda, "gdc_wait")
+TRITON_HAS_PDL = TRITON >= (3, 5)  # 3.4 has the instructions, but cannot compile them
 
 
 def has_ptx(device: torch.device) -> bool:

@@ -90,13 +90,13 @@ def mul2(a, b, PTX: tl.constexpr):
 @triton.jit
 def pairs_of(quad, PTX: tl.constexpr):
     """The two pairs of an int64, the low one first."""
-    if PTX:  # known to be a pair of registers, of which halves are taken without a shift
-        out = tl.inline_asm_elementwise(
+    if PTX:  # known to be two registers, of which halves are taken without a shift
+        first, second = tl.inline_asm_elementwise(
             "mov.b64 {$0, $1}, $2;", "=r,=r,l", [quad], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
     else:
-        out = quad.to(tl.int32), (quad >> 32).to(tl.int32)
-    return out
+        first, second = quad.to(tl.int32), (quad >> 32).to(tl.int32)
+    return first, second
 
 
 @triton.jit
@@ -297,18 +297,6 @@ def per_lane_zero(like, PTX: tl.constexpr):
     else:
         out = like * 0
     return out
-
-
-@triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Wait until the kernels before this one have ended; then let the one after it be launched, which waits too.
-
-    With programmatic dependent launch, the launch of a kernel and the end of the one before it overlap. No memory may be
-    accessed before this.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

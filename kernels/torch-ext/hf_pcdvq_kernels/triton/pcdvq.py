@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats.pcdvq import PcdvqWeight
 from . import half2, tiles
+from .dependent_launch import wait_for_inputs
 from .format_kernels import FormatKernels, aligned, given
 
 TOPS = tl.constexpr(0x80808080 - (1 << 32))  # the top bit of every byte, as int32
@@ -94,10 +95,10 @@ def matmul_kernel(
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # use matrix units, see `half2.dot4`, instead of accumulating products of float16 pairs
     PTX: tl.constexpr,
-    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
+    PDL: tl.constexpr,  # see `dependent_launch.py`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
-    half2.wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, wanted = half2.group_expert(p_experts, stack, GROUPED)
     row = (expert * rows + tl.minimum(o_row, rows - 1))[None, :, None]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..formats.stream import STREAM_MULTIPLIER, STREAM_RING, StreamWeight
 from . import half2, tiles
 from .activations import TOGETHER, Order
+from .dependent_launch import wait_for_inputs
 from .format_kernels import FormatKernels
 
 # Pairs of inputs that a thread accumulates in float16 before adding to a float32 sum.
@@ -108,10 +109,10 @@ def matmul_kernel(
     UNITS: tl.constexpr,
     DOT: tl.constexpr,  # use matrix units, see `half2.dot4`, instead of accumulating products of float16 pairs
     PTX: tl.constexpr,
-    PDL: tl.constexpr,  # see `half2.wait_for_inputs`
+    PDL: tl.constexpr,  # see `dependent_launch.py`
     GROUPED: tl.constexpr,  # G products with weights of a stack, along the third grid axis
 ):
-    half2.wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     BITS: tl.constexpr = CHANNELS // CYCLE * CYCLE_BITS  # new bits of the channels
     RING_WORDS: tl.constexpr = RING // CYCLE * CYCLE_BITS // 32
     o_channel = tl.arange(0, CHANNELS)[None, :, None]
