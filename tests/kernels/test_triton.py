@@ -349,6 +349,17 @@ def test_activations_of_any_size(setting, factors):
     assert out[-1].isnan().all() and not out[:-1].isnan().any()
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("setting", ["pcdvq-2.25", "ccq-2.5", "stream-2.0"])
+def test_activations_that_the_rotation_gathers(setting, tokens):
+    """In one input of each block, which is then larger than any before the rotation, by the root of the block's size."""
+    packed = random_packed(setting, 4, 192)
+    x = SIGNS.repeat(3).expand(tokens, -1).bfloat16() * 2040  # nearly a power of two, the largest for its exponent
+    expected = exact_rotation(x) @ exact_weight(setting, packed).T
+    out = op_pair(setting)[1](x.to(DEVICE), *on_device(packed), signs=SIGNS.to(DEVICE))
+    assert relative_error(out.cpu(), expected) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("block", [1, 8, 128, 512])
 def test_hadamard(block, inverse):
