@@ -156,26 +156,21 @@ def matmul_kernel(
     stop = tl.minimum(begin + span, tl.cdiv(pairs, BLOCK))
     if GROUPED:
         stop = tl.where(wanted, stop, begin)
-    full = tl.minimum(stop, pairs // BLOCK)
-    # Full blocks need no masks.
-    for block in range(begin, full):
-        if DOT:
+    if DOT:
+        for block in range(begin, stop):
             acc = _dot_block(
                 acc, p_quads, p_word0, p_word1, p_word2, block, pairs, shift, down,
-                BITS, WINDOW, MULTIPLIER, BLOCK_N, UNITS, True, PTX,
+                BITS, WINDOW, MULTIPLIER, BLOCK_N, UNITS, PTX,
             )  # fmt: skip
-        else:
+    else:
+        full = tl.minimum(stop, pairs // BLOCK)
+        # Full blocks need no masks.
+        for block in range(begin, full):
             acc = _add_block(
                 acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down,
                 BITS, WINDOW, MULTIPLIER, T, BLOCK_N, UNITS, True, PTX,
             )  # fmt: skip
-    for block in range(full, stop):
-        if DOT:
-            acc = _dot_block(
-                acc, p_quads, p_word0, p_word1, p_word2, block, pairs, shift, down,
-                BITS, WINDOW, MULTIPLIER, BLOCK_N, UNITS, False, PTX,
-            )  # fmt: skip
-        else:
+        for block in range(full, stop):
             acc = _add_block(
                 acc, p_x, p_x_scale, p_word0, p_word1, p_word2, block, pairs, shift, down,
                 BITS, WINDOW, MULTIPLIER, T, BLOCK_N, UNITS, False, PTX,
@@ -246,14 +241,13 @@ def _dot_block(
     MULTIPLIER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNITS: tl.constexpr,
-    FULL: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """`acc` [BLOCK_N, T] plus the products of `UNITS` quads of inputs, pairs of pairs, all of which exist if `FULL`."""
+    """`acc` [BLOCK_N, T] plus the products of `UNITS` quads of inputs, which are pairs of pairs."""
     o_quad = block * UNITS + tl.max_contiguous(tl.arange(0, UNITS), 1)
-    first, second = (2 * o_quad)[None, None, :], (2 * o_quad + 1)[None, None, :]
-    if not FULL:  # as above
-        first, second = tl.minimum(first, pairs - 1), tl.minimum(second, pairs - 1)
+    # Weights past the end repeat the last ones, and meet activations of zero.
+    first = tl.minimum(2 * o_quad, pairs - 1)[None, None, :]
+    second = tl.minimum(2 * o_quad + 1, pairs - 1)[None, None, :]
     first = _weights(p_word0, p_word1, p_word2, first, down, shift, BITS, WINDOW, MULTIPLIER, PTX)
     second = _weights(p_word0, p_word1, p_word2, second, down, shift, BITS, WINDOW, MULTIPLIER, PTX)
     quad = half2.load_lanes(p_quads, block * (UNITS * half2.TOGETHER))
