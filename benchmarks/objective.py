@@ -57,6 +57,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fisher 4": ({"fisher_groups": 4}, {}),
     "own share, fisher 4": ({"correction": "own", "fisher_groups": 4}, {}),
     "sweeps 2": ({"sweeps": 2}, {}),
+    "tuned 2": ({"tune_steps": 2}, {}),
+    "tuned 4": ({"tune_steps": 4}, {}),
     "window 14": ({}, {"window_bits": 14}),
     "window 16": ({}, {"window_bits": 16}),
 }
@@ -87,7 +89,7 @@ class Bench:
             self.model.config.num_hidden_layers = args.blocks
         self._calibration = {name: tensor for name, tensor in tokens.items() if not name.startswith("test.")}
         self._samples = args.samples
-        self._folder = folder
+        self._folder, self._save = folder, args.save
         self._tests = {
             name.removeprefix("test."): tensor[: args.windows].long()
             for name, tensor in tokens.items()
@@ -145,6 +147,8 @@ class Bench:
             quantize_model(model, None, config, windows, device=self.device, progress=False)
             seconds = time.perf_counter() - start
             report = model.hf_quantizer.report
+            if self._save is not None:
+                model.save_pretrained(self._save / "-".join(map(str, run)).replace(" ", "_"))
             dense = model.dequantize(torch.bfloat16)
             found = {name: self._compare(dense, name) for name in self._tests}
         return {
@@ -279,6 +283,7 @@ def main() -> None:
     second.add_argument("--draw", nargs="+", type=int, default=list(range(DRAWS)))
     second.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     second.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a thread")
+    second.add_argument("--save", type=Path, help="folder for a folder with the packed model of every run")
     second.add_argument("--seconds", type=float, help="start no run later than this")
     second.add_argument("--samples", type=int, default=SAMPLES, help="windows to calibrate on")
     second.add_argument("--windows", type=int, default=WINDOWS, help="windows to evaluate on, of each text")

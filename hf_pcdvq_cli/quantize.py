@@ -87,6 +87,12 @@ def _shard_size(ctx: click.Context, parameter: click.Parameter, value: str) -> s
     metavar="N",
     help="Tokens that go through a decoder block at once. [default: 8192 on an accelerator, one window on a CPU]",
 )
+@click.option(
+    "--tune-steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="After every decoder block, train those that are still dense for N steps to make up for its errors. [default: none]",
+)
 @click.option("--all-experts", is_flag=True, help="Calibrate every expert on all tokens, wherever they are routed.")
 @click.option(
     "--work-dir",
@@ -216,7 +222,8 @@ def _calibration(ctx: click.Context) -> Calibration | None:
     """The calibration that the options ask for; options of it beside --no-calibration are wrong usage."""
     from hf_pcdvq import Calibration
 
-    given = {name: ctx.params[name] for name in ("samples", "length", "seed") if ctx.params[name] is not None}
+    names = ("samples", "length", "seed", "tune_steps")
+    given = {name: ctx.params[name] for name in names if ctx.params[name] is not None}
     if ctx.params["all_experts"]:
         given["all_experts"] = True
     if ctx.params["dataset"] is not None:
@@ -225,7 +232,7 @@ def _calibration(ctx: click.Context) -> Calibration | None:
         return Calibration(**given)
     if given:
         raise click.UsageError(
-            "--no-calibration excludes --dataset, --samples, --length, --seed and --all-experts", ctx
+            "--no-calibration excludes --dataset, --samples, --length, --seed, --tune-steps and --all-experts", ctx
         )
     return None
 

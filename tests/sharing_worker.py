@@ -141,6 +141,7 @@ def main(folder):
     (folder / "a file").touch()
     refused = {
         "fisher": {"fisher_groups": 2},
+        "tuned": {"tune_steps": 3},
         "few": {"samples": 8},
         "missing": {"dataset": "missing.txt"},
         "work": {"work_dir": folder / "a file"},

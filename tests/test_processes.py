@@ -85,6 +85,7 @@ def test_what_takes_the_whole_model_and_too_few_windows_are_refused_by_name(runs
         assert (
             "fisher_groups=2 takes the whole model in one process, and 2 were started" in found["refused"]["fisher"]
         )
+        assert "tune_steps=3 takes the whole model in one process" in found["refused"]["tuned"]
         assert "dataset=None" in found["refused"]["unwritten"] and "name a dataset" in found["refused"]["unwritten"]
         assert "8 windows make 1 shares" in found["refused"]["few"] and "start at most 1" in found["refused"]["few"]
 

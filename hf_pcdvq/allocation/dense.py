@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def quantized(
             prefix,
             names,
             codec_of,
-            settings,
+            replace(settings, tune_steps=0),  # it would change the weights that are put back
             Shares.of(windows, device),
             activations=HeldActivations,
             device=device,

@@ -73,7 +73,9 @@ def calibrate_model(
         windows are held out, or the model has no output head.
 
     Raises:
-        ValueError: the model has no decoder blocks, or holds values that are not finite; the dataset is unsuitable for it; or `work_dir` is damaged or belongs to another run.
+        ValueError: the model has no decoder blocks, no output head where the settings need one, or values that are not finite;
+            the dataset is unsuitable for it; or `work_dir` is damaged or belongs to another run.
+        NotFiniteError: see `tuning.py`.
         NotImplementedError: the decoder blocks cannot be run one by one.
         FileNotFoundError, ImportError: see `read_windows`.
         OSError: `work_dir` cannot be written.
@@ -87,6 +89,11 @@ def calibrate_model(
     training = model.training
     model.eval()
     blocks = find_blocks(model, names)
+    if config.calibration.tune_steps and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"tune_steps={config.calibration.tune_steps} trains towards the original's predictions, and "
+            f"{type(model).__name__} has no output head: take 0"
+        )
     identity = None if work_dir is None else agreed(weights.identity(processes), processes)
     windows = processes.from_first(
         lambda: all_windows(model, config, dataset, tokenizer, work_dir, identity, restart, progress)
@@ -132,6 +139,8 @@ def refuse_shared(config: PackedConfig, dataset: Any, processes: Processes) -> N
         what = 'bits="auto"'
     elif config.calibration.fisher_groups:
         what = f"fisher_groups={config.calibration.fisher_groups}"
+    elif config.calibration.tune_steps:
+        what = f"tune_steps={config.calibration.tune_steps}"
     elif dataset is None:
         what = "dataset=None, for which the model writes the text itself,"
     if what is not None and processes.count > 1:

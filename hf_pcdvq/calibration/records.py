@@ -53,13 +53,15 @@ class BlockRecord:
     Attributes:
         name: name of the module.
         output_error: squared error of the hidden states after it, relative to the squares of the original's, with all
-            earlier blocks quantized too.
-        seconds: time spent on it, forward passes and Hessians included.
+            earlier blocks quantized too; with tuning, of the tuned blocks with none of them quantized.
+        seconds: time spent on it, forward passes, Hessians and tuning included.
+        tuning_kl: KL(original || model so far) in nats while the blocks after it were tuned; None if they were not.
     """
 
     name: str
     output_error: float
     seconds: float
+    tuning_kl: float | None = None
 
 
 @dataclass

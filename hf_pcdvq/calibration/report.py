@@ -126,11 +126,18 @@ class QuantizationReport:
             "Kurtosis and max are those of the rotated weights, each row divided by its root mean square; a",
         ]
         lines += ["normal distribution has kurtosis 3. Proxy loss is tr(E H E^T) / tr(W H W^T).", ""]
-        lines += ["## Blocks", "", "| block | squared error of the output, relative | seconds |", "|---|---|---|"]
-        lines += [
+        return "\n".join([*lines, *self._block_rows()]) + "\n"
+
+    def _block_rows(self) -> list[str]:
+        heading, rule = "| block | squared error of the output, relative | seconds |", "|---|---|---|"
+        rows = [
             f"| {markdown(block.name)} | {block.output_error:.4f} | {block.seconds:.1f} |" for block in self.blocks
         ]
-        return "\n".join(lines) + "\n"
+        if any(block.tuning_kl is not None for block in self.blocks):
+            heading, rule = f"{heading} KL while the rest was tuned, nats |", f"{rule}---|"
+            figures = ["" if block.tuning_kl is None else f"{block.tuning_kl:.3f}" for block in self.blocks]
+            rows = [f"{row} {figure} |" for row, figure in zip(rows, figures)]
+        return ["## Blocks", "", heading, rule, *rows]
 
     def _comparison_rows(self) -> list[str]:
         result = self.comparison

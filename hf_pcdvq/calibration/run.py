@@ -27,7 +27,7 @@ from ..modules.tied import install
 from ..processes import Processes
 from ..progress import progress_of
 from .activations import Activations, HeldActivations
-from .blocks import capture, refuse_shared
+from .blocks import Captured, capture, refuse_shared
 from .decoder_block import DecoderBlock
 from .experts import RoutedTokens, quantize_experts
 from .guidance import output_sensitivity
@@ -38,6 +38,7 @@ from .records import BlockRecord, LayerRecord, QuantizedLayers
 from .settings import OWN_SHARE, Calibration
 from .shares import Shares
 from .store import BlockStore
+from .tuning import Tuning
 from .weights import ModelWeights
 
 # A block with more groups of layers than this, such as experts that are modules of their own, has them quantized
@@ -106,6 +107,7 @@ class CalibratedRun:
                 self._activations = partial(HeldActivations, self.device)
                 hidden = self._copied(hidden)
             original = self._copied(hidden)
+            tuning = self._tuning(blocks, captured) if self._settings.tune_steps else None
             for number, module in enumerate(blocks):
                 started = time.perf_counter()
                 name = f"{prefix}.{number}"
@@ -121,9 +123,9 @@ class CalibratedRun:
                     self._weights.finish(name)
                 for layer in layers:
                     self._sensitivity.pop(layer, None)
-                self.blocks.append(
-                    BlockRecord(name, _error(original, hidden, self._processes), time.perf_counter() - started)
-                )
+                error = _error(original, hidden, self._processes)
+                tuned = None if tuning is None else tuning.after(number, hidden)
+                self.blocks.append(BlockRecord(name, error, time.perf_counter() - started, tuned))
             self._round_outside(prefix)
 
     def _find_sensitivity(self) -> None:
@@ -144,6 +146,21 @@ class CalibratedRun:
             )
             for name, squares in found.items():
                 self._sensitivity[name] = [part.flatten(0, 1) for part in squares.split(sizes)]
+
+    def _tuning(self, blocks: nn.ModuleList, captured: Captured) -> Tuning:
+        settings = self._settings
+        return Tuning(
+            self._model,
+            blocks,
+            [self._model.get_submodule(name) for name in self._names if _inside(name, self._prefix)],
+            self._shares.batches,
+            captured.wrap,
+            steps=settings.tune_steps,
+            rate=settings.tune_rate,
+            seed=settings.seed,
+            device=self.device,
+            upcast=self._upcast or self._model.dtype == torch.float16,  # where derivatives vanish or overflow
+        )
 
     def _copied(self, states: Activations) -> Activations:
         copied = self._activations()

@@ -17,8 +17,9 @@ _INTEGERS = (
     ("sweeps", 0, 100),
     ("expert_tokens", 1, 1 << 30),
     ("fisher_groups", 0, 64),
+    ("tune_steps", 0, 1 << 20),
 )
-_NUMBERS = (("damp_percent", 1e-8, 10.0), ("correction", 0.0, 1.0))
+_NUMBERS = (("damp_percent", 1e-8, 10.0), ("correction", 0.0, 1.0), ("tune_rate", 0.0, 1.0))
 OWN_SHARE = "own"
 _FLAGS = ("desc_act", "refit", "all_experts")
 
@@ -49,6 +50,10 @@ class Calibration:
             must fit the device, over all windows, and as many Hessians as there are groups. In main memory it takes 4
             bytes for every token, group and layer, of the blocks that are not finished yet: with 128 windows of 1024
             tokens, 0.5 MiB for every layer and group. Experts are not weighed.
+        tune_steps: after every decoder block, train the ones that are still dense for so many steps to predict what the
+            original predicts, so that they make up for the errors of those that are packed; 0 does not. It takes a
+            second copy of the model and 12 bytes for every weight besides, all on the device.
+        tune_rate: the learning rate of that.
 
     Raises:
         ValueError: a field has an invalid value.
@@ -67,6 +72,8 @@ class Calibration:
     expert_tokens: int = 128
     all_experts: bool = False
     fisher_groups: int = 0
+    tune_steps: int = 0
+    tune_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:

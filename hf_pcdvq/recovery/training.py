@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.divergence import NotFiniteError, divergence
 from ..evaluation.metrics import Evaluation, compare_logits
 from ..processes import Processes
-from .loss import divergence
 from .settings import Recovery
 from .state import Progress, RunFolder
 from .teacher import Teacher
@@ -26,10 +26,6 @@ _BETAS = (0.9, 0.99)  # runs are short: the default of 0.999 would still average
 _INTERVAL = 10.0  # seconds between lines of progress
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _SAVE = 60.0  # seconds between states on disk
-
-
-class NotFiniteError(RuntimeError):
-    """The loss, or a gradient, is infinite or NaN."""
 
 
 class Training:

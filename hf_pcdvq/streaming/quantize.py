@@ -107,11 +107,11 @@ def _refuse_whole(config: PackedConfig) -> None:
     """
     if config.target is not None:
         raise CannotStream('bits="auto" measures what each of its layers does to its predictions')
-    if config.calibration is not None and config.calibration.fisher_groups:
-        groups = config.calibration.fisher_groups
-        raise CannotStream(
-            f"fisher_groups={groups} takes a backward pass through all of it; 0 is read block by block"
-        )
+    calibration = config.calibration
+    for field in ("fisher_groups", "tune_steps") if calibration is not None else ():
+        number = getattr(calibration, field)
+        if number:
+            raise CannotStream(f"{field}={number} takes a backward pass through all of it; 0 is read block by block")
 
 
 @dataclass

@@ -43,6 +43,15 @@ def test_folder_holds_the_model_and_the_report(tiny_model_dir, text, tmp_path):
         assert torch.equal(packed(ids).logits, expected(ids).logits)
 
 
+def test_tuning_loads_the_model_whole_and_is_reported(tiny_model_dir, text, tmp_path):
+    out = tmp_path / "packed"
+    result = succeed("quantize", tiny_model_dir, "--out", out, "--dataset", text, *OPTIONS, "--tune-steps", "2")
+    assert "tune_steps=2 takes a backward pass through all of it" in result.output
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["config"]["calibration"]["tune_steps"] == 2
+    assert [block["tuning_kl"] is None for block in report["blocks"]] == [False, True]
+
+
 def _tokenizer(folder):
     from transformers import AutoTokenizer
 
@@ -173,7 +182,7 @@ def test_text_that_the_model_wrote_is_kept_for_the_next_try(tiny_model_dir, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-@pytest.mark.parametrize("option", [("--dataset", "text.txt"), ("--samples", "3"), ("--seed", "1")])
+@pytest.mark.parametrize("option", [("--dataset", "text.txt"), ("--samples", "3"), ("--seed", "1"), ("--tune-steps", "1")])
 def test_calibration_options_beside_no_calibration_are_wrong_usage(tiny_model_dir, tmp_path, option):
     fail(
         2,

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from hf_pcdvq import CcqConfig, PcdvqConfig, Recovery, recover
+from hf_pcdvq.evaluation.divergence import NotFiniteError
 from hf_pcdvq.evaluation.metrics import evaluate
 from hf_pcdvq.modules import packed_modules
-from hf_pcdvq.recovery.training import NotFiniteError
 
 QUICK = Recovery(steps=12, batch=2, learning_rate=0.02, evaluations=3)
 TEXT, HELD_OUT = windows(12), windows(4, seed=1)

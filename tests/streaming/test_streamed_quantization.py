@@ -284,6 +284,7 @@ def test_text_that_the_model_writes_needs_it_whole(dense, tmp_path):
     [
         ({"bits": "auto", "target_bits": 2.1}, {}, 'bits="auto" measures'),
         ({}, {"fisher_groups": 2}, "fisher_groups=2 takes a backward pass"),
+        ({}, {"tune_steps": 3}, "tune_steps=3 takes a backward pass"),
     ],
 )
 def test_settings_that_need_the_whole_model_are_refused_by_name(options, calibration, reason, dense, tmp_path):

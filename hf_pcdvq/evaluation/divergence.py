@@ -10,6 +10,10 @@ from torch import Tensor
 _SLICE_BYTES = 32 << 20  # of one float32 temporary; there are four at a time
 
 
+class NotFiniteError(RuntimeError):
+    """The loss of a training, or a gradient, is infinite or NaN."""
+
+
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) in nats, summed over the predictions; differentiable in `student`.
 
