@@ -53,7 +53,7 @@ class BlockRecord:
     Attributes:
         name: name of the module.
         output_error: squared error of the hidden states after it, relative to the squares of the original's, with all
-            earlier blocks quantized too; with tuning, of the tuned blocks with none of them quantized.
+            earlier blocks quantized too; with tuning, the error of this block alone, from what the earlier ones give it.
         seconds: time spent on it, forward passes, Hessians and tuning included.
         tuning_kl: KL(original || model so far) in nats while the blocks after it were tuned; None if they were not.
     """

@@ -125,6 +125,9 @@ class CalibratedRun:
                     self._sensitivity.pop(layer, None)
                 error = _error(original, hidden, self._processes)
                 tuned = None if tuning is None else tuning.after(number, hidden)
+                if tuned is not None:
+                    # The errors so far are in what the rest was tuned to; correcting them again would overdo it.
+                    original = self._copied(hidden)
                 self.blocks.append(BlockRecord(name, error, time.perf_counter() - started, tuned))
             self._round_outside(prefix)
 

@@ -2,8 +2,8 @@
 
 The correction of a layer (`layers.py`) restores the layer's own outputs, and knows neither what they are used for nor the
 layers after it. Here all blocks after the one that was just packed are trained for a few steps on KL(original || model
-so far) of the predictions, and what they have become is quantized next, with corrections as ever. Files do not grow. QuIP#
-(arXiv 2402.04396, section 5) trains so within a block, towards its output.
+so far) of the predictions. What they have become is quantized next, and corrected only for errors within the block. Files do
+not grow. QuIP# (arXiv 2402.04396, section 5) trains so within a block, towards its output.
 
 The model's own forward pass does the rest, so that nothing here depends on the architecture: blocks up to the packed one
 return its hidden states, which are known, without computing.

@@ -182,7 +182,9 @@ def test_text_that_the_model_wrote_is_kept_for_the_next_try(tiny_model_dir, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-@pytest.mark.parametrize("option", [("--dataset", "text.txt"), ("--samples", "3"), ("--seed", "1"), ("--tune-steps", "1")])
+@pytest.mark.parametrize(
+    "option", [("--dataset", "text.txt"), ("--samples", "3"), ("--seed", "1"), ("--tune-steps", "1")]
+)
 def test_calibration_options_beside_no_calibration_are_wrong_usage(tiny_model_dir, tmp_path, option):
     fail(
         2,
