@@ -74,11 +74,11 @@ class Tuning:
         self._of_block = [
             [weight for weight in block.parameters() if weight in weights or _is_vector(weight)] for block in blocks
         ]
-        self._outside = [weight for weight in model.parameters() if weight not in inside and _is_vector(weight)]
+        outside = [weight for weight in model.parameters() if weight not in inside and _is_vector(weight)]
         # In float32, since steps are finer than 16-bit floats; the model computes with what they are rounded to.
         self._masters = {
             parameter: nn.Parameter(parameter.detach().to(device, torch.float32, copy=True))
-            for parameter in (*itertools.chain(*self._of_block[1:]), *self._outside)
+            for parameter in (*itertools.chain(*self._of_block[1:]), *outside)
         }
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=rate, betas=_BETAS, weight_decay=0)
 

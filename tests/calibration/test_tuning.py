@@ -77,13 +77,19 @@ def test_the_report_says_what_the_tuning_reached(tmp_path):
     assert first.tuning_kl > 0 < second.tuning_kl and last.tuning_kl is None
     model.save_pretrained(tmp_path)
     model.hf_quantizer.report.write(tmp_path)
-    # An error of a block is what it makes of its inputs, not of those that blocks before it have made.
-    assert (
-        last.output_error
-        < quantize(opt(), replace(SETTINGS, tune_steps=0)).hf_quantizer.report.blocks[-1].output_error
-    )
     text = (tmp_path / "quantization_report.md").read_text()
     assert f"| {first.output_error:.4f} | {first.seconds:.1f} | {first.tuning_kl:.3f} |" in text
+
+
+def test_errors_of_earlier_blocks_are_not_corrected_once_more():
+    """Tuning that moves nothing shows it: a block is compared with itself on what the packed ones before it give it."""
+    errors = []
+    for steps in (0, 1):
+        settings = replace(SETTINGS, tune_steps=steps, tune_rate=0.0)
+        errors.append([block.output_error for block in quantize(opt(), settings).hf_quantizer.report.blocks])
+    untuned, tuned = errors
+    assert tuned[0] == untuned[0]
+    assert tuned[1] < 0.5 * untuned[1] and tuned[2] < 0.5 * untuned[2]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_model(tmp_path, monkeypatch):
